@@ -95,6 +95,13 @@ def use_backend(name: str) -> Iterator[None]:
         reason = load(name).why_not()
         if reason is not None:
             raise BackendUnavailable(f"the {name} backend cannot be used here: {reason}")
+    with resumed(name):
+        yield
+
+
+@contextmanager
+def resumed(name: str) -> Iterator[None]:
+    """Continue with a wish that `current` gave earlier: the backward pass may run in another thread."""
     token = _wanted.set(name)
     try:
         yield
