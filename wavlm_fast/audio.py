@@ -86,6 +86,12 @@ def load(path: str | Path, *, at_least: int = RECEPTIVE_FIELD) -> tuple[torch.Te
     return torch.from_numpy(waveform), info
 
 
+def fit(waveform: torch.Tensor, samples: int) -> torch.Tensor:
+    """[S] -> [samples]: repeated as often as it takes, then cut."""
+    times = -(-samples // len(waveform))
+    return waveform.repeat(times)[:samples]
+
+
 def _check_path(path: Path) -> None:
     try:
         if path.is_dir():
