@@ -56,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
     """Extract; 0 when every file is written. Everything that can be refused is refused before the first is."""
     apply_threads(args.threads)
     targets = _targets(args.audio, Path(args.out), _SUFFIXES[args.format], args.force)
+    for path, _ in targets:
+        audio.check(path)
     model, source = checkpoint.load(args.model, DTYPES[args.dtype])
     layer = _checked_layer(args.layer, model.config.num_hidden_layers)
     shortest = checkpoint.receptive_field(model)
