@@ -63,7 +63,7 @@ def main() -> None:
     setup(
         packages=[*find_packages(include=["wavlm_fast", "wavlm_fast.*"]), "wavlm_fast.kernels"],
         package_dir={"wavlm_fast.kernels": "kernels"},
-        package_data={"wavlm_fast": ["_build.json"]},
+        package_data={"wavlm_fast": ["_build.json", "data/*"]},
         ext_modules=extensions,
         cmdclass=classes,
     )

@@ -123,7 +123,9 @@ def _soundfile() -> Any:
     try:
         import soundfile
     except (ImportError, OSError) as error:  # OSError: the package is there, its libsndfile is not
-        raise AudioError(f"reading audio files needs the soundfile package, which cannot be imported: {error}") from error
+        raise AudioError(
+            f"reading audio files needs the soundfile package, which cannot be imported: {error}"
+        ) from error
     return soundfile
 
 

@@ -100,7 +100,9 @@ def _transformers_model(config: WavLMConfig) -> WavLMModel:
 
 def _config(name: str) -> WavLMConfig:
     path = Path(name).expanduser()
-    looks_local = os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1 or os.sep == "\\" and "\\" in name
+    looks_local = (
+        os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1 or (os.sep == "\\" and "\\" in name)
+    )
     if path.exists() and not path.is_dir():
         raise UserError(f"a model folder or hub id is wanted, but {name} is a file")
     if path.is_dir() and not (path / "config.json").exists():

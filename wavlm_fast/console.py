@@ -98,6 +98,17 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def positive_seconds(text: str) -> float:
+    """The argparse type of durations."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"a number of seconds above 0 is wanted, got {text!r}")
+    return value
+
+
 def device_argument(text: str) -> str:
     """The argparse type of --device: one that this machine has."""
     try:
@@ -122,7 +133,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: the size of WavLM-base with seeded weights that make every part of the model matter)",
     )
     parser.add_argument(
-        "--dtype", type=dtype_argument, default="float32", metavar="DTYPE", help=f"{', '.join(DTYPES)} (default: float32)"
+        "--dtype",
+        type=dtype_argument,
+        default="float32",
+        metavar="DTYPE",
+        help=f"{', '.join(DTYPES)} (default: float32)",
     )
     parser.add_argument("--device", type=device_argument, default="cpu", help="cpu (default), cuda or cuda:N")
     parser.add_argument("--threads", type=positive_int, metavar="N", help="torch's CPU threads (default: torch's own)")

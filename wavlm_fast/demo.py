@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,7 +11,16 @@ import torch
 from rich.console import Console
 
 from . import audio, checkpoint, machine, measure, memory
-from .console import DTYPES, add_model_arguments, apply_threads, console, print_table, table, write_json
+from .console import (
+    DTYPES,
+    add_model_arguments,
+    apply_threads,
+    console,
+    positive_seconds,
+    print_table,
+    table,
+    write_json,
+)
 from .report import report
 
 _ROUNDS = 7
@@ -26,22 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument(
         "--max-seconds",
-        type=_seconds,
+        type=positive_seconds,
         default=30.0,
         metavar="S",
         help="compare on at most the first S seconds: transformers' memory grows with their square (default: 30)",
     )
     parser.add_argument("--json", metavar="FILE", help='write everything measured to FILE ("-": standard output)')
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"a number of seconds above 0 is wanted, got {text!r}")
-    return value
 
 
 @dataclass
@@ -146,8 +144,8 @@ def _print_head(out: Console, model: torch.nn.Module, source: checkpoint.Source,
     where = f"{torch.get_num_threads()} CPU threads" if args.device == "cpu" else machine.device_name(args.device)
     out.print(f"model    {source}", markup=False, soft_wrap=True)
     out.print(
-        f"         {parameters / 1e6:.1f} M parameters, {config.num_hidden_layers} layers of {config.hidden_size} channels "
-        f"and {config.num_attention_heads} heads, {args.dtype}",
+        f"         {parameters / 1e6:.1f} M parameters, {config.num_hidden_layers} layers, {config.hidden_size} channels, "
+        f"{config.num_attention_heads} heads, {args.dtype}",
         markup=False,
         soft_wrap=True,
     )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +17,11 @@ _FRAMES, _HEADS, _HEAD_DIM, _CHANNELS, _CONV = 49, 12, 64, 768, 512  # one secon
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `wavlm-fast doctor`."""
     parser.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="as JSON, to FILE or to standard output instead of the text"
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="as JSON, to FILE or to standard output instead of the text",
     )
 
 
@@ -52,31 +54,11 @@ def examine() -> dict[str, Any]:
 
 
 def extension() -> dict[str, Any]:
-    """The C++ extension: how it was built or why not, and the instruction set in use or why it is not loaded."""
-    folder = Path(__file__).parent
-    files = sorted(path.name for path in folder.glob("_C*.so")) + sorted(path.name for path in folder.glob("_C*.pyd"))
-    build = _build_record(folder / "_build.json")
-    found: dict[str, Any] = {"file": files[0] if files else None, "build": build, "level": None, "levels": [], "problem": None}
-    if not files:
-        found["problem"] = build.get("failed") or "the extension has not been built"
-        return found
-    backends.load("cpu").why_not()  # loads it, where that works
-    try:
-        native = torch.ops.wavlm_fast_cpu
-        found["level"], found["levels"] = native.isa(), list(native.isa_levels())
-        found["problem"] = native.isa_problem() or None
-    except (AttributeError, RuntimeError) as error:
-        reason = backends.load("cpu").why_not(torch.device("cpu")) or str(error).splitlines()[0]
-        found["problem"] = f"the extension is there and cannot be loaded: {reason}"
-    return found
-
-
-def _build_record(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
+    """The C++ extension: how it was built and which instruction set it uses, or why there is none."""
+    cpu = backends.load("cpu")
+    levels = list(cpu.isa_levels())
+    problem = cpu.EXTENSION_PROBLEM or torch.ops.wavlm_fast_cpu.isa_problem() or None
+    return {"build": cpu.build_record(), "level": cpu.isa(), "levels": levels, "problem": problem}
 
 
 def _audio() -> dict[str, Any]:
@@ -192,7 +174,9 @@ def _print(found: dict[str, Any]) -> None:
     say("Triton", found["triton"]["problem"] or "importable")
     say("devices", "; ".join(found["devices"]) or f"none: {found['why_no_device']}")
     say("audio", found["audio"]["problem"] or f"readable; the clip of the package is {found['audio']['clip']}")
-    say("environment", ", ".join(f"{k}={v}" for k, v in found["environment"].items()) or "nothing that steers us is set")
+    say(
+        "environment", ", ".join(f"{k}={v}" for k, v in found["environment"].items()) or "nothing that steers us is set"
+    )
     say("backend", f"{found['backend']!r} is asked for")
     for name, state in found["backends"].items():
         say("", f"{name}: {state['problem'] or 'usable'}")
@@ -201,12 +185,10 @@ def _print(found: dict[str, Any]) -> None:
 
 
 def _extension_line(found: dict[str, Any]) -> str:
-    if found["file"] is None:
+    if found["level"] is None:
         return f"none: {found['problem']}"
     build = found["build"]
-    made = f"{found['file']}, by {build.get('compiler', 'an unknown compiler')} for torch {build.get('torch', '?')}"
-    if found["level"] is None:
-        return f"{made}; {found['problem']}"
+    made = f"built by {build.get('compiler', 'an unknown compiler')} for torch {build.get('torch', '?')}"
     levels = f"instruction set {found['level']} of {', '.join(found['levels'])}"
     return f"{made}; {levels}" + (f"; {found['problem']}" if found["problem"] else "")
 
