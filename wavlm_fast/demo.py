@@ -144,8 +144,8 @@ def _print_head(out: Console, model: torch.nn.Module, source: checkpoint.Source,
     where = f"{torch.get_num_threads()} CPU threads" if args.device == "cpu" else machine.device_name(args.device)
     out.print(f"model    {source}", markup=False, soft_wrap=True)
     out.print(
-        f"         {parameters / 1e6:.1f} M parameters, {config.num_hidden_layers} layers, {config.hidden_size} channels, "
-        f"{config.num_attention_heads} heads, {args.dtype}",
+        f"         {parameters / 1e6:.1f} M parameters, {config.num_hidden_layers} layers, "
+        f"{config.hidden_size} channels, {config.num_attention_heads} heads, {args.dtype}",
         markup=False,
         soft_wrap=True,
     )

@@ -30,8 +30,8 @@ class LayerError:
 
 
 # Units in the last place by which a fast path may differ where the plain path happens to be exact. In float32 two
-# orders of summation over the thousand or two terms of a product differ by about sqrt(terms) / 2 units; in half precision
-# products are summed in float32 and only the rounding of what is stored counts.
+# orders of summation over the thousand or two terms of a product differ by about sqrt(terms) / 2 units; in half
+# precision products are summed in float32 and only the rounding of what is stored counts.
 _UNITS = {torch.float32: 16, torch.bfloat16: 2, torch.float16: 2}
 
 

@@ -21,7 +21,7 @@ OUTLIER = 50.0  # magnitude of the few large channels of the residual stream
 _READ = 3.0  # what such a channel contributes to a projection that reads it, in ordinary channels
 _BRANCH_POST, _BRANCH_STABLE = 0.5, 0.25  # rms of what attention and feed-forward add to the stream
 _POST_GROWTH = 1.09  # how much a branch widens the ordinary channels before the next norm, measured
-_GATE_LOGIT = 1.5  # std of the logits of the two gates: sigmoids from about 0.05 to 0.95
+_GATE_LOGIT = 2.0  # std of the logits of the two gates: sigmoids from about 0.02 to 0.98
 _QUERY_KEY = math.sqrt(3.0)  # std of q and of k: with the gated bias, rows with a handful of heavy keys
 _GELU_GAIN = math.sqrt(2.0)  # keeps the rms through conv + activation
 
