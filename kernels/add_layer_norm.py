@@ -57,7 +57,7 @@ def _add_layer_norm_bwd_kernel(
     dweight = tl.zeros([BLOCK_C], dtype=tl.float32)
     dbias = tl.zeros([BLOCK_C], dtype=tl.float32)
     first = program * rows_per_program
-    for step in range(0, tl.minimum(rows_per_program, rows - first)):
+    for step in range(tl.minimum(rows_per_program, rows - first)):
         row = (first + step).to(tl.int64) * C
         total = tl.load(sum_ptr + row + channel, mask=inside, other=0.0).to(tl.float32)
         centred = tl.where(inside, total - tl.sum(total, axis=0) / C, 0.0)

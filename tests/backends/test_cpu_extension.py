@@ -60,7 +60,7 @@ def test_without_extension_auto_falls_back_and_the_name_raises(monkeypatch):
 def test_the_chooser_takes_cpp():
     x, w = torch.randn(2, 8), torch.ones(8)
     assert backends.choose("add_layer_norm", (x, x, w, w, 1e-5)).backend == "cpu"
-    double = backends.choose("add_layer_norm", tuple(t.double() for t in (x, x, w, w)) + (1e-5,))
+    double = backends.choose("add_layer_norm", (*(t.double() for t in (x, x, w, w)), 1e-5))
     assert double.backend == "reference"
     assert "torch.float64" in double.refused[0][1]
 

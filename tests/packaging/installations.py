@@ -10,7 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 # What a build leaves behind, and what git would not clone.
-LEFTOVERS = (".git", ".venv*", ".*_cache", "build", "dist", "results", "*.egg-info", "__pycache__", "*.so", "_build.json")
+LEFTOVERS = (".git", ".venv*", ".*_cache", "build", "dist", "results", "*.egg-info", "__pycache__")
+LEFTOVERS += ("_C*.so", "_build.json")
 SAID = "wavlm-fast is installed without its C++ extension"
 
 

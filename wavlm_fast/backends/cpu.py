@@ -37,7 +37,7 @@ def why_not(device: torch.device | None = None) -> str | None:
 
 
 def build_record(folder: Path = _FOLDER) -> dict[str, Any]:
-    """How the extension was built: {"torch", "compiler", "levels"}, or {"failed": a sentence}, or {} if it never was."""
+    """How the extension was built: {"torch", "compiler", "levels"}, {"failed": a sentence}, or {} if it never was."""
     try:
         return json.loads(folder.joinpath("_build.json").read_text())
     except (OSError, ValueError):
