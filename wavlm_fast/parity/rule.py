@@ -17,10 +17,9 @@ PASS, FAIL, SKIPPED = "pass", "FAIL", "skipped"
 # How many units in the last place of a value of its natural magnitude an output may be off when the plain path happens
 # to be exact or lucky. bfloat16 and float16 paths accumulate in float32, so that only the rounding of what is stored
 # counts: the other neighbour is one unit away, and a gradient passes through two or three stored values. Where the
-# accumulation itself is in the dtype, two orders of summation differ by a random walk over the terms, sqrt(n) / 2 units
-# for the thousand or two of the cases here; and attention weights recomputed from a saved log-sum-exp, of magnitude 10
-# to 30 with sensitive biases, carry the rounding of that number, as many units as it is large.
-_UNITS = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 32, torch.float64: 128}
+# accumulation itself is in the dtype, two orders of summation differ by a random walk over the terms: sqrt(n) / 2 units
+# for the thousand or two of the cases here.
+_UNITS = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 16, torch.float64: 64}
 
 
 @dataclass(frozen=True)

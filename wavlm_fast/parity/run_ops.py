@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import backends, ops
 from . import definitions, plain
 from .cases import Case
-from .rule import FAIL, PASS, Result, allowed_error, dtype_name, error_of, poisoned, ratio, rms
+from .rule import FAIL, PASS, Result, allowed_error, dtype_name, error_of, magnitude, poisoned, ratio, rms
 
 OUTPUTS = {"add_layer_norm": ("sum", "normed"), "gated_attention": ("out", "lse")}
 
@@ -74,7 +74,8 @@ def _evaluate(
     case: Case, function: Callable[..., Any], leaves: dict[str, Any], upstream: list[Tensor] | None
 ) -> tuple[Named, Named]:
     """Outputs, and gradients with respect to every floating leaf when `upstream` gradients are given."""
-    leaves = {k: v.detach().clone().requires_grad_(upstream is not None) if _is_leaf(v) else v for k, v in leaves.items()}
+    track = upstream is not None
+    leaves = {k: v.detach().clone().requires_grad_(track) if _is_leaf(v) else v for k, v in leaves.items()}
     outputs = function(*case.arrange(leaves))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     named = dict(zip(OUTPUTS.get(case.op, ("out",)), outputs, strict=True))
@@ -98,7 +99,7 @@ def _on(leaves: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in leaves.items()}
 
 
-@lru_cache(maxsize=None)
+@cache
 def expected(case: Case, dtype: torch.dtype, device: torch.device) -> Expected:
     """Truth in float64 on the CPU, and what the plain path on the device leaves as allowance."""
     rounded = _rounded(case, dtype)
@@ -112,24 +113,30 @@ def expected(case: Case, dtype: torch.dtype, device: torch.device) -> Expected:
     usual, usual_gradients = _evaluate(case, plain.TABLE[case.op], _on(rounded, device), upstream)
     allowed = {k: allowed_error(usual[k], t, dtype) for k, t in truth.items()}
     allowed_gradients = {
-        k: allowed_error(usual_gradients[k], t, dtype, _natural(case, truth, upstream, exact[k[1:]]))
+        k: allowed_error(usual_gradients[k], t, dtype, _natural(case, truth, upstream, exact[k[1:]], t, dtype))
         for k, t in gradients.items()
     }
     return Expected(truth, gradients, allowed, allowed_gradients)
 
 
-def _natural(case: Case, truth: Named, upstream: list[Tensor], leaf: Tensor) -> float:
-    """The size of a gradient that nothing cancels: what the outputs' share in the loss warrants for this input.
+def _natural(
+    case: Case, truth: Named, upstream: list[Tensor], leaf: Tensor, gradient: Tensor, dtype: torch.dtype
+) -> float:
+    """The magnitude whose rounding a gradient carries; at least that of a gradient in which nothing cancels: what the
+    outputs' share in the loss warrants for this input.
 
     With one frame the gradients of scores are exactly zero, as differences of equal numbers: their rounding errors are
-    those of the numbers, not of the difference.
+    those of the numbers, not of the difference. Attention weights recomputed from a saved log-sum-exp carry the
+    rounding of that number, which is so much larger than theirs as it is larger than one.
     """
-    level = rms(leaf)
-    if not level or not leaf.numel():
-        return 0.0
-    outputs = [list(truth.values())[i] for i in case.upstream]
-    share = max(rms(o) * rms(g) * o.numel() ** 0.5 for o, g in zip(outputs, upstream, strict=True))
-    return share / (level * leaf.numel() ** 0.5)
+    size, level = magnitude(gradient), rms(leaf)
+    if level and leaf.numel():
+        outputs = [list(truth.values())[i] for i in case.upstream]
+        share = max(rms(o) * rms(g) * o.numel() ** 0.5 for o, g in zip(outputs, upstream, strict=True))
+        size = max(size, share / (level * leaf.numel() ** 0.5))
+    if "lse" in truth and dtype in (torch.float32, torch.float64):
+        size *= max(1.0, magnitude(truth["lse"]) / 4)
+    return size
 
 
 def absence(backend: str, op: str, device: torch.device) -> str | None:
