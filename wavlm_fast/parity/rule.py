@@ -104,7 +104,7 @@ def allowed_error(plain: Tensor, truth: Tensor, dtype: torch.dtype, scale: float
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    return str(dtype).removeprefix("torch.")
 
 
 DTYPES = {dtype_name(d): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
