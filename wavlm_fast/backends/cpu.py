@@ -19,7 +19,7 @@ logger = logging.getLogger("wavlm_fast")
 
 # What csrc/ implements, with the ops' own schemas. A namespace of its own leaves the ops' registration (fake, autograd,
 # autocast) the only one.
-_KERNELS = ("add_layer_norm", "add_layer_norm_backward")
+_KERNELS = ("add_layer_norm", "add_layer_norm_backward", "gated_attention")
 _library = torch.library.Library("wavlm_fast_cpu", "DEF")
 for _schema in ("isa() -> str", "isa_levels() -> str[]", "isa_problem() -> str"):
     _library.define(_schema)
@@ -96,7 +96,14 @@ def _why_not_add_layer_norm_backward(
     return _why_not_add_layer_norm(sum, grad_normed, weight, weight, eps)
 
 
+def _why_not_gated_attention(q: torch.Tensor, *rest: object) -> str | None:
+    if q.dtype not in _DTYPES:
+        return f"the C++ gated_attention takes float32 or bfloat16, q is {q.dtype}"
+    return None
+
+
 TABLE: dict[str, Implementation] = {
     "add_layer_norm": _cpp("add_layer_norm", _why_not_add_layer_norm),
     "add_layer_norm_backward": _cpp("add_layer_norm_backward", _why_not_add_layer_norm_backward),
+    "gated_attention": _cpp("gated_attention", _why_not_gated_attention),
 }
