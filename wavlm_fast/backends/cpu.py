@@ -36,7 +36,7 @@ def why_not(device: torch.device | None = None) -> str | None:
 
 
 def build_record() -> dict[str, Any]:
-    """How the extension was built: {"torch", "compiler", "levels"}, or {"failed": a sentence}; empty if it never was."""
+    """How the extension was built: {"torch", "compiler", "levels"}, or {"failed": a sentence}, or {} if it never was."""
     try:
         return json.loads(_FOLDER.joinpath("_build.json").read_text())
     except (OSError, ValueError):

@@ -182,7 +182,6 @@ def _backward_kernel(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = gate.dtype
     queries, keys, values, dout = (x.to(dtype).transpose(1, 2) for x in (q, k, v, grad))  # [B, H, T, D]
-    row_sums = (dout * out.to(dtype).transpose(1, 2)).sum(-1, keepdim=True)  # [B, H, T, 1]
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (queries, keys, values))
     dgate, drel_bias = torch.zeros_like(gate), torch.zeros_like(rel_bias)
     frames = q.shape[1]
@@ -198,7 +197,8 @@ def _backward_kernel(
             dweights = dweights * keep
         else:
             dv += weights.mT @ dout[:, :, rows]
-        dscores = weights * (dweights - row_sums[:, :, rows])  # [B, H, stop - start, T]
+        # The row sums could come from `out`, but only like this do the rows of dscores sum to zero beyond rounding.
+        dscores = weights * (dweights - (weights * dweights).sum(-1, keepdim=True))  # [B, H, stop - start, T]
         dq[:, :, rows] = dscores @ keys * scale
         dk += dscores.mT @ queries[:, :, rows] * scale
         dgate[:, :, rows] = (dscores * bias_rows(rel_bias, start, stop)).sum(-1)
