@@ -79,13 +79,15 @@ def _kernel(
     outs, sums = [], []
     for start, stop in _chunks(queries):
         scores = _scores(queries, keys, gate, rel_bias, key_lengths, scale, start, stop)
-        lse = scores.logsumexp(-1)
-        weights = _softmax(scores, lse)
+        # A row without keys has maximum -inf: its weights are to be 0, not NaN. NaN scores stay NaN.
+        highest = scores.detach().amax(-1, keepdim=True)
+        weights = scores.sub_(highest.masked_fill(highest == float("-inf"), 0)).exp_()
+        total = weights.sum(-1, keepdim=True)  # [B, H, stop - start, 1]
+        sums.append((highest + total.log()).squeeze(-1))
         if dropout_p > 0:
-            weights = weights * keep_mask(seed, queries.shape[:3], start, stop, dropout_p).to(weights.dtype)
-            weights = weights / (1 - dropout_p)
-        outs.append(weights @ values)
-        sums.append(lse)
+            keep = keep_mask(seed, queries.shape[:3], start, stop, dropout_p)
+            weights = weights.masked_fill(~keep, 0) / (1 - dropout_p)
+        outs.append(weights @ values / total.masked_fill(total == 0, 1))
     return torch.cat(outs, 2).to(q.dtype).transpose(1, 2).contiguous(), torch.cat(sums, 2)
 
 
@@ -116,16 +118,11 @@ def _scores(
 ) -> Tensor:
     """Masked scores of the queries `start` to `stop`, `[B, H, stop - start, T]`."""
     scores = (queries[:, :, start:stop] * scale) @ keys.mT
-    scores = scores + gate[:, :, start:stop, None] * bias_rows(rel_bias, start, stop)
+    scores = torch.addcmul(scores, gate[:, :, start:stop, None], bias_rows(rel_bias, start, stop))
     if key_lengths is None:
         return scores
     past_end = torch.arange(keys.shape[2], device=keys.device) >= key_lengths[:, None]
-    return scores.masked_fill(past_end[:, None, None], float("-inf"))
-
-
-def _softmax(scores: Tensor, lse: Tensor) -> Tensor:
-    # A row without keys has lse -inf and weights 0, where the quotient would be NaN. NaN scores stay NaN.
-    return (scores - lse.masked_fill(lse == float("-inf"), 0)[..., None]).exp()
+    return scores.masked_fill_(past_end[:, None, None], float("-inf"))
 
 
 def _check(
@@ -184,12 +181,12 @@ def _backward_kernel(
     queries, keys, values, dout = (x.to(dtype).transpose(1, 2) for x in (q, k, v, grad))  # [B, H, T, D]
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (queries, keys, values))
     dgate, drel_bias = torch.zeros_like(gate), torch.zeros_like(rel_bias)
+    sums = lse.masked_fill(lse == float("-inf"), 0)[..., None]  # rows without keys: weights 0, not NaN
     frames = q.shape[1]
     for start, stop in _chunks(queries):
         rows = slice(start, stop)
-        weights = _softmax(
-            _scores(queries, keys, gate, rel_bias, key_lengths, scale, start, stop), lse[:, :, rows]
-        )
+        scores = _scores(queries, keys, gate, rel_bias, key_lengths, scale, start, stop)
+        weights = scores.sub_(sums[:, :, rows]).exp_()
         dweights = dout[:, :, rows] @ values.mT
         if dropout_p > 0:
             keep = keep_mask(seed, queries.shape[:3], start, stop, dropout_p).to(dtype) / (1 - dropout_p)
