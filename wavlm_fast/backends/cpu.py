@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..ops import schemas
-from . import Implementation
+from . import Implementation, onednn
 
 NAME = "cpu"
 
@@ -106,4 +106,7 @@ TABLE: dict[str, Implementation] = {
     "add_layer_norm": _cpp("add_layer_norm", _why_not_add_layer_norm),
     "add_layer_norm_backward": _cpp("add_layer_norm_backward", _why_not_add_layer_norm_backward),
     "gated_attention": _cpp("gated_attention", _why_not_gated_attention),
+    "linear_act": Implementation(onednn.linear_act, onednn.why_not),
+    "strided_conv": Implementation(onednn.strided_conv, onednn.why_not),
+    "tdnn": Implementation(onednn.tdnn, onednn.why_not),
 }
