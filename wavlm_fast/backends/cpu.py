@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..ops import schemas
-from . import Implementation
+from . import Implementation, onednn
 
 NAME = "cpu"
 
@@ -19,7 +19,7 @@ logger = logging.getLogger("wavlm_fast")
 
 # What csrc/ implements, with the ops' own schemas. A namespace of its own leaves the ops' registration (fake, autograd,
 # autocast) the only one.
-_KERNELS = ("add_layer_norm", "add_layer_norm_backward")
+_KERNELS = ("add_layer_norm", "add_layer_norm_backward", "gated_attention")
 _library = torch.library.Library("wavlm_fast_cpu", "DEF")
 for _schema in ("isa() -> str", "isa_levels() -> str[]", "isa_problem() -> str"):
     _library.define(_schema)
@@ -98,7 +98,17 @@ def _why_not_add_layer_norm_backward(
     return _why_not_add_layer_norm(sum, grad_normed, weight, weight, eps)
 
 
+def _why_not_gated_attention(q: torch.Tensor, *rest: object) -> str | None:
+    if q.dtype not in _DTYPES:
+        return f"the C++ gated_attention takes float32 or bfloat16, q is {q.dtype}"
+    return None
+
+
 TABLE: dict[str, Implementation] = {
     "add_layer_norm": _cpp("add_layer_norm", _why_not_add_layer_norm),
     "add_layer_norm_backward": _cpp("add_layer_norm_backward", _why_not_add_layer_norm_backward),
+    "gated_attention": _cpp("gated_attention", _why_not_gated_attention),
+    "linear_act": Implementation(onednn.linear_act, onednn.why_not),
+    "strided_conv": Implementation(onednn.strided_conv, onednn.why_not),
+    "tdnn": Implementation(onednn.tdnn, onednn.why_not),
 }
