@@ -1,0 +1,75 @@
+# Every target sets itself up. All that a machine needs is Python 3.10 to 3.13 and, for the C++ kernels, a C++ compiler.
+#
+#   make demo    the main job on a speech clip        make test         lint and every test
+#   make bench   benchmarks                           make test-compat  the tests with transformers 4.57
+#   make lint    ruff                                 make clean        remove everything made here
+#
+# PYTHON=python3.12 chooses the interpreter, ARGS="..." goes to the command that a target runs, WORKERS=n is how many
+# tests run at once. pip's own settings apply: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu with torch's
+# CPU build saves gigabytes on Linux.
+
+SHELL := /bin/sh
+VENV := .venv
+COMPAT_VENV := .venv-compat
+PYTHON ?=
+ARGS ?=
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -gt 4 ] && n=4; echo $$n)
+BUILT_FROM := pyproject.toml setup.py MANIFEST.in constraints-common.txt $(wildcard csrc/*)
+# Tests run side by side: one thread each keeps them from waiting for each other.
+PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(1)/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+.PHONY: demo test test-compat bench lint clean
+.NOTPARALLEL:
+
+demo: $(VENV)/installed
+	$(VENV)/bin/wavlm-fast demo $(ARGS)
+
+test: lint
+	$(call PYTEST,$(VENV))
+
+test-compat: $(COMPAT_VENV)/installed
+	$(call PYTEST,$(COMPAT_VENV))
+
+bench: $(VENV)/installed
+	$(VENV)/bin/python -m benchmarks $(ARGS)
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+
+clean:
+	rm -rf $(VENV) $(COMPAT_VENV) build dist *.egg-info wavlm_fast/_C*.so wavlm_fast/_build.json
+	rm -rf .pytest_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/installed: constraints.txt $(BUILT_FROM)
+	$(call INSTALL,$(VENV),constraints.txt)
+
+$(COMPAT_VENV)/installed: constraints-compat.txt $(BUILT_FROM)
+	$(call INSTALL,$(COMPAT_VENV),constraints-compat.txt)
+
+# Interpreters are tried by running them: one that is on the PATH may still not start, or lack venv.
+define FIND_PYTHON
+	for python in $(if $(PYTHON),"$(PYTHON)",python3.11 python3.12 python3.13 python3.10 python3 python); do \
+	    "$$python" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
+	        2>/dev/null && break; \
+	    python=; \
+	done; \
+	if [ -z "$$python" ]; then \
+	    echo "$(if $(PYTHON),PYTHON=$(PYTHON) does not start or is not,No) Python 3.10 to 3.13 with the venv module"\
+	         "$(if $(PYTHON),,was found). Install one (on Debian: python3 and python3-venv) or set PYTHON=/path/to/python3" >&2; \
+	    exit 1; \
+	fi
+endef
+
+# torch first: the extension is built against the torch that is installed, which build isolation would hide.
+define INSTALL
+	@set -e; \
+	$(FIND_PYTHON); \
+	[ -x $(1)/bin/python ] && $(1)/bin/python -c 'import pip' 2>/dev/null || "$$python" -m venv --clear $(1); \
+	echo "Installing into $(1) ($$($(1)/bin/python -V)); the first time this takes some minutes."; \
+	$(1)/bin/python -m pip install -q --disable-pip-version-check -c $(2) torch numpy setuptools wheel ninja; \
+	$(1)/bin/python -m pip install -q --disable-pip-version-check -c $(2) --no-build-isolation -e '.[test,bench]'; \
+	$(1)/bin/python -c 'import json; r = json.load(open("wavlm_fast/_build.json")); \
+	    print("C++ extension:", r.get("failed") and "not built: " + r["failed"] or "built, " + ", ".join(r["levels"]))'; \
+	touch $(1)/installed
+endef

@@ -1,0 +1,81 @@
+// Residual add and layer norm of one row at a time: the row is read from memory once and stays in the first cache.
+#include "add_layer_norm.h"
+#include "vec.h"
+
+namespace wavlm_fast {
+namespace WAVLM_FAST_ISA {
+namespace {
+
+struct Statistics {
+  float mean;
+  float rstd;
+};
+
+// Two passes over the row: the mean first, then the squares of what differs from it. E[x^2] - E[x]^2 would cancel.
+template <class T>
+WAVLM_FAST_INLINE Statistics statistics(const T* row, std::int64_t C, float eps) {
+  Floats total[kUnroll] = {};
+  sweep(C, [&](std::int64_t i, auto lanes, int u) { total[u] += lanes.load(row + i); });
+  const float mean = sum(total) / C;
+  Floats squares[kUnroll] = {};
+  sweep(C, [&](std::int64_t i, auto lanes, int u) {
+    const Floats centred = lanes.keep(lanes.load(row + i) - mean);
+    squares[u] += centred * centred;
+  });
+  return {mean, 1.0f / __builtin_sqrtf(sum(squares) / C + eps)};
+}
+
+template <class T>
+void forward(const T* x, const T* residual, const float* weight, const float* bias, float eps, std::int64_t rows,
+             std::int64_t C, T* sum_out, T* normed) {
+  for (std::int64_t row = 0; row < rows; ++row) {
+    sweep(C, [&](std::int64_t i, auto lanes, int) {
+      lanes.store(sum_out + i, lanes.load(x + i) + lanes.load(residual + i));
+    });
+    // The norm is of the sum as it was rounded, which is what the next layer sees.
+    const auto [mean, rstd] = statistics(sum_out, C, eps);
+    sweep(C, [&, mean = mean, rstd = rstd](std::int64_t i, auto lanes, int) {
+      const Floats hat = (lanes.load(sum_out + i) - mean) * rstd;
+      lanes.store(normed + i, hat * lanes.load(weight + i) + lanes.load(bias + i));
+    });
+    x += C, residual += C, sum_out += C, normed += C;
+  }
+}
+
+// With hat = (sum - mean) * rstd and g = grad_normed * weight:
+// dx = grad_sum + rstd * (g - mean(g) - hat * mean(g * hat)), dweight = sum of grad_normed * hat, dbias of grad_normed.
+template <class T>
+void backward(const T* grad_sum, const T* grad_normed, const T* sum_in, const float* weight, float eps,
+              std::int64_t rows, std::int64_t C, T* dx, float* dweight, float* dbias) {
+  for (std::int64_t row = 0; row < rows; ++row) {
+    const auto statistics_of_row = statistics(sum_in, C, eps);
+    const float mean = statistics_of_row.mean, rstd = statistics_of_row.rstd;
+    Floats g_total[kUnroll] = {}, g_hat_total[kUnroll] = {};
+    sweep(C, [&](std::int64_t i, auto lanes, int u) {
+      const Floats hat = (lanes.load(sum_in + i) - mean) * rstd;
+      const Floats grad = lanes.load(grad_normed + i);
+      const Floats g = grad * lanes.load(weight + i);
+      g_total[u] += g;
+      g_hat_total[u] += g * hat;
+      lanes.store(dweight + i, lanes.load(dweight + i) + grad * hat);
+      lanes.store(dbias + i, lanes.load(dbias + i) + grad);
+    });
+    const float g_mean = sum(g_total) / C, g_hat_mean = sum(g_hat_total) / C;
+    sweep(C, [&](std::int64_t i, auto lanes, int) {
+      const Floats hat = (lanes.load(sum_in + i) - mean) * rstd;
+      const Floats g = lanes.load(grad_normed + i) * lanes.load(weight + i);
+      lanes.store(dx + i, lanes.load(grad_sum + i) + (g - g_mean - hat * g_hat_mean) * rstd);
+    });
+    grad_sum += C, grad_normed += C, sum_in += C, dx += C;
+  }
+}
+
+}  // namespace
+
+const AddLayerNormKernels& add_layer_norm_kernels() {
+  static constexpr AddLayerNormKernels kernels = {forward<float>, forward<bf16>, backward<float>, backward<bf16>};
+  return kernels;
+}
+
+}  // namespace WAVLM_FAST_ISA
+}  // namespace wavlm_fast

@@ -1,0 +1,99 @@
+#include "dispatch.h"
+
+#include <torch/library.h>
+
+#include <cstdlib>
+
+namespace wavlm_fast {
+namespace {
+
+constexpr Isa kAll[] = {Isa::default_, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
+constexpr const char* kVariable = "WAVLM_FAST_CPU_ISA";
+
+// __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
+bool cpu_has(Isa level) {
+  switch (level) {
+    case Isa::default_:
+      return true;
+    WAVLM_FAST_IF_AVX2(case Isa::avx2
+                       : return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");)
+    WAVLM_FAST_IF_AVX512(case Isa::avx512
+                         : return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                                  __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");)
+    WAVLM_FAST_IF_AVX512_BF16(case Isa::avx512_bf16
+                              : return cpu_has(Isa::avx512) && __builtin_cpu_supports("avx512bf16");)
+    default:
+      return false;
+  }
+}
+
+struct Selection {
+  Isa level;
+  std::string problem;
+};
+
+Selection select() {
+  const Isa best = isa_levels().back();
+  const char* variable = std::getenv(kVariable);
+  const std::string wanted = variable ? variable : "";
+  if (wanted.empty()) return {best, ""};
+  std::string names;
+  for (const Isa level : kAll) {
+    if (isa_name(level) == wanted) {
+      if (cpu_has(level)) return {level, ""};
+      return {best, std::string(kVariable) + "=" + wanted + " is not available: the CPU lacks it or the compiler of " +
+                        "this build did; using " + isa_name(best)};
+    }
+    names += (names.empty() ? "" : ", ") + isa_name(level);
+  }
+  return {best, std::string(kVariable) + "=" + wanted + " is none of " + names + "; using " + isa_name(best)};
+}
+
+const Selection& selection() {
+  static const Selection selected = select();
+  return selected;
+}
+
+std::string isa_op() { return isa_name(isa()); }
+
+std::vector<std::string> isa_levels_op() {
+  std::vector<std::string> names;
+  for (const Isa level : isa_levels()) names.push_back(isa_name(level));
+  return names;
+}
+
+}  // namespace
+
+Isa isa() { return selection().level; }
+
+std::string isa_name(Isa level) {
+  switch (level) {
+    case Isa::avx2:
+      return "avx2";
+    case Isa::avx512:
+      return "avx512";
+    case Isa::avx512_bf16:
+      return "avx512_bf16";
+    default:
+      return "default";
+  }
+}
+
+std::vector<Isa> isa_levels() {
+  std::vector<Isa> levels;
+  for (const Isa level : kAll) {
+    if (cpu_has(level)) levels.push_back(level);
+  }
+  return levels;
+}
+
+std::string isa_problem() { return selection().problem; }
+
+TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CompositeExplicitAutograd, m) {
+  m.impl("isa", &isa_op);
+  m.impl("isa_levels", &isa_levels_op);
+  m.impl("isa_problem", &isa_problem);
+}
+
+}  // namespace wavlm_fast

@@ -1,0 +1,124 @@
+// Vectors of as many floats as the level's registers hold, for kernels: portable GCC/clang vector types instead of one
+// set of intrinsics per level. Everything lives in the level's namespace and is inlined, so that no code of one level
+// can be linked into another.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "bf16.h"
+
+#define WAVLM_FAST_INLINE inline __attribute__((always_inline))
+
+namespace wavlm_fast {
+namespace WAVLM_FAST_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(kLanes * 4)));
+typedef std::uint32_t Words __attribute__((vector_size(kLanes * 4)));
+typedef std::uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+
+WAVLM_FAST_INLINE Floats splat(float value) { return value - Floats{}; }
+
+WAVLM_FAST_INLINE Floats load(const float* from) {
+  Floats value;
+  std::memcpy(&value, from, sizeof(value));
+  return value;
+}
+
+WAVLM_FAST_INLINE Floats load(const bf16* from) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof(halves));
+  const Words words = __builtin_convertvector(halves, Words) << 16;
+  Floats value;
+  std::memcpy(&value, &words, sizeof(value));
+  return value;
+}
+
+WAVLM_FAST_INLINE void store(float* to, Floats value) { std::memcpy(to, &value, sizeof(value)); }
+
+// Rounds to nearest even as torch does; a NaN keeps being one.
+WAVLM_FAST_INLINE void store(bf16* to, Floats value) {
+  Words words;
+  std::memcpy(&words, &value, sizeof(value));
+  words = (words + 0x7fffu + ((words >> 16) & 1u)) >> 16;
+  words = (value != value) ? Words{} + 0x7fc0u : words;
+  const Halves halves = __builtin_convertvector(words, Halves);
+  std::memcpy(to, &halves, sizeof(halves));
+}
+
+// The first n < kLanes elements; the other lanes are zero and are not stored.
+template <class T>
+WAVLM_FAST_INLINE Floats load(const T* from, int n) {
+  T buffer[kLanes] = {};
+  std::memcpy(buffer, from, n * sizeof(T));
+  return load(buffer);
+}
+
+template <class T>
+WAVLM_FAST_INLINE void store(T* to, Floats value, int n) {
+  T buffer[kLanes];
+  store(buffer, value);
+  std::memcpy(to, buffer, n * sizeof(T));
+}
+
+WAVLM_FAST_INLINE float sum(Floats value) {
+  float lanes[kLanes];
+  store(lanes, value);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+// All lanes, or the first n: what a sweep hands to its body, so that the body is written once.
+struct All {
+  template <class T>
+  WAVLM_FAST_INLINE Floats load(const T* from) const { return WAVLM_FAST_ISA::load(from); }
+  template <class T>
+  WAVLM_FAST_INLINE void store(T* to, Floats value) const { WAVLM_FAST_ISA::store(to, value); }
+  WAVLM_FAST_INLINE Floats keep(Floats value) const { return value; }
+};
+
+struct First {
+  int n;
+  template <class T>
+  WAVLM_FAST_INLINE Floats load(const T* from) const { return WAVLM_FAST_ISA::load(from, n); }
+  template <class T>
+  WAVLM_FAST_INLINE void store(T* to, Floats value) const { WAVLM_FAST_ISA::store(to, value, n); }
+  // Zero in the lanes that do not exist, before they enter a sum.
+  WAVLM_FAST_INLINE Floats keep(Floats value) const {
+    Floats kept = {};
+    for (int i = 0; i < n; ++i) kept[i] = value[i];
+    return kept;
+  }
+};
+
+// Calls body(i, lanes, u) for the vectors starting at i = 0, kLanes, 2 kLanes, ... below size. u cycles through
+// 0 .. kUnroll - 1 and names an accumulator: sums wait for an addition, and four of them wait together.
+constexpr int kUnroll = 4;
+
+template <class Body>
+WAVLM_FAST_INLINE void sweep(std::int64_t size, const Body& body) {
+  std::int64_t i = 0;
+  for (; i + kUnroll * kLanes <= size; i += kUnroll * kLanes) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) body(i + u * kLanes, All{}, u);
+  }
+  for (; i + kLanes <= size; i += kLanes) body(i, All{}, 0);
+  if (i < size) body(i, First{static_cast<int>(size - i)}, 0);
+}
+
+WAVLM_FAST_INLINE float sum(const Floats (&parts)[kUnroll]) {
+  return sum((parts[0] + parts[1]) + (parts[2] + parts[3]));
+}
+
+}  // namespace WAVLM_FAST_ISA
+}  // namespace wavlm_fast

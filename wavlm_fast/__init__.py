@@ -1,0 +1,37 @@
+"""Microsoft's WavLM speech models, fast: transformers' classes with fused kernels in their modules.
+
+    from wavlm_fast import WavLMForXVector
+    model = WavLMForXVector.from_pretrained("microsoft/wavlm-base-plus-sv")
+
+or, for a model that exists already, `wavlm_fast.accelerate(model)`.
+"""
+
+from transformers import WavLMConfig
+
+from .backends import use_backend
+from .models import (
+    WavLMForAudioFrameClassification,
+    WavLMForCTC,
+    WavLMForSequenceClassification,
+    WavLMForXVector,
+    WavLMModel,
+)
+from .report import report
+from .swap import accelerate, install, restore, uninstall
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "WavLMConfig",
+    "WavLMForAudioFrameClassification",
+    "WavLMForCTC",
+    "WavLMForSequenceClassification",
+    "WavLMForXVector",
+    "WavLMModel",
+    "accelerate",
+    "install",
+    "report",
+    "restore",
+    "uninstall",
+    "use_backend",
+]

@@ -1,0 +1,102 @@
+"""C++ kernels (csrc/) and oneDNN through torch, for tensors on the CPU."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..ops import schemas
+from . import Implementation
+
+NAME = "cpu"
+
+logger = logging.getLogger("wavlm_fast")
+
+# What csrc/ implements, with the ops' own schemas. A namespace of its own leaves the ops' registration (fake, autograd,
+# autocast) the only one.
+_KERNELS = ("add_layer_norm", "add_layer_norm_backward")
+_library = torch.library.Library("wavlm_fast_cpu", "DEF")
+for _schema in ("isa() -> str", "isa_levels() -> str[]", "isa_problem() -> str"):
+    _library.define(_schema)
+for _name in _KERNELS:
+    _library.define(_name + schemas[_name])
+_native = torch.ops.wavlm_fast_cpu
+
+
+def why_not(device: torch.device | None = None) -> str | None:
+    """Why no kernel of this backend can run on `device`; None when one can."""
+    if device is not None and device.type != "cpu":
+        return f"the cpu backend needs tensors on the CPU, these are on {device.type}"
+    return None
+
+
+def build_record() -> dict[str, Any]:
+    """How the extension was built: {"torch", "compiler", "levels"}, or {"failed": a sentence}, or {} if it never was."""
+    try:
+        return json.loads(_FOLDER.joinpath("_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def isa() -> str | None:
+    """The instruction set level that the C++ kernels use here; None without the extension."""
+    return None if EXTENSION_PROBLEM else _native.isa()
+
+
+def isa_levels() -> list[str]:
+    """The levels that both the extension and this CPU have, slowest first."""
+    return [] if EXTENSION_PROBLEM else _native.isa_levels()
+
+
+def _load_extension(folder: Path) -> str | None:
+    """Load the extension; a sentence when that cannot be done."""
+    record = build_record()
+    files = sorted(folder.glob("_C*.so"))
+    if not files:
+        return f"extension not built: {record.get('failed', 'wavlm-fast was not installed, only put on the path')}"
+    built_with, installed = record.get("torch", torch.__version__), torch.__version__
+    # torch's C++ interface changes with every minor version; a library built for another one may load and then crash.
+    if built_with.split(".")[:2] != installed.split(".")[:2]:
+        return f"extension built with torch {built_with}, torch {installed} is installed: install wavlm-fast again"
+    try:
+        torch.ops.load_library(str(files[0]))
+    except (OSError, RuntimeError) as error:
+        return f"extension cannot be loaded: {str(error).splitlines()[0]}"
+    if _native.isa_problem():
+        logger.warning("%s", _native.isa_problem())
+    return None
+
+
+_FOLDER = Path(__file__).parent.parent
+EXTENSION_PROBLEM = _load_extension(_FOLDER)
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _cpp(name: str, why_not: Callable[..., str | None]) -> Implementation:
+    """The C++ kernel `name`, which needs the extension and whatever else `why_not` asks for."""
+    return Implementation(getattr(_native, name).default, lambda *args: EXTENSION_PROBLEM or why_not(*args))
+
+
+def _why_not_add_layer_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> str | None:
+    if x.dtype not in _DTYPES or residual.dtype != x.dtype:
+        return f"the C++ add_layer_norm takes float32 or bfloat16, x is {x.dtype} and residual {residual.dtype}"
+    return None
+
+
+def _why_not_add_layer_norm_backward(
+    grad_sum: torch.Tensor, grad_normed: torch.Tensor, sum: torch.Tensor, weight: torch.Tensor, eps: float
+) -> str | None:
+    return _why_not_add_layer_norm(sum, grad_normed, weight, weight, eps)
+
+
+TABLE: dict[str, Implementation] = {
+    "add_layer_norm": _cpp("add_layer_norm", _why_not_add_layer_norm),
+    "add_layer_norm_backward": _cpp("add_layer_norm_backward", _why_not_add_layer_norm_backward),
+}

@@ -1,0 +1,127 @@
+"""The WavLM that a subcommand works on: a checkpoint of the user's, or seeded weights."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import WavLMConfig, WavLMModel
+
+from . import audio
+from .errors import UserError
+from .sensitive import make_sensitive
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's weights come from, and how its audio is prepared."""
+
+    name: str | None  # local folder or hub id; None for seeded weights
+    normalise: bool  # each utterance to zero mean and unit variance first, as the checkpoint was trained
+
+    def __str__(self) -> str:
+        if self.name is None:
+            return "WavLM-base, seeded sensitive weights (no --model given: not a trained model)"
+        prepared = "utterances normalised to zero mean and unit variance" if self.normalise else "waveforms as they are"
+        return f"{self.name} ({prepared})"
+
+
+def load(name: str | None, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[WavLMModel, Source]:
+    """Build transformers' own `WavLMModel` in eval mode, on the CPU.
+
+    Args:
+        name: a local folder, a hub id, or None for WavLM-base with seeded sensitive weights.
+        dtype: of the parameters.
+        seed: of the seeded weights.
+
+    Raises:
+        UserError: the path or id does not lead to a complete WavLM checkpoint.
+    """
+    if name is None:
+        model = make_sensitive(_transformers_model(WavLMConfig()), seed)
+        return model.to(dtype).eval(), Source(None, False)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    config = _config(name)
+    try:
+        model, problems = _plain_class().from_pretrained(name, config=config, output_loading_info=True)
+    except Exception as error:  # whatever a broken file makes safetensors, pickle or transformers raise
+        raise UserError(f"the WavLM checkpoint {name} cannot be loaded: {_first_line(error)}") from error
+    missing = sorted(set(problems["missing_keys"]) - {"masked_spec_embed"})  # only training reads that one
+    if missing:
+        raise UserError(
+            f"a complete WavLM checkpoint is wanted, but {name} lacks {len(missing)} parameters, such as {missing[0]}"
+        )
+    mismatched = [key if isinstance(key, str) else key[0] for key in problems.get("mismatched_keys") or ()]
+    if mismatched:
+        raise UserError(f"{name} is not the shape that its config.json says, for example {mismatched[0]}")
+    return model.to(dtype).eval(), Source(name, _normalises(name, config))
+
+
+def prepare(waveform: torch.Tensor, normalise: bool) -> torch.Tensor:
+    """[S] -> [1, S], normalised as `Wav2Vec2FeatureExtractor` does if the checkpoint wants that."""
+    if normalise:
+        waveform = (waveform - waveform.mean()) / torch.sqrt(waveform.var(unbiased=False) + 1e-7)
+    return waveform[None]
+
+
+def receptive_field(model: torch.nn.Module) -> int:
+    """Samples that the model's first frame needs."""
+    return audio.receptive_field(model.config.conv_kernel, model.config.conv_stride)
+
+
+def accelerated(model: WavLMModel) -> WavLMModel:
+    """A fast copy; the given model stays transformers' own."""
+    from . import accelerate
+
+    return accelerate(copy.deepcopy(model))
+
+
+def _plain_class() -> type[WavLMModel]:
+    """transformers' own class, also while `install` has put ours in its place."""
+    return next(c for c in transformers.WavLMModel.__mro__ if c.__module__.startswith("transformers."))
+
+
+def _transformers_model(config: WavLMConfig) -> WavLMModel:
+    with torch.random.fork_rng(devices=[]):
+        return _plain_class()(config)
+
+
+def _config(name: str) -> WavLMConfig:
+    path = Path(name).expanduser()
+    looks_local = os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1 or os.sep == "\\" and "\\" in name
+    if path.exists() and not path.is_dir():
+        raise UserError(f"a model folder or hub id is wanted, but {name} is a file")
+    if path.is_dir() and not (path / "config.json").exists():
+        raise UserError(f"a model folder is wanted, but {name} has no config.json")
+    if looks_local and not path.exists():
+        raise UserError(f"a model folder or hub id is wanted, but {name} does not exist")
+    try:
+        found = transformers.PretrainedConfig.get_config_dict(name)[0]
+    except Exception as error:  # offline, no such id, gated, unreadable JSON: one sentence each
+        where = "read" if path.is_dir() else "found locally or fetched from the hub"
+        raise UserError(f"the model {name} cannot be {where}: {_first_line(error)}") from error
+    if found.get("model_type") != "wavlm":
+        came = found.get("model_type") or "a config without model_type"
+        raise UserError(f"a WavLM checkpoint is wanted, but {name} is {came}")
+    try:
+        return WavLMConfig.from_dict(found)
+    except Exception as error:
+        raise UserError(f"the config of {name} is not valid: {_first_line(error)}") from error
+
+
+def _normalises(name: str, config: WavLMConfig) -> bool:
+    """What preprocessor_config.json says; without one, what the published models of this norm form do."""
+    try:
+        return bool(transformers.Wav2Vec2FeatureExtractor.from_pretrained(name).do_normalize)
+    except (OSError, ValueError, TypeError):
+        return config.feat_extract_norm == "layer"
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".:")

@@ -1,0 +1,110 @@
+"""What the subcommands share in talking to their user: tables, JSON, dtypes and threads."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_PLAIN_WIDTH = 120  # columns in a pipe or a log, whatever the terminal around it
+
+
+def console() -> Console:
+    """Standard output: colours and the terminal's width on a terminal, plain text of fixed width elsewhere."""
+    if sys.stdout.isatty():
+        return Console(highlight=False)
+    return Console(highlight=False, width=_PLAIN_WIDTH, color_system=None, force_terminal=False)
+
+
+def table(title: str, *columns: str) -> Table:
+    """A table whose first column is text and whose others are numbers, aligned to the right."""
+    style = box.SIMPLE_HEAD if sys.stdout.isatty() else box.MARKDOWN
+    made = Table(title=title, box=style, title_justify="left", title_style="bold", show_edge=True)
+    for position, name in enumerate(columns):
+        made.add_column(name, justify="left" if position == 0 else "right", no_wrap=True)
+    return made
+
+
+def write_json(target: str, value: Any) -> None:
+    """Write JSON to a file, whole or not at all, or to standard output for "-".
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    text = json.dumps(value, indent=1) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+        return
+    path = Path(target)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.write_text(text)
+        unfinished.replace(path)
+    except OSError as error:
+        raise UserError(f"the JSON file {target} cannot be written: {error.strerror or error}") from error
+    finally:
+        if unfinished.exists():
+            unfinished.unlink()
+
+
+def dtype_argument(text: str) -> str:
+    """The argparse type of --dtype."""
+    name = _ALIASES.get(text, text)
+    if name not in DTYPES:
+        raise argparse.ArgumentTypeError(f"one of {', '.join(DTYPES)} is wanted, got {text!r}")
+    return name
+
+
+def positive_int(text: str) -> int:
+    """The argparse type of counts."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"a whole number of at least 1 is wanted, got {text!r}")
+    return int(text)
+
+
+def device_argument(text: str) -> str:
+    """The argparse type of --device: one that this machine has."""
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"cpu, cuda or cuda:N is wanted, got {text!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"cpu, cuda or cuda:N is wanted, got {text!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"torch sees no GPU on this machine, so {text!r} cannot be used")
+    if (device.index or 0) >= max(1, torch.cuda.device_count()):
+        raise argparse.ArgumentTypeError(f"this machine has {torch.cuda.device_count()} GPUs, got {text!r}")
+    return text
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """--model, --dtype, --device and --threads, the same for every subcommand."""
+    parser.add_argument(
+        "--model",
+        metavar="PATH_OR_ID",
+        help="a WavLM checkpoint: a local folder or a hub id such as microsoft/wavlm-base-plus "
+        "(default: the size of WavLM-base with seeded weights that make every part of the model matter)",
+    )
+    parser.add_argument(
+        "--dtype", type=dtype_argument, default="float32", metavar="DTYPE", help=f"{', '.join(DTYPES)} (default: float32)"
+    )
+    parser.add_argument("--device", type=device_argument, default="cpu", help="cpu (default), cuda or cuda:N")
+    parser.add_argument("--threads", type=positive_int, metavar="N", help="torch's CPU threads (default: torch's own)")
+
+
+def apply_threads(threads: int | None) -> None:
+    """Honour --threads."""
+    if threads is not None:
+        torch.set_num_threads(threads)

@@ -1,0 +1,86 @@
+"""Tensors computed from parameters and kept until the parameters change: packed, folded or concatenated weights.
+
+Derived state is never in a `state_dict`, is not copied or pickled with the model, and dies with the parameter that it
+was computed from.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_SAMPLES = 16
+
+_lock = threading.RLock()
+_store: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # first source -> {(kind, ids of the rest): (state, value)}
+
+
+def derived(kind: str, sources: tuple[torch.Tensor, ...], build: Callable[[], Any]) -> Any:
+    """`build()`, remembered under `kind` until the storage, version, dtype, device or shape of a source changes.
+
+    Nothing is remembered while a gradient may be needed through a source, while a graph is traced, or for tensors
+    that track no version (inference tensors). Safe to call from several threads.
+
+    Args:
+        kind: what is built, a name.
+        sources: the parameters that `build` reads.
+        build: makes the value; any object holding tensors.
+    """
+    if torch.compiler.is_compiling() or not all(map(_trackable, sources)):
+        return build()
+    if torch.is_grad_enabled() and any(s.requires_grad for s in sources):
+        return build()
+    key = (kind, *(id(s) for s in sources[1:]))
+    state = tuple(map(_state, sources))
+    with _lock:
+        entry = _store.setdefault(sources[0], {}).get(key)
+        if entry is None or entry[0] != state:
+            with torch.no_grad():
+                # The sources after the first are held by the entry: an id may not be reused while it stands.
+                entry = (state, build(), sources[1:])
+            _store[sources[0]][key] = entry
+        return entry[1]
+
+
+def nbytes(parameters: Iterable[torch.Tensor]) -> int:
+    """Memory in bytes of everything derived from `parameters`."""
+    with _lock:
+        entries = [e for p in parameters for e in _store.get(p, {}).values()]
+        return sum(_tensor_bytes(e[1]) for e in entries)
+
+
+def forget(parameters: Iterable[torch.Tensor]) -> None:
+    """Drop everything derived from `parameters`."""
+    with _lock:
+        for p in parameters:
+            _store.pop(p, None)
+
+
+def _trackable(source: torch.Tensor) -> bool:
+    return type(source) in (torch.Tensor, torch.nn.Parameter) and not source.is_inference() and source.device.type != "meta"
+
+
+def _state(source: torch.Tensor) -> tuple:
+    return (source.data_ptr(), source._version, source.dtype, source.device, source.shape, _sample(source))
+
+
+def _sample(source: torch.Tensor) -> tuple | None:
+    # Writes through `.data` (weight averaging, some optimizers) leave the version alone. A few values tell; on other
+    # devices reading them would wait for the device.
+    if source.device.type != "cpu" or source.numel() == 0 or not source.is_contiguous():
+        return None
+    flat = source.detach().view(-1)
+    return tuple(flat[:: max(1, flat.numel() // _SAMPLES)].tolist())
+
+
+def _tensor_bytes(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        # oneDNN tensors have no storage to ask.
+        return value.numel() * value.element_size()
+    if isinstance(value, (tuple, list)):
+        return sum(map(_tensor_bytes, value))
+    return 0

@@ -1,0 +1,148 @@
+"""Errors against float64, and times that a drifting machine does not decide."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """One layer of both models against the truth; `ok` is the parity rule of this project."""
+
+    layer: str
+    largest: float  # max |truth|
+    theirs: float  # max |transformers - truth|
+    ours: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether ours is as close to the truth as the plain path, within a factor of two; NaN is not."""
+        return self.ours <= self.allowed
+
+
+def allowed(theirs: float, largest: float, dtype: torch.dtype) -> float:
+    """The error that a fast path may have: twice that of the plain path in the same dtype, plus one rounding of the
+    largest value, which the plain path may have been spared by luck."""
+    return 2.0 * theirs + torch.finfo(dtype).eps * largest
+
+
+def max_error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    """max |value - truth| in float64; NaN when any value is NaN."""
+    return float((value.detach().cpu().double() - truth).abs().max())
+
+
+def layers(model: nn.Module, waveform: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Run a base model on [B, S] and return its output at every layer, by name in the order the signal meets them."""
+    parameter = next(model.parameters())
+    with torch.inference_mode():
+        out = model(waveform.to(parameter.device, parameter.dtype), output_hidden_states=True)
+    found = {"conv features": out.extract_features}
+    for index, hidden in enumerate(out.hidden_states):
+        found[f"layer {index}" if index else "embedding"] = hidden
+    return {**found, "output": out.last_hidden_state}
+
+
+def compare(
+    theirs: Mapping[str, torch.Tensor], ours: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor]
+) -> list[LayerError]:
+    """The error of both at every layer of `truth` (float64, on the CPU)."""
+    rows = []
+    for name, true in truth.items():
+        largest, their_error = float(true.abs().max()), max_error(theirs[name], true)
+        limit = allowed(their_error, largest, theirs[name].dtype)
+        same_shape = ours[name].shape == true.shape
+        our_error = max_error(ours[name], true) if same_shape else math.nan
+        rows.append(LayerError(name, largest, their_error, our_error, limit))
+    return rows
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call."""
+
+    median: float
+    p10: float
+    p90: float
+    rounds: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Timing:
+        return cls(statistics.median(seconds), percentile(seconds, 10), percentile(seconds, 90), len(seconds))
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def percentile(values: list[float], percent: float) -> float:
+    """Linear interpolation between the nearest ranks."""
+    ordered = sorted(values)
+    position = (len(ordered) - 1) * percent / 100
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device | str = "cpu", budget: float = math.inf
+) -> dict[str, list[float]]:
+    """Time callables in turn, in alternating order, so that drift of the machine meets all of them alike.
+
+    Args:
+        calls: name -> the call; each runs once untimed first.
+        rounds: timed runs of each.
+        device: waited for before the clock is read.
+        budget: seconds after which no further round starts, once there are three.
+
+    Returns:
+        name -> seconds of each round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    begin = time.perf_counter()
+    for index in range(rounds):
+        if index >= 3 and time.perf_counter() - begin > budget:
+            break
+        order = list(calls) if index % 2 == 0 else list(reversed(calls))
+        for name in order:
+            seconds[name].append(_clock(calls[name], device))
+    return seconds
+
+
+def _clock(call: Callable[[], Any], device: torch.device | str) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def ratio(slow: list[float], fast: list[float]) -> Timing:
+    """How many times faster, round by round: the two runs of a round met the same machine."""
+    return Timing.of([s / f for s, f in zip(slow, fast, strict=True)])
+
+
+def forward(model: nn.Module, waveform: torch.Tensor) -> Callable[[], Any]:
+    """The call that is timed: inference on [B, S], already on the model's device and of its dtype."""
+    parameter = next(model.parameters())
+    prepared = waveform.to(parameter.device, parameter.dtype)
+
+    def call() -> Any:
+        with torch.inference_mode():
+            return model(prepared)
+
+    return call

@@ -1,0 +1,191 @@
+"""The six classes: transformers' own, accelerated at construction, with inputs checked.
+
+Heads, losses, loading and saving are transformers'. What a class adds here is what its own forward does slowly or leaves
+to fail late.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import WavLMConfig
+from transformers.modeling_outputs import XVectorOutput
+from transformers.models.wavlm import modeling_wavlm as hf
+
+from .inputs import check_checkpoint, check_labels, check_mask
+from .modules import TWINS, pool_statistics
+from .modules._steps import with_lengths
+from .swap import accelerate
+
+
+def _arguments(forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments by name; the order of positional ones differs between transformers 4 and 5."""
+    return dict(zip(_PARAMETERS[forward], args, strict=False)) | kwargs
+
+
+_PARAMETERS = {
+    cls.forward: tuple(inspect.signature(cls.forward).parameters)[1:]
+    for cls in (hf.WavLMForCTC, hf.WavLMForSequenceClassification, hf.WavLMForXVector)
+}
+
+
+class _FastModel:
+    """Construction and loading, in front of each transformers class."""
+
+    def __init__(self, config: WavLMConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        accelerate(self)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint as transformers does.
+
+        Raises:
+            FileNotFoundError: a path at which nothing is.
+            ValueError: a checkpoint of another architecture, unless a config is given with it.
+        """
+        if kwargs.get("config") is None:
+            check_checkpoint(pretrained_model_name_or_path, kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+
+class WavLMModel(_FastModel, hf.WavLMModel):
+    """transformers' `WavLMModel`, fast."""
+
+    @functools.wraps(hf.WavLMModel.forward)
+    def forward(self, input_values: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        if attention_mask is not None:
+            check_mask(attention_mask, input_values)
+        return super().forward(input_values, attention_mask, *args, **kwargs)
+
+    def _get_feature_vector_attention_mask(self, *args: Any, **kwargs: Any) -> Tensor:
+        return with_lengths(super()._get_feature_vector_attention_mask(*args, **kwargs))
+
+    def _mask_hidden_states(
+        self, hidden_states: Tensor, mask_time_indices: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """SpecAugment. transformers 5 reads a config entry that its config class lacks (`mask_feature_min_masks`)."""
+        config = self.config
+        masks_features = config.apply_spec_augment and config.mask_feature_prob > 0 and self.training
+        if hasattr(config, "mask_feature_min_masks") or not masks_features:
+            return super()._mask_hidden_states(hidden_states, mask_time_indices, attention_mask)
+        batch, frames, channels = hidden_states.shape
+        if mask_time_indices is None and config.mask_time_prob > 0:
+            options = (config.mask_time_prob, config.mask_time_length, attention_mask, config.mask_time_min_masks)
+            mask_time_indices = self._spans((batch, frames), *options)
+        if mask_time_indices is not None:
+            mask_time_indices = mask_time_indices.to(hidden_states.device)[..., None]
+            hidden_states = torch.where(mask_time_indices, self.masked_spec_embed.to(hidden_states.dtype), hidden_states)
+        masked = self._spans((batch, channels), config.mask_feature_prob, config.mask_feature_length, None, 0)
+        return hidden_states.masked_fill(masked.to(hidden_states.device)[:, None], 0)
+
+    @staticmethod
+    def _spans(
+        shape: tuple[int, int], prob: float, length: int, attention_mask: Tensor | None, min_masks: int
+    ) -> Tensor:
+        found: np.ndarray = hf._compute_mask_indices(shape, prob, length, attention_mask, min_masks)
+        return torch.from_numpy(found)
+
+
+class WavLMForCTC(_FastModel, hf.WavLMForCTC):
+    """transformers' `WavLMForCTC`, fast."""
+
+    @functools.wraps(hf.WavLMForCTC.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = _arguments(hf.WavLMForCTC.forward, args, kwargs)
+        labels = arguments.get("labels")
+        if labels is not None:
+            # Every negative label is padding here.
+            check_labels(labels.clamp(min=0), self.config.vocab_size)
+        return super().forward(**arguments)
+
+
+class WavLMForSequenceClassification(_FastModel, hf.WavLMForSequenceClassification):
+    """transformers' `WavLMForSequenceClassification`, fast."""
+
+    @functools.wraps(hf.WavLMForSequenceClassification.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = _arguments(hf.WavLMForSequenceClassification.forward, args, kwargs)
+        if arguments.get("labels") is not None:
+            check_labels(arguments["labels"], self.config.num_labels)
+        return super().forward(**arguments)
+
+
+class WavLMForAudioFrameClassification(_FastModel, hf.WavLMForAudioFrameClassification):
+    """transformers' `WavLMForAudioFrameClassification`, fast."""
+
+
+def _selected(hidden_states: tuple | None, wanted: bool | int | list[int]) -> tuple | list | None:
+    """The hidden states asked for: all, none, or (transformers 5) those at some indices, None standing for the rest."""
+    if isinstance(wanted, bool) or wanted is None:
+        return hidden_states if wanted else None
+    count = len(hidden_states)
+    kept = {i % count for i in ([wanted] if isinstance(wanted, int) else wanted) if -count <= i < count}
+    return [state if i in kept else None for i, state in enumerate(hidden_states)]
+
+
+class WavLMForXVector(_FastModel, hf.WavLMForXVector):
+    """transformers' `WavLMForXVector`, fast: pooling does not loop over the batch."""
+
+    def __init__(self, config: WavLMConfig, *args: Any, **kwargs: Any) -> None:
+        sizes = {name: len(getattr(config, name)) for name in ("tdnn_dim", "tdnn_kernel", "tdnn_dilation")}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"the config's tdnn_dim, tdnn_kernel and tdnn_dilation must be of one length, got {sizes}")
+        super().__init__(config, *args, **kwargs)
+
+    @functools.wraps(hf.WavLMForXVector.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> XVectorOutput | tuple:
+        config, arguments = self.config, _arguments(hf.WavLMForXVector.forward, args, kwargs)
+        labels = arguments.pop("labels", None)
+        if labels is not None:
+            check_labels(labels, config.num_labels)
+        # What the caller leaves open, the config says.
+        wishes = {k: arguments.pop(k, None) for k in ("return_dict", "output_hidden_states", "output_attentions")}
+        wishes = {k: getattr(config, k) if v is None else v for k, v in wishes.items()}
+        returned = wishes["output_hidden_states"]
+        outputs = self.wavlm(
+            **arguments,
+            output_attentions=wishes["output_attentions"],
+            output_hidden_states=True if config.use_weighted_layer_sum else returned,
+            return_dict=True,
+        )
+        embeddings = self.feature_extractor(self._pooled(outputs, arguments.get("attention_mask")))
+        logits = self.classifier(embeddings)
+        result = XVectorOutput(
+            loss=None if labels is None else self.objective(logits, labels),
+            logits=logits,
+            embeddings=embeddings,
+            hidden_states=_selected(outputs.hidden_states, returned),
+            attentions=outputs.attentions,
+        )
+        return result if wishes["return_dict"] else result.to_tuple()
+
+    def _pooled(self, outputs: Any, attention_mask: Tensor | None) -> Tensor:
+        """Statistics `[B, 2C]` of the frames after the time-delay layers."""
+        hidden_states = outputs.last_hidden_state
+        if self.config.use_weighted_layer_sum:
+            weights = nn.functional.softmax(self.layer_weights, dim=-1)
+            hidden_states = (torch.stack(outputs.hidden_states, dim=1) * weights.view(-1, 1, 1)).sum(dim=1)
+        hidden_states = self.projector(hidden_states)
+        for layer in self.tdnn:
+            hidden_states = layer(hidden_states)
+        lengths = None
+        if attention_mask is not None:
+            lengths = self._get_tdnn_output_lengths(self._get_feat_extract_output_lengths(attention_mask.sum(dim=1)))
+        return pool_statistics(hidden_states, lengths)
+
+
+_MODELS = (
+    WavLMModel,
+    WavLMForCTC,
+    WavLMForSequenceClassification,
+    WavLMForAudioFrameClassification,
+    WavLMForXVector,
+)
+TWINS.update({fast.__bases__[-1]: fast for fast in _MODELS})

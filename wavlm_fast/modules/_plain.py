@@ -1,0 +1,87 @@
+"""When a fast module may read a submodule's parameters instead of calling it.
+
+A submodule is plain when calling it would do nothing but its class's arithmetic on its own parameters. A hook, a LoRA
+adapter, a quantized or sharded weight makes it not plain: it is then called, and keeps working.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import activations
+
+_GLOBAL_HOOKS = tuple(
+    getattr(nn.modules.module, name)
+    for name in (
+        "_global_forward_hooks",
+        "_global_forward_pre_hooks",
+        "_global_backward_hooks",
+        "_global_backward_pre_hooks",
+    )
+)
+_FUSED_ACTIVATIONS = {
+    nn.ReLU: "relu",
+    activations.GELUActivation: "gelu",
+    activations.NewGELUActivation: "gelu_tanh",
+    activations.FastGELUActivation: "gelu_tanh",
+}
+# The class behind "gelu_pytorch_tanh" was renamed between the two lines of transformers.
+for _name in ("GELUTanh", "PytorchGELUTanh"):
+    if hasattr(activations, _name):
+        _FUSED_ACTIVATIONS[getattr(activations, _name)] = "gelu_tanh"
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs anything beside its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__  # accelerate's hooks replace the bound method
+        or any(_GLOBAL_HOOKS)
+    )
+
+
+def why_not_plain(module: nn.Module, expected: type[nn.Module]) -> str | None:
+    """A sentence saying why the module must be called, or None when its parameters may be read."""
+    if type(module) is not expected:
+        return f"it is a {type(module).__name__}, not a plain {expected.__name__}"
+    if has_hooks(module):
+        return "it has hooks"
+    return why_not_plain_parameters(module)
+
+
+def why_not_plain_parameters(module: nn.Module) -> str | None:
+    """A sentence naming the module's first parameter that is no ordinary tensor, or None."""
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        if type(parameter) not in (nn.Parameter, Tensor) and not _is_fake(parameter):
+            return f"its {name} is a {type(parameter).__name__}"
+        if hasattr(parameter, "ds_id"):
+            return f"its {name} is sharded by DeepSpeed"
+        if not parameter.is_floating_point():
+            return f"its {name} is quantized to {parameter.dtype}"
+    return None
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    # Tracing (torch.compile, torch.export) puts fake tensors in the parameters' place.
+    return isinstance(tensor, torch._subclasses.fake_tensor.FakeTensor) or torch.compiler.is_compiling()
+
+
+def fused_activation(activation: object) -> str | None:
+    """The name under which ops know an activation module, or None when it must be called."""
+    if not isinstance(activation, nn.Module) or has_hooks(activation):
+        return None
+    if type(activation) is nn.GELU:
+        return "gelu" if activation.approximate == "none" else "gelu_tanh"
+    return _FUSED_ACTIVATIONS.get(type(activation))
+
+
+def same_dtype(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether an op can take these together: autocast brings them to one dtype, otherwise they must have it."""
+    if torch.is_autocast_enabled(x.device.type):
+        return True
+    return all(p is None or p.dtype == x.dtype for p in parameters)

@@ -1,0 +1,122 @@
+"""Steps that several fast modules share: each uses the fused op when its submodules are plain, else calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ._plain import same_dtype, why_not_plain
+
+EXAMPLE_FRAMES = 499  # ten seconds
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a module would do in a forward: an op on arguments like `example`'s, or, with a `refusal`, its submodules.
+
+    `example` gives the arguments of the op's schema; `report` calls it where tensors are made without memory.
+    """
+
+    op: str
+    refusal: str | None
+    example: Callable[[], tuple] | None = None
+
+
+def frames_like(weight: Tensor, *sizes: int) -> Tensor:
+    """Uninitialized frames `[1, EXAMPLE_FRAMES, *sizes]` of the device and dtype of `weight`."""
+    return torch.empty((1, EXAMPLE_FRAMES, *sizes), device=weight.device, dtype=weight.dtype)
+
+
+def plan_linear(name: str, module: nn.Module, activation: str = "none") -> Plan:
+    """The plan of `linear` on a submodule."""
+
+    def example() -> tuple:
+        return frames_like(module.weight, module.in_features), module.weight, module.bias, activation, False
+
+    return Plan("linear_act", named(name, why_not_plain(module, nn.Linear)), example)
+
+
+def plan_add_norm(name: str, module: nn.Module) -> Plan:
+    """The plan of `add_norm` with a submodule."""
+
+    def example() -> tuple:
+        x = frames_like(module.weight, *module.normalized_shape)
+        return x, x, module.weight, module.bias, module.eps
+
+    return Plan("add_layer_norm", named(name, why_not_norm(module)), example)
+
+
+class FastModule:
+    """Mixed into every fast module: lets `report` ask what will run."""
+
+    def plan(self) -> Iterator[Plan]:
+        """The ops of one forward."""
+        raise NotImplementedError
+
+
+def named(name: str, refusal: str | None) -> str | None:
+    """A refusal with the submodule's name in front."""
+    return None if refusal is None else f"{name} is called: {refusal}"
+
+
+def linear(module: nn.Module, x: Tensor, activation: str = "none") -> Tensor:
+    """`activation(module(x))` as one op where `module` is a plain linear layer; without an activation any module."""
+    if why_not_plain(module, nn.Linear) is None and same_dtype(x, module.weight, module.bias):
+        return ops.linear_act(x, module.weight, module.bias, activation)
+    return module(x)
+
+
+def can_fuse_linear(module: nn.Module, x: Tensor) -> bool:
+    """Whether `linear` will run the op, and may be given an activation."""
+    return why_not_plain(module, nn.Linear) is None and same_dtype(x, module.weight, module.bias)
+
+
+def why_not_norm(module: nn.Module) -> str | None:
+    """Why a layer norm cannot be fused; None when it can."""
+    reason = why_not_plain(module, nn.LayerNorm)
+    if reason is None and (module.weight is None or module.bias is None):
+        return "it has no weight or no bias"
+    return reason
+
+
+def add_norm(x: Tensor, residual: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """`x + residual`, and `norm` of it."""
+    if why_not_norm(norm) is None and x.shape == residual.shape and same_dtype(x, residual, norm.weight, norm.bias):
+        return ops.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
+    total = residual + x
+    return total, norm(total)
+
+
+def zero_padding(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """`hidden_states` `[B, T, C]` with zeros at the frames that the mask `[B, T]` rules out."""
+    if attention_mask is None:
+        return hidden_states
+    return hidden_states.masked_fill(~attention_mask.bool()[..., None], 0)
+
+
+def prefix_lengths(attention_mask: Tensor | None) -> Tensor | None:
+    """Number of valid frames `[B]` int64, or None when the mask `[B, T]` is not ones followed by zeros.
+
+    Masks made by the model itself carry their lengths (`with_lengths`); of others the shape is looked at once, which
+    on a GPU waits for the device.
+    """
+    if torch.compiler.is_compiling():
+        return attention_mask.eq(1).sum(-1)
+    known = getattr(attention_mask, "_key_lengths", None)
+    if known is not None:
+        return known
+    valid = attention_mask.eq(1)
+    if bool((valid[:, 1:] & ~valid[:, :-1]).any()):
+        return None
+    return with_lengths(attention_mask)._key_lengths
+
+
+def with_lengths(attention_mask: Tensor) -> Tensor:
+    """The mask `[B, T]`, known to be ones followed by zeros, carrying its lengths."""
+    if not torch.compiler.is_compiling():
+        attention_mask._key_lengths = attention_mask.eq(1).sum(-1)
+    return attention_mask

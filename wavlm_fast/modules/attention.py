@@ -1,0 +1,178 @@
+"""Self-attention with the gated relative position bias."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.wavlm import modeling_wavlm as hf
+
+from .. import ops
+from ..derived import derived
+from ..ops._define import accumulation_dtype
+from ..ops.gated_attention import bias_rows
+from ._plain import same_dtype, why_not_plain
+from ._steps import EXAMPLE_FRAMES, FastModule, Plan, frames_like, linear, named, plan_linear, prefix_lengths
+
+
+def understands_rel_bias(module: nn.Module) -> bool:
+    """Whether the attention in `module` takes the compact bias."""
+    if isinstance(module, FastWavLMAttention):
+        return True
+    return any(isinstance(m, FastWavLMAttention) for m in module.modules())
+
+
+def dense_bias(rel_bias: Tensor, batch: int) -> Tensor:
+    """The compact bias `[H, 2T - 1]` as transformers' modules hand it on, `[B·H, T, T]`."""
+    frames = (rel_bias.shape[1] + 1) // 2
+    return bias_rows(rel_bias, 0, frames).repeat(batch, 1, 1)
+
+
+def bias_for(module: nn.Module, position_bias: Tensor | None, batch: int) -> Tensor | None:
+    """The bias in the form that `module` takes: a module that is not ours gets the dense one."""
+    if position_bias is None or position_bias.dim() != 2 or understands_rel_bias(module):
+        return position_bias
+    return dense_bias(position_bias, batch)
+
+
+def _is_capture(hook: object) -> bool:
+    # transformers 5 collects attention weights by hooks of its own, which look away unless weights are asked for.
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+
+
+class FastWavLMAttention(FastModule, hf.WavLMAttention):
+    """Multi-head attention whose bias stays one vector per head.
+
+    The bias goes from layer to layer as `rel_bias` `[H, 2T - 1]`, entry `j - i + T - 1`, where transformers hands on a
+    dense `[B·H, T, T]`; a dense one is taken as well.
+    """
+
+    def _why_not_qkv(self) -> str | None:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            projection = getattr(self, name)
+            reason = named(name, why_not_plain(projection, nn.Linear))
+            if reason is None and projection.bias is None:
+                reason = f"{name} is called: it has no bias"
+            if reason is not None:
+                return reason
+        return None
+
+    def _why_not_gate(self) -> str | None:
+        reason = named("gru_rel_pos_linear", why_not_plain(self.gru_rel_pos_linear, nn.Linear))
+        if reason is None and self.gru_rel_pos_linear.bias is None:
+            return "gru_rel_pos_linear is called: it has no bias"
+        return reason
+
+    def _why_not_fused(self) -> str | None:
+        if any(not _is_capture(hook) for hook in self._forward_hooks.values()):
+            return "a forward hook may read the attention weights"
+        return None
+
+    def plan(self) -> Iterator[Plan]:
+        yield Plan("linear_act", self._why_not_qkv(), self._example_qkv)
+        yield Plan("position_gate", self._why_not_gate(), self._example_gate)
+        yield Plan("gated_attention", self._why_not_fused(), self._example_attention)
+        yield plan_linear("out_proj", self.out_proj)
+
+    def _example_qkv(self) -> tuple:
+        weight = self.q_proj.weight
+        merged = weight.new_empty((3 * self.embed_dim, self.embed_dim))
+        return frames_like(weight, self.embed_dim), merged, merged[:, 0], "none", False
+
+    def _example_gate(self) -> tuple:
+        projection = self.gru_rel_pos_linear
+        const = self.gru_rel_pos_const.view(-1)
+        return frames_like(projection.weight, self.embed_dim), projection.weight, projection.bias, const
+
+    def _example_attention(self) -> tuple:
+        q = frames_like(self.gru_rel_pos_const, self.num_heads, self.head_dim)
+        dtype = accumulation_dtype(q.dtype)
+        gate = q.new_empty((1, self.num_heads, EXAMPLE_FRAMES), dtype=dtype)
+        rel_bias = q.new_empty((self.num_heads, 2 * EXAMPLE_FRAMES - 1), dtype=dtype)
+        return q, q, q, gate, rel_bias, None, self.dropout if self.training else 0.0, None, self.scaling
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        output_attentions: bool = False,
+        index: int = 0,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Attention over the frames.
+
+        Args:
+            hidden_states: `[B, T, C]`.
+            attention_mask: `[B, T]`, 1 or True where a frame counts as a key, or None.
+            position_bias: what an earlier layer returned, or None to build it from `rel_attn_embed`.
+            output_attentions: whether to return weights.
+            index: the layer's number, unused, as in transformers.
+
+        Returns:
+            The output `[B, T, C]`; the weights `[B, H, T, T]` averaged over heads (transformers does so), or None; the
+            position bias for the next layer.
+        """
+        if position_bias is None:
+            position_bias = self.compute_rel_bias(hidden_states.shape[1])
+        q, k, v = self._project(hidden_states)
+        gate = self._gate(hidden_states).to(accumulation_dtype(q.dtype))
+        lengths = None if attention_mask is None else prefix_lengths(attention_mask)
+        fused = not output_attentions and position_bias.dim() == 2 and self._why_not_fused() is None
+        if fused and (attention_mask is None or lengths is not None):
+            rel_bias = position_bias.to(gate.dtype)
+            dropout_p = self.dropout if self.training else 0.0
+            out, weights = ops.gated_attention(q, k, v, gate, rel_bias, lengths, dropout_p, self.scaling), None
+        else:
+            out, weights = self._attend_dense(q, k, v, gate, position_bias, attention_mask)
+        return linear(self.out_proj, out.flatten(2)), weights, position_bias
+
+    def compute_rel_bias(self, frames: int) -> Tensor:
+        """The bias `[H, 2T - 1]` for T frames, entry `j - i + T - 1`, from `rel_attn_embed`."""
+        positions = torch.arange(1 - frames, frames, device=self.rel_attn_embed.weight.device)
+        values = self.rel_attn_embed(self._relative_positions_bucket(positions))  # [2T - 1, H]
+        return values.t().to(accumulation_dtype(values.dtype)).contiguous()
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, `[B, T, H, D]` each: views into one product where the projections are plain."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        heads = (self.num_heads, self.head_dim)
+        if self._why_not_qkv() is None:
+            weights, biases = tuple(p.weight for p in projections), tuple(p.bias for p in projections)
+            if same_dtype(x, *weights, *biases):
+                weight = derived("qkv weight", weights, lambda: torch.cat(weights))
+                bias = derived("qkv bias", biases, lambda: torch.cat(biases))
+                return ops.linear_act(x, weight, bias).unflatten(-1, (3, *heads)).unbind(2)
+        q, k, v = (linear(p, x).unflatten(-1, heads) for p in projections)
+        return q, k, v
+
+    def _gate(self, x: Tensor) -> Tensor:
+        """The gate `[B, H, T]`, from the attention module's input."""
+        const = self.gru_rel_pos_const.view(-1)
+        projection = self.gru_rel_pos_linear
+        if self._why_not_gate() is None:
+            return ops.position_gate(x, projection.weight, projection.bias, const)
+        heads = x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
+        projected = projection(heads).unflatten(-1, (2, 4)).sum(-1)
+        a, b = projected.sigmoid().unbind(-1)
+        return a * (b * const[:, None] - 1.0) + 2.0
+
+    def _attend_dense(
+        self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, position_bias: Tensor, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention that has all weights in memory: `[B, T, H, D]`, and their mean over heads `[B, H, T, T]`."""
+        batch, frames = q.shape[:2]
+        if position_bias.dim() == 2:
+            bias = bias_rows(position_bias, 0, frames)
+        else:
+            bias = position_bias.view(batch, self.num_heads, frames, frames)
+        queries, keys, values = (x.transpose(1, 2).to(gate.dtype) for x in (q, k, v))
+        scores = (queries * self.scaling) @ keys.mT + gate[..., None] * bias
+        if attention_mask is not None:
+            scores = scores.masked_fill(attention_mask.ne(1)[:, None, None], float("-inf"))
+        weights = F.dropout(scores.softmax(-1), self.dropout, self.training)
+        out = (weights @ values).transpose(1, 2).to(q.dtype)
+        mean = weights.mean(1, keepdim=True).to(q.dtype)
+        return out, mean.expand(-1, self.num_heads, -1, -1)

@@ -1,0 +1,99 @@
+"""Convolutional positional embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.weight_norm import WeightNorm
+from transformers.models.wavlm import modeling_wavlm as hf
+
+from .. import ops
+from ..derived import derived
+from ._plain import fused_activation, has_hooks, same_dtype, why_not_plain, why_not_plain_parameters
+from ._steps import FastModule, Plan, frames_like, named
+
+
+def _weight_norm_hook(conv: nn.Module) -> WeightNorm | None:
+    """The hook by which `torch.nn.utils.weight_norm` sets the weight before each forward, if it is the only one."""
+    hooks = list(conv._forward_pre_hooks.values())
+    return hooks[0] if len(hooks) == 1 and isinstance(hooks[0], WeightNorm) else None
+
+
+def _is_parametrized(conv: nn.Module) -> bool:
+    """Whether the weight, and nothing else, is parametrized as `torch.nn.utils.parametrizations.weight_norm` does."""
+    parametrizations = getattr(conv, "parametrizations", None)
+    if parametrizations is None or list(parametrizations) != ["weight"] or type(conv).__mro__[1] is not nn.Conv1d:
+        return False
+    return [type(p).__name__ for p in parametrizations["weight"]] == ["_WeightNorm"]
+
+
+def _why_not_conv(conv: nn.Module) -> str | None:
+    if _is_parametrized(conv):
+        reason = "it has hooks" if has_hooks(conv) else why_not_plain_parameters(conv.parametrizations["weight"])
+    elif type(conv) is nn.Conv1d and _weight_norm_hook(conv) is not None:
+        reason = "it has hooks" if conv._forward_hooks or "forward" in conv.__dict__ else why_not_plain_parameters(conv)
+    else:
+        reason = why_not_plain(conv, nn.Conv1d)
+    if reason is None and (conv.stride, conv.dilation, conv.padding) != ((1,), (1,), (conv.kernel_size[0] // 2,)):
+        return "it has a stride, dilation or other padding"
+    return reason
+
+
+def _weight(conv: nn.Module) -> Tensor:
+    """The convolution's weight `[C, C / groups, K]`, weight norm applied; remembered while no gradient is needed."""
+    if _is_parametrized(conv):
+        parametrization = conv.parametrizations["weight"]
+        if any(has_hooks(m) for m in (parametrization, *parametrization)):
+            return conv.weight
+        sources = (parametrization.original0, parametrization.original1)
+        return derived("weight norm", sources, lambda: conv.weight)
+    hook = _weight_norm_hook(conv)
+    if hook is not None:
+        sources = (getattr(conv, f"{hook.name}_g"), getattr(conv, f"{hook.name}_v"))
+        return derived("weight norm", sources, lambda: hook.compute_weight(conv))
+    return conv.weight
+
+
+class FastWavLMPositionalConvEmbedding(FastModule, hf.WavLMPositionalConvEmbedding):
+    """Grouped convolution with weight norm in either spelling, activation."""
+
+    def _why_not_fused(self) -> str | None:
+        reason = named("conv", _why_not_conv(self.conv))
+        return reason or named("padding", why_not_plain(self.padding, hf.WavLMSamePadLayer))
+
+    def plan(self) -> Iterator[Plan]:
+        yield Plan("positional_conv", self._why_not_fused(), self._example)
+
+    def _example(self) -> tuple:
+        conv = self.conv
+        weight = torch.empty(
+            (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size),
+            device=conv.bias.device, dtype=conv.bias.dtype,
+        )  # fmt: skip
+        activation = fused_activation(self.activation) or "none"
+        return frames_like(weight, conv.in_channels), weight, conv.bias, conv.groups, activation, True, False
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[B, T, C]` frames to their positional embedding, the same shape."""
+        conv = self.conv
+        if self._why_not_fused() is not None:
+            return super().forward(hidden_states)
+        weight = _weight(conv)
+        if not same_dtype(hidden_states, weight, conv.bias):
+            return super().forward(hidden_states)
+        activation = fused_activation(self.activation)
+        options = {"groups": conv.groups, "activation": activation or "none", "residual": False}
+        out = ops.positional_conv(hidden_states, weight, conv.bias, **options)
+        return self.activation(out) if activation is None else out
+
+    def added_to(self, hidden_states: Tensor) -> Tensor:
+        """`hidden_states + self(hidden_states)`."""
+        conv, activation = self.conv, fused_activation(self.activation)
+        if activation is None or has_hooks(self) or self._why_not_fused() is not None:
+            return hidden_states + self(hidden_states)
+        weight = _weight(conv)
+        if not same_dtype(hidden_states, weight, conv.bias):
+            return hidden_states + self(hidden_states)
+        return ops.positional_conv(hidden_states, weight, conv.bias, groups=conv.groups, activation=activation)

@@ -1,0 +1,54 @@
+"""The x-vector head: time-delay layers and statistics pooling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers.models.wavlm import modeling_wavlm as hf
+
+from .. import ops
+from ._plain import fused_activation, same_dtype, why_not_plain
+from ._steps import FastModule, Plan, frames_like, named
+
+
+class FastTDNNLayer(FastModule, hf.TDNNLayer):
+    """Dilated convolution with its weight stored as a linear layer's, ReLU."""
+
+    def plan(self) -> Iterator[Plan]:
+        yield Plan("tdnn", named("kernel", why_not_plain(self.kernel, nn.Linear)), self._example)
+
+    def _example(self) -> tuple:
+        weight, bias = self.kernel.weight, self.kernel.bias
+        return frames_like(weight, self.in_conv_dim), weight, bias, self.kernel_size, self.dilation, "relu"
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[B, T, C]` to `[B, T', C']` with T' = T - (K - 1)·dilation.
+
+        A kernel that is not plain (LoRA, quantized, hooked) is called as the linear layer it is, over windows of
+        frames; transformers ignores LoRA here and warns.
+        """
+        kernel = self.kernel
+        if why_not_plain(kernel, nn.Linear) is not None or not same_dtype(hidden_states, kernel.weight, kernel.bias):
+            span = (self.kernel_size - 1) * self.dilation + 1
+            windows = hidden_states.unfold(1, span, 1)[..., :: self.dilation]  # [B, T', C, K]
+            return self.activation(kernel(windows.transpose(2, 3).flatten(2)))
+        activation = "relu" if fused_activation(self.activation) == "relu" else "none"
+        options = {"kernel_size": self.kernel_size, "dilation": self.dilation, "activation": activation}
+        out = ops.tdnn(hidden_states, kernel.weight, kernel.bias, **options)
+        return self.activation(out) if activation == "none" else out
+
+
+def pool_statistics(hidden_states: Tensor, lengths: Tensor | None) -> Tensor:
+    """Mean and unbiased deviation over each utterance's frames, `[B, T, C]` to `[B, 2C]`.
+
+    Args:
+        hidden_states: `[B, T, C]`.
+        lengths: `[B]` as transformers computes them, or None for all frames. They ignore dilation and may lie outside
+            0..T; a slice `x[:length]` tells what is meant then, as there.
+    """
+    if lengths is not None:
+        frames = hidden_states.shape[1]
+        lengths = torch.where(lengths < 0, lengths + frames, lengths).clamp(0, frames)
+    return ops.stats_pool(hidden_states, lengths)

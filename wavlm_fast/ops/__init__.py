@@ -1,0 +1,29 @@
+"""The ops: what the fused kernels compute, each with its contract and its reference in plain torch.
+
+`references[name]` is the op in differentiable plain torch; run in float64 it is the truth.
+"""
+
+from ._define import references, schemas
+from .add_layer_norm import add_layer_norm
+from .gated_attention import gated_attention
+from .linear_act import linear_act
+from .position_gate import position_gate
+from .positional_conv import positional_conv
+from .stats_pool import stats_pool
+from .strided_conv import strided_conv
+from .tdnn import tdnn
+from .waveform_conv import waveform_conv
+
+__all__ = [
+    "add_layer_norm",
+    "gated_attention",
+    "linear_act",
+    "position_gate",
+    "positional_conv",
+    "references",
+    "schemas",
+    "stats_pool",
+    "strided_conv",
+    "tdnn",
+    "waveform_conv",
+]

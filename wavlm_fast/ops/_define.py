@@ -1,0 +1,153 @@
+"""How an op is registered: schema, contract, fake kernel, autograd formula, autocast rule, reference.
+
+Every op of this package is defined once, in the file that bears its name, with `define`. Its kernel in the dispatcher
+asks the chooser (`wavlm_fast.backends`) at each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..backends.reference import TABLE as REFERENCE_TABLE
+
+NAMESPACE = "wavlm_fast"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+# Op name -> the op in differentiable plain torch, same arguments less `save`: the oracle of the parity harness.
+references: dict[str, Callable[..., Any]] = {}
+# Op name -> schema text without the name, for backends that implement the same schema in their own namespace.
+schemas: dict[str, str] = {}
+
+
+def define(
+    name: str,
+    signature: str,
+    *,
+    fake: Callable[..., Any],
+    kernel: Callable[..., Any],
+    check: Callable[..., None] = lambda *args: None,
+) -> torch._ops.OpOverload:
+    """Register an op of the namespace `wavlm_fast`.
+
+    Args:
+        name: op name.
+        signature: schema without the name, no defaults.
+        fake: outputs of the right shape, dtype and strides, without values.
+        kernel: the reference backend's implementation.
+        check: raises ValueError or TypeError when the arguments break the contract. Runs before any kernel. Ops that
+            only the autograd formulas call need none.
+    """
+    schemas[name] = signature
+    REFERENCE_TABLE[name] = backends.Implementation(kernel)
+
+    def dispatch(*args: Any) -> Any:
+        check(*args)
+        return backends.choose(name, args).fn(*args)
+
+    def checked_fake(*args: Any) -> Any:
+        check(*args)
+        return fake(*args)
+
+    LIBRARY.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, dispatch, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def differentiate(
+    name: str,
+    reference: Callable[..., Any],
+    backward: Callable[..., Sequence[Tensor | None]],
+    save: Callable[[tuple], Sequence[Tensor]] = lambda outputs: (),
+) -> None:
+    """Give an op its gradient.
+
+    Args:
+        name: op name.
+        reference: the op in differentiable plain torch, for the parity harness and for gradients of gradients. Takes
+            the op's inputs, less the trailing ones that it has no use for.
+        backward: from (gradients of the outputs, inputs of the op, saved outputs) to one gradient per input of
+            `reference`.
+        save: which of the outputs the backward pass needs.
+    """
+    references[name] = reference
+    arity = reference.__code__.co_argcount
+
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        kept = save(output if isinstance(output, tuple) else (output,))
+        ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)), *kept)
+        ctx.template = tuple(Tensor if isinstance(a, Tensor) else a for a in inputs)
+        ctx.backend = backends.current()
+
+    def run_backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        saved = iter(ctx.saved_tensors)
+        inputs = [next(saved) if a is Tensor else a for a in ctx.template]
+        if torch.is_grad_enabled():
+            found = _reference_gradients(reference, inputs[:arity], grads)
+        else:
+            with backends.resumed(ctx.backend):
+                found = backward(grads, inputs, tuple(saved))
+        return (*found, *[None] * (len(inputs) - len(found)))
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", run_backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def _reference_gradients(reference: Callable[..., Any], inputs: list, grads: tuple) -> list[Tensor | None]:
+    """Gradients that can be differentiated again, through plain torch."""
+    wanted = [i for i, a in enumerate(inputs) if isinstance(a, Tensor) and a.requires_grad]
+    # Aliases keep one input's gradient from flowing on into another input that it was computed from.
+    for i in wanted:
+        inputs[i] = inputs[i].view_as(inputs[i])
+    outputs = reference(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=False) if g is not None]
+    found = torch.autograd.grad(
+        [o for o, _ in pairs], [inputs[i] for i in wanted], [g for _, g in pairs], create_graph=True, allow_unused=True
+    )
+    result: list[Tensor | None] = [None] * len(inputs)
+    for i, g in zip(wanted, found, strict=True):
+        result[i] = g
+    return result
+
+
+def autocast(name: str, op: torch._ops.OpOverload, lower: tuple[int, ...] = (), raised: tuple[int, ...] = ()) -> None:
+    """Give an op its autocast rule: inputs at the positions `lower` are cast to the autocast dtype, those at `raised`
+    to float32, the others stay. As with torch's own rules, float64 and integer tensors are left alone.
+    """
+
+    def rule(device_type: str) -> Callable[..., Any]:
+        def kernel(*args: Any) -> Any:
+            low = torch.get_autocast_dtype(device_type)
+            args = [_cast(a, low if i in lower else torch.float32 if i in raised else None) for i, a in enumerate(args)]
+            with torch.autocast(device_type, enabled=False):
+                return op(*args)
+
+        return kernel
+
+    for key, device_type in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
+        LIBRARY.impl(name, rule(device_type), key)
+
+
+def _cast(value: Any, dtype: torch.dtype | None) -> Any:
+    castable = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+    return value.to(dtype) if dtype is not None and castable else value
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd will record an op on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32: the dtype of gates, biases, statistics and sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """Ops return tensors only: an absent gradient or saved value is an empty one."""
+    return like.new_empty(0) if tensor is None else tensor

@@ -1,0 +1,95 @@
+"""Residual add and layer norm in one pass."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _check as check
+from ._define import autocast, define, differentiate
+
+NAME = "add_layer_norm"
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """The sum of `x` and `residual`, and its layer norm over channels.
+
+    Equivalent to `s = x + residual; return s, F.layer_norm(s, (C,), weight, bias, eps)`. Post-norm layers go on with
+    the second output, pre-norm layers with both.
+
+    Args:
+        x: `[..., C]`, floating point.
+        residual: the shape and dtype of `x`.
+        weight: `[C]`, the dtype of `x`.
+        bias: `[C]`, the dtype of `x`.
+        eps: added to the variance.
+
+    Returns:
+        Two tensors of the shape and dtype of `x`: the sum, and the sum normed.
+
+    Raises:
+        ValueError, TypeError: shapes, devices or dtypes do not fit.
+    """
+    return _op(x.contiguous(), residual.contiguous(), weight, bias, eps)
+
+
+def reference(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return total, F.layer_norm(total, total.shape[-1:], weight, bias, eps)
+
+
+def _check(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+    check.floating(NAME, "x", x)
+    check.shape(NAME, "residual", residual, tuple(x.shape))
+    check.shape(NAME, "weight", weight, (x.shape[-1] if x.dim() else "C",))
+    check.shape(NAME, "bias", bias, tuple(weight.shape))
+    check.same(NAME, "x", x, residual=residual, weight=weight, bias=bias)
+
+
+def _fake(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+def _backward_kernel(
+    grad_sum: Tensor, grad_normed: Tensor, total: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = list(weight.shape)
+    _, mean, rstd = torch.ops.aten.native_layer_norm(total, shape, None, None, eps)
+    dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        grad_normed, total, shape, mean, rstd, weight, weight, [True, True, True]
+    )
+    return dx.add_(grad_sum), dweight, dbias
+
+
+def _backward_fake(
+    grad_sum: Tensor, grad_normed: Tensor, total: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(total), torch.empty_like(weight), torch.empty_like(weight)
+
+
+_op = define(
+    NAME,
+    "(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
+    check=_check,
+    fake=_fake,
+    kernel=reference,
+)
+_backward_op = define(
+    f"{NAME}_backward",
+    "(Tensor grad_sum, Tensor grad_normed, Tensor sum, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+    kernel=_backward_kernel,
+)
+
+
+def _backward(grads: tuple, inputs: list, saved: tuple) -> tuple:
+    _, _, weight, _, eps = inputs
+    dx, dweight, dbias = _backward_op(*(g.contiguous() for g in grads), *saved, weight, eps)
+    return dx, dx, dweight, dbias, None
+
+
+differentiate(NAME, reference, _backward, save=lambda outputs: outputs[:1])
+autocast(NAME, _op, raised=(0, 1, 2, 3))

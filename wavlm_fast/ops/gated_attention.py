@@ -1,0 +1,240 @@
+"""Attention with a gated, Toeplitz relative position bias."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _check as check
+from ._define import accumulation_dtype, autocast, define, differentiate
+from ._dropout import keep_mask
+
+NAME = "gated_attention"
+# Scores that the reference holds at a time: 64 MB in float32.
+_CHUNK_SCORES = 2**24
+
+
+def gated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    rel_bias: Tensor,
+    key_lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """Multi-head self-attention whose scores carry a relative position bias, gated per query frame.
+
+    Equivalent to, per head, `softmax(q @ k.mT * scale + gate[:, None] * bias) @ v` with
+    `bias[i, j] = rel_bias[j - i + T - 1]`, frames past a length masked out as keys, and dropout on the weights.
+    Source: transformers' `WavLMAttention`. Memory is linear in T, forward and backward.
+
+    Args:
+        q, k, v: `[B, T, H, D]`, any strides with D contiguous.
+        gate: `[B, H, T]` float32 (float64 for float64 q).
+        rel_bias: `[H, 2T - 1]`, the dtype of `gate`.
+        key_lengths: `[B]` integers in 0..T, the number of valid frames, or None for all. Length 0 gives zeros.
+        dropout_p: probability of dropping an attention weight, 0 <= p < 1.
+        scale: of the scores; D ** -0.5 when None.
+
+    Returns:
+        `[B, T, H, D]`, contiguous, the dtype of `q`.
+
+    Raises:
+        ValueError, TypeError: shapes, strides, devices or dtypes do not fit, or dropout_p is out of range.
+    """
+    seed = None
+    if dropout_p > 0:
+        seed = torch.randint(2**31 - 1, (1,), device=q.device)
+    return _op(q, k, v, gate, rel_bias, key_lengths, dropout_p, seed, q.shape[-1] ** -0.5 if scale is None else scale)[0]
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    rel_bias: Tensor,
+    key_lengths: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    scale: float,
+) -> Tensor:
+    return _kernel(q, k, v, gate, rel_bias, key_lengths, dropout_p, seed, scale)[0]
+
+
+def _kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    rel_bias: Tensor,
+    key_lengths: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    queries, keys, values = (x.to(gate.dtype).transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
+    outs, sums = [], []
+    for start, stop in _chunks(queries):
+        scores = _scores(queries, keys, gate, rel_bias, key_lengths, scale, start, stop)
+        # A row without keys has maximum -inf: its weights are to be 0, not NaN. NaN scores stay NaN.
+        highest = scores.detach().amax(-1, keepdim=True)
+        weights = scores.sub_(highest.masked_fill(highest == float("-inf"), 0)).exp_()
+        total = weights.sum(-1, keepdim=True)  # [B, H, stop - start, 1]
+        sums.append((highest + total.log()).squeeze(-1))
+        if dropout_p > 0:
+            keep = keep_mask(seed, queries.shape[:3], start, stop, dropout_p)
+            weights = weights.masked_fill(~keep, 0) / (1 - dropout_p)
+        outs.append(weights @ values / total.masked_fill(total == 0, 1))
+    return torch.cat(outs, 2).to(q.dtype).transpose(1, 2).contiguous(), torch.cat(sums, 2)
+
+
+def _chunks(queries: Tensor) -> list[tuple[int, int]]:
+    batch, heads, frames, _ = queries.shape
+    if frames * frames * heads * batch <= _CHUNK_SCORES:
+        return [(0, frames)]
+    size = max(1, _CHUNK_SCORES // (batch * heads * frames))
+    return [(i, min(i + size, frames)) for i in range(0, frames, size)]
+
+
+def bias_rows(rel_bias: Tensor, start: int, stop: int) -> Tensor:
+    """Rows `start` to `stop` of the dense bias, `[H, stop - start, T]`, as a view of `rel_bias` `[H, 2T - 1]`."""
+    frames = (rel_bias.shape[1] + 1) // 2
+    # Row i is the window of length T that begins at T - 1 - i.
+    return rel_bias[:, frames - stop : 2 * frames - 1 - start].unfold(1, frames, 1).flip(1)
+
+
+def _scores(
+    queries: Tensor,
+    keys: Tensor,
+    gate: Tensor,
+    rel_bias: Tensor,
+    key_lengths: Tensor | None,
+    scale: float,
+    start: int,
+    stop: int,
+) -> Tensor:
+    """Masked scores of the queries `start` to `stop`, `[B, H, stop - start, T]`."""
+    scores = (queries[:, :, start:stop] * scale) @ keys.mT
+    scores = torch.addcmul(scores, gate[:, :, start:stop, None], bias_rows(rel_bias, start, stop))
+    if key_lengths is None:
+        return scores
+    past_end = torch.arange(keys.shape[2], device=keys.device) >= key_lengths[:, None]
+    return scores.masked_fill_(past_end[:, None, None], float("-inf"))
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    rel_bias: Tensor,
+    key_lengths: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    scale: float,
+) -> None:
+    check.floating(NAME, "q", q)
+    check.shape(NAME, "q", q, ("B", "T", "H", "D"))
+    batch, frames, heads, _ = q.shape
+    check.shape(NAME, "k", k, tuple(q.shape))
+    check.shape(NAME, "v", v, tuple(q.shape))
+    check.same(NAME, "q", q, k=k, v=v)
+    check.shape(NAME, "gate", gate, (batch, heads, frames))
+    check.shape(NAME, "rel_bias", rel_bias, (heads, 2 * frames - 1))
+    if gate.dtype != accumulation_dtype(q.dtype):
+        raise TypeError(f"{NAME} wants a gate of {accumulation_dtype(q.dtype)} for q of {q.dtype}, got {gate.dtype}")
+    check.same(NAME, "gate", gate, rel_bias=rel_bias)
+    check.same_device(NAME, "q", q, gate=gate, key_lengths=key_lengths, seed=seed)
+    if key_lengths is not None:
+        check.shape(NAME, "key_lengths", key_lengths, (batch,))
+        if key_lengths.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{NAME} wants key_lengths of an integer dtype, got {key_lengths.dtype}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{NAME} wants 0 <= dropout_p < 1, got {dropout_p}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.shape[-1] > 1 and x.stride(-1) != 1:
+            raise ValueError(f"{NAME} wants {name} with its last dimension contiguous, got strides {x.stride()}")
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), gate.new_empty(gate.shape)
+
+
+def _backward_kernel(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    rel_bias: Tensor,
+    key_lengths: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = gate.dtype
+    queries, keys, values, dout = (x.to(dtype).transpose(1, 2) for x in (q, k, v, grad))  # [B, H, T, D]
+    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (queries, keys, values))
+    dgate, drel_bias = torch.zeros_like(gate), torch.zeros_like(rel_bias)
+    sums = lse.masked_fill(lse == float("-inf"), 0)[..., None]  # rows without keys: weights 0, not NaN
+    frames = q.shape[1]
+    for start, stop in _chunks(queries):
+        rows = slice(start, stop)
+        scores = _scores(queries, keys, gate, rel_bias, key_lengths, scale, start, stop)
+        weights = scores.sub_(sums[:, :, rows]).exp_()
+        dweights = dout[:, :, rows] @ values.mT
+        if dropout_p > 0:
+            keep = keep_mask(seed, queries.shape[:3], start, stop, dropout_p).to(dtype) / (1 - dropout_p)
+            dv += (weights * keep).mT @ dout[:, :, rows]
+            dweights = dweights * keep
+        else:
+            dv += weights.mT @ dout[:, :, rows]
+        # The row sums could come from `out`, but only like this do the rows of dscores sum to zero beyond rounding.
+        dscores = weights * (dweights - (weights * dweights).sum(-1, keepdim=True))  # [B, H, stop - start, T]
+        dq[:, :, rows] = dscores @ keys * scale
+        dk += dscores.mT @ queries[:, :, rows] * scale
+        dgate[:, :, rows] = (dscores * bias_rows(rel_bias, start, stop)).sum(-1)
+        dbias = (dscores * gate[:, :, rows, None]).sum(0)
+        drel_bias[:, frames - stop : 2 * frames - 1 - start] += _diagonal_sums(dbias)
+    dq, dk, dv = (g.transpose(1, 2).to(q.dtype, memory_format=torch.contiguous_format) for g in (dq, dk, dv))
+    return dq, dk, dv, dgate, drel_bias
+
+
+def _diagonal_sums(x: Tensor) -> Tensor:
+    """Sums over the diagonals of `[H, R, T]`, lower left to upper right corner: `[H, R + T - 1]`."""
+    heads, rows, frames = x.shape
+    # Rows one longer than the view's shear each row by one place; bottom row first puts the diagonals in columns.
+    sheared = torch.nn.functional.pad(x.flip(1), (0, rows)).flatten(1)
+    return sheared[:, : rows * (frames + rows - 1)].view(heads, rows, -1).sum(1)
+
+
+def _backward_fake(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, rel_bias: Tensor, *rest: object
+) -> tuple[Tensor, ...]:
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    return dq, dk, dv, gate.new_empty(gate.shape), rel_bias.new_empty(rel_bias.shape)
+
+
+_OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor gate, Tensor rel_bias, Tensor? key_lengths"
+_TAIL = "float dropout_p, Tensor? seed, float scale"
+_op = define(NAME, f"({_OPERANDS}, {_TAIL}) -> (Tensor, Tensor)", check=_check, fake=_fake, kernel=_kernel)
+_backward_op = define(
+    f"{NAME}_backward",
+    f"(Tensor grad, {_OPERANDS}, Tensor out, Tensor lse, {_TAIL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+    kernel=_backward_kernel,
+)
+
+
+def _backward(grads: tuple, inputs: list, saved: tuple) -> tuple:
+    *operands, dropout_p, seed, scale = inputs
+    return _backward_op(grads[0].contiguous(), *operands, *saved, dropout_p, seed, scale)
+
+
+differentiate(NAME, reference, _backward, save=lambda outputs: outputs)
+autocast(NAME, _op, lower=(0, 1, 2))

@@ -1,0 +1,90 @@
+"""Linear layer with bias and activation in one."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _check as check
+from ._activation import activate, activate_backward
+from ._define import autocast, define, differentiate, needs_grad, or_empty
+
+NAME = "linear_act"
+
+
+def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    """A linear layer followed by an activation; equivalent to `activation(F.linear(x, weight, bias))`.
+
+    Args:
+        x: `[..., C]`, floating point.
+        weight: `[C', C]`, the dtype of `x`.
+        bias: `[C']` or None.
+        activation: "none", "gelu" (erf), "gelu_tanh" or "relu".
+
+    Returns:
+        `[..., C']`, the dtype of `x`.
+
+    Raises:
+        ValueError, TypeError: shapes, devices, dtypes or the activation do not fit.
+    """
+    save = activation != "none" and needs_grad(x, weight, bias)
+    return _op(x.contiguous(), weight.contiguous(), bias, activation, save)[0]
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return activate(activation, F.linear(x, weight, bias))
+
+
+def _kernel(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool) -> tuple[Tensor, Tensor]:
+    pre = F.linear(x, weight, bias)
+    return activate(activation, pre), or_empty(pre if save and activation != "none" else None, x)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool) -> None:
+    check.floating(NAME, "x", x)
+    check.shape(NAME, "weight", weight, ("C'", "C"))
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"{NAME} wants x of shape [..., {weight.shape[1]}] for this weight, got {list(x.shape)}")
+    if bias is not None:
+        check.shape(NAME, "bias", bias, (weight.shape[0],))
+    check.same(NAME, "x", x, weight=weight, bias=bias)
+    check.activation(NAME, activation)
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool) -> tuple[Tensor, Tensor]:
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return out, torch.empty_like(out) if save and activation != "none" else x.new_empty(0)
+
+
+def _backward_kernel(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, pre: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad = activate_backward(activation, grad, pre).reshape(-1, weight.shape[0])
+    dx = (grad @ weight).view(x.shape)
+    dweight = grad.mT @ x.reshape(-1, weight.shape[1])
+    return dx, dweight, or_empty(None if bias is None else grad.sum(0), grad)
+
+
+def _backward_fake(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, pre: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight), or_empty(None if bias is None else torch.empty_like(bias), x)
+
+
+_SIGNATURE = "(Tensor x, Tensor weight, Tensor? bias, str activation, bool save) -> (Tensor, Tensor)"
+_BACKWARD_SIGNATURE = (
+    "(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor pre, str activation) -> (Tensor, Tensor, Tensor)"
+)
+_op = define(NAME, _SIGNATURE, check=_check, fake=_fake, kernel=_kernel)
+_backward_op = define(f"{NAME}_backward", _BACKWARD_SIGNATURE, fake=_backward_fake, kernel=_backward_kernel)
+
+
+def _backward(grads: tuple, inputs: list, saved: tuple) -> tuple:
+    x, weight, bias, activation, _ = inputs
+    dx, dweight, dbias = _backward_op(grads[0].contiguous(), x, weight, bias, *saved, activation)
+    return dx, dweight, None if bias is None else dbias
+
+
+differentiate(NAME, reference, _backward, save=lambda outputs: outputs[1:])
+autocast(NAME, _op, lower=(0, 1, 2))

@@ -1,0 +1,102 @@
+"""The gate on the relative position bias, one number per frame and head."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _check as check
+from ._define import accumulation_dtype, autocast, define, differentiate
+
+NAME = "position_gate"
+
+
+def position_gate(x: Tensor, weight: Tensor, bias: Tensor, const: Tensor) -> Tensor:
+    """The gate of WavLM's relative position bias, from the attention module's input.
+
+    Per head: an 8-wide projection whose two halves are summed and squashed, `a, b = sigmoid(...)`, then
+    `a * (b * const - 1) + 2` (WavLM, Chen et al. 2022, equations 5 and 6; transformers' `WavLMAttention`).
+
+    Args:
+        x: `[B, T, C]` frames, heads side by side in C = H·D, any strides with C contiguous.
+        weight: `[8, D]`.
+        bias: `[8]`.
+        const: `[H]`, one scale per head.
+
+    Returns:
+        `[B, H, T]` float32 (float64 for float64 frames).
+
+    Raises:
+        ValueError, TypeError: shapes, devices or dtypes do not fit.
+    """
+    return _op(x, weight, bias, const)
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor, const: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(x.dtype)
+    # The sum over four commutes with the projection: two vectors per head are left of eight.
+    weight, bias = weight.to(dtype).view(2, 4, -1).sum(1), bias.to(dtype).view(2, 4).sum(1)
+    heads = x.to(dtype).unflatten(-1, (const.numel(), -1))  # [B, T, H, D]
+    a, b = F.linear(heads, weight, bias).sigmoid().unbind(-1)  # [B, T, H] each
+    return heads, a, b
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor, const: Tensor) -> Tensor:
+    _, a, b = _project(x, weight, bias, const)
+    return (a * (b * const.to(a.dtype) - 1) + 2).transpose(1, 2).contiguous()
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, const: Tensor) -> None:
+    check.floating(NAME, "x", x)
+    check.shape(NAME, "const", const, ("H",))
+    heads = const.shape[0]
+    check.shape(NAME, "weight", weight, (8, "D"))
+    check.shape(NAME, "bias", bias, (8,))
+    check.shape(NAME, "x", x, ("B", "T", heads * weight.shape[1]))
+    check.same_device(NAME, "x", x, weight=weight, bias=bias, const=const)
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor, const: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], const.shape[0], x.shape[1]), dtype=accumulation_dtype(x.dtype))
+
+
+def _backward_kernel(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, const: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    heads, a, b = _project(x, weight, bias, const)
+    scale = const.to(a.dtype)
+    grad = grad.transpose(1, 2)  # [B, T, H]
+    da = grad * (b * scale - 1) * a * (1 - a)
+    db = grad * a * scale * b * (1 - b)
+    dprojected = torch.stack((da, db), -1)  # [B, T, H, 2]
+    folded = weight.to(a.dtype).view(2, 4, -1).sum(1)
+    dx = (dprojected @ folded).flatten(2).to(x.dtype)
+    dweight = torch.einsum("bthn,bthd->nd", dprojected, heads).repeat_interleave(4, 0)
+    dbias = dprojected.sum((0, 1, 2)).repeat_interleave(4)
+    dconst = (grad * a * b).sum((0, 1))
+    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dconst.to(const.dtype)
+
+
+def _backward_fake(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, const: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), torch.empty_like(bias), torch.empty_like(const)
+
+
+_OPERANDS = "Tensor x, Tensor weight, Tensor bias, Tensor const"
+_op = define(NAME, f"({_OPERANDS}) -> Tensor", check=_check, fake=_fake, kernel=reference)
+_backward_op = define(
+    f"{NAME}_backward",
+    f"(Tensor grad, {_OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+    kernel=_backward_kernel,
+)
+
+
+def _backward(grads: tuple, inputs: list, saved: tuple) -> tuple:
+    return _backward_op(grads[0].contiguous(), *inputs)
+
+
+differentiate(NAME, reference, _backward)
+autocast(NAME, _op)

@@ -1,0 +1,92 @@
+"""Statistics pooling of the x-vector head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _check as check
+from ._define import accumulation_dtype, autocast, define, differentiate
+
+NAME = "stats_pool"
+
+
+def stats_pool(x: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Mean and unbiased standard deviation over the valid frames of each utterance.
+
+    Equivalent to `torch.cat([x[b, :lengths[b]].mean(0), x[b, :lengths[b]].std(0)])` for each utterance b, as
+    transformers' `WavLMForXVector` computes it, without a loop over the batch.
+
+    Args:
+        x: `[B, T, C]` frames.
+        lengths: `[B]` integers in 0..T, valid frames, or None for all. One frame has no deviation: NaN.
+
+    Returns:
+        `[B, 2C]`: means, then deviations, the dtype of `x`.
+
+    Raises:
+        ValueError, TypeError: shapes, devices or dtypes do not fit.
+    """
+    return _op(x.contiguous(), lengths)
+
+
+def _moments(x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Valid frames centred (zero elsewhere) [B, T, C], their mean [B, 1, C] and their number [B, 1, 1]."""
+    frames = x.shape[1]
+    x = x.to(accumulation_dtype(x.dtype))
+    if lengths is None:
+        lengths = torch.full(x.shape[:1], frames, device=x.device)
+    valid = (torch.arange(frames, device=x.device) < lengths[:, None])[..., None]
+    count = lengths[:, None, None].to(x.dtype)
+    mean = torch.where(valid, x, 0).sum(1, keepdim=True) / count
+    return torch.where(valid, x - mean, 0), mean, count
+
+
+def reference(x: Tensor, lengths: Tensor | None) -> Tensor:
+    centred, mean, count = _moments(x, lengths)
+    variance = centred.square().sum(1, keepdim=True) / (count - 1)
+    std = torch.where(count > 1, variance, float("nan")).sqrt()
+    return torch.cat((mean, std), -1).squeeze(1).to(x.dtype)
+
+
+def _check(x: Tensor, lengths: Tensor | None) -> None:
+    check.floating(NAME, "x", x)
+    check.shape(NAME, "x", x, ("B", "T", "C"))
+    if lengths is None:
+        return
+    check.shape(NAME, "lengths", lengths, (x.shape[0],))
+    check.same_device(NAME, "x", x, lengths=lengths)
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{NAME} wants lengths of an integer dtype, got {lengths.dtype}")
+
+
+def _fake(x: Tensor, lengths: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], 2 * x.shape[2]))
+
+
+def _backward_kernel(grad: Tensor, x: Tensor, lengths: Tensor | None, out: Tensor) -> Tensor:
+    centred, _, count = _moments(x, lengths)
+    dmean, dstd = grad.to(centred.dtype)[:, None].chunk(2, -1)  # [B, 1, C] each
+    std = out.to(centred.dtype)[:, None, x.shape[2] :]
+    # d std / d x is centred / ((n - 1) std), and 0 where all frames are equal, as torch.std has it.
+    slope = torch.where(std == 0, 0, dstd / ((count - 1) * std))
+    dx = torch.where(centred == 0, 0, slope * centred)
+    frames = torch.arange(x.shape[1], device=x.device)[None, :, None]
+    return (dx + torch.where(frames < count, dmean / count, 0)).to(x.dtype)
+
+
+_op = define(NAME, "(Tensor x, Tensor? lengths) -> Tensor", check=_check, fake=_fake, kernel=reference)
+_backward_op = define(
+    f"{NAME}_backward",
+    "(Tensor grad, Tensor x, Tensor? lengths, Tensor out) -> Tensor",
+    fake=lambda grad, x, lengths, out: torch.empty_like(x),
+    kernel=_backward_kernel,
+)
+
+
+def _backward(grads: tuple, inputs: list, saved: tuple) -> tuple:
+    return _backward_op(grads[0].contiguous(), *inputs, *saved), None
+
+
+differentiate(NAME, reference, _backward, save=lambda outputs: outputs)
+autocast(NAME, _op)

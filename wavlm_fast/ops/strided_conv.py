@@ -1,0 +1,211 @@
+"""The feature encoder's further convolutions: frames to fewer frames, with bias, norm and activation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _check as check
+from ._activation import activate, activate_backward
+from ._define import autocast, define, differentiate, needs_grad, or_empty
+
+NAME = "strided_conv"
+
+
+def strided_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "none",
+) -> Tensor:
+    """Strided convolution over time-major frames, layer norm over channels when it has a weight, activation.
+
+    Equivalent to `activation(layer_norm(F.conv1d(x.transpose(1, 2), weight, bias, stride).transpose(1, 2)))`, as
+    transformers' `WavLMNoLayerNormConvLayer` and `WavLMLayerNormConvLayer` compute it.
+
+    Args:
+        x: `[B, T, C]` frames.
+        weight: `[C', C, K]`, the dtype of `x`.
+        bias: `[C']` or None.
+        stride: in frames.
+        norm_weight: `[C']`, or None for no norm.
+        norm_bias: `[C']` or None.
+        eps: added to the variance.
+        activation: "none", "gelu" (erf), "gelu_tanh" or "relu".
+
+    Returns:
+        `[B, T', C']` with T' = (T - K) // stride + 1, the dtype of `x`.
+
+    Raises:
+        ValueError, TypeError: shapes, devices, dtypes or the activation do not fit; fewer than K frames.
+    """
+    save = needs_grad(x, weight, bias, norm_weight, norm_bias)
+    return _op(x.contiguous(), weight, bias, stride, norm_weight, norm_bias, eps, activation, save)[0]
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    # As an image of height one, time-major frames are channels-last: the layout in which oneDNN is fastest.
+    image = x.transpose(1, 2).unsqueeze(2)  # [B, C, 1, T]
+    return F.conv2d(image, weight.unsqueeze(2), bias, (1, stride)).squeeze(2).transpose(1, 2).contiguous()
+
+
+def _finish(
+    pre: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, activation: str
+) -> Tensor:
+    if norm_weight is None:
+        return activate(activation, pre)
+    # Norm parameters may be wider than the product under autocast.
+    normed = F.layer_norm(pre.to(norm_weight.dtype), pre.shape[-1:], norm_weight, norm_bias, eps)
+    return activate(activation, normed).to(pre.dtype)
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    return _finish(_convolve(x, weight, bias, stride), norm_weight, norm_bias, eps, activation)
+
+
+def _kernel(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    activation: str,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    pre = _convolve(x, weight, bias, stride)
+    out = _finish(pre, norm_weight, norm_bias, eps, activation)
+    return out, or_empty(pre if save and out is not pre else None, x)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    activation: str,
+    save: bool,
+) -> None:
+    check.floating(NAME, "x", x)
+    check.shape(NAME, "weight", weight, ("C'", "C", "K"))
+    check.shape(NAME, "x", x, ("B", "T", weight.shape[1]))
+    check.same(NAME, "x", x, weight=weight, bias=bias)
+    check.same_device(NAME, "x", x, norm_weight=norm_weight, norm_bias=norm_bias)
+    for name, vector in (("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if vector is not None:
+            check.shape(NAME, name, vector, (weight.shape[0],))
+    check.activation(NAME, activation)
+    check.frames(NAME, x.shape[1], weight.shape[2])
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    activation: str,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    out = x.new_empty((x.shape[0], (x.shape[1] - weight.shape[2]) // stride + 1, weight.shape[0]))
+    distinct = norm_weight is not None or activation != "none"
+    return out, torch.empty_like(out) if save and distinct else x.new_empty(0)
+
+
+def _backward_kernel(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pre: Tensor,
+    stride: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    aten = torch.ops.aten
+    dnorm_weight = dnorm_bias = None
+    if norm_weight is None:
+        dpre = activate_backward(activation, grad, pre)
+    else:
+        wide, shape = pre.to(norm_weight.dtype), [weight.shape[0]]
+        normed, mean, rstd = aten.native_layer_norm(wide, shape, norm_weight, norm_bias, eps)
+        dnormed = activate_backward(activation, grad.to(wide.dtype), normed)
+        dpre, dnorm_weight, dnorm_bias = aten.native_layer_norm_backward(
+            dnormed, wide, shape, mean, rstd, norm_weight, norm_bias, [True, True, norm_bias is not None]
+        )
+    dx, dweight, dbias = aten.convolution_backward(
+        dpre.to(x.dtype).transpose(1, 2).unsqueeze(2), x.transpose(1, 2).unsqueeze(2), weight.unsqueeze(2),
+        [weight.shape[0]], [1, stride], [0, 0], [1, 1], False, [0, 0], 1, [True, True, bias is not None],
+    )  # fmt: skip
+    dx = dx.squeeze(2).transpose(1, 2).contiguous()
+    dweight = dweight.squeeze(2).contiguous()
+    return dx, dweight, *(or_empty(g, x) for g in (dbias, dnorm_weight, dnorm_bias))
+
+
+def _backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pre: Tensor,
+    stride: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    *rest: object,
+) -> tuple[Tensor, ...]:
+    return (
+        torch.empty_like(x),
+        weight.new_empty(weight.shape),
+        *(or_empty(None if v is None else torch.empty_like(v), x) for v in (bias, norm_weight, norm_bias)),
+    )
+
+
+_TAIL = "int stride, Tensor? norm_weight, Tensor? norm_bias, float eps, str activation"
+_op = define(
+    NAME,
+    f"(Tensor x, Tensor weight, Tensor? bias, {_TAIL}, bool save) -> (Tensor, Tensor)",
+    check=_check,
+    fake=_fake,
+    kernel=_kernel,
+)
+_backward_op = define(
+    f"{NAME}_backward",
+    f"(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor pre, {_TAIL}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+    kernel=_backward_kernel,
+)
+
+
+def _backward(grads: tuple, inputs: list, saved: tuple) -> tuple:
+    x, weight, bias, *tail, _ = inputs
+    dx, dweight, *vectors = _backward_op(grads[0].contiguous(), x, weight, bias, *saved, *tail)
+    dbias, dnorm_weight, dnorm_bias = (g if g.numel() else None for g in vectors)
+    return dx, dweight, dbias, None, dnorm_weight, dnorm_bias, None, None
+
+
+differentiate(NAME, reference, _backward, save=lambda outputs: outputs[1:])
+autocast(NAME, _op, lower=(0, 1, 2))

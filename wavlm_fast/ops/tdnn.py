@@ -1,0 +1,131 @@
+"""Time-delay layer of the x-vector head: dilated convolution with bias and activation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _check as check
+from ._activation import activate
+from ._define import autocast, define, differentiate, or_empty
+
+NAME = "tdnn"
+ACTIVATIONS = ("none", "relu")
+
+
+def tdnn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    kernel_size: int,
+    dilation: int = 1,
+    activation: str = "relu",
+) -> Tensor:
+    """Dilated convolution over time-major frames with its weight stored as a linear layer's.
+
+    Equivalent to transformers' `TDNNLayer`: `relu(F.conv1d(x.transpose(1, 2), w, bias, dilation=dilation))
+    .transpose(1, 2)` with `w = weight.view(C', K, C).transpose(1, 2)`.
+
+    Args:
+        x: `[B, T, C]` frames.
+        weight: `[C', K·C]`, taps outermost, the dtype of `x`.
+        bias: `[C']` or None.
+        kernel_size: K, taps.
+        dilation: frames between taps.
+        activation: "relu" or "none".
+
+    Returns:
+        `[B, T', C']` with T' = T - (K - 1)·dilation, the dtype of `x`.
+
+    Raises:
+        ValueError, TypeError: shapes, devices, dtypes or the activation do not fit; too few frames.
+    """
+    return _op(x.contiguous(), weight, bias, kernel_size, dilation, activation)
+
+
+def _filter(weight: Tensor, kernel_size: int) -> Tensor:
+    return weight.unflatten(1, (kernel_size, -1)).transpose(1, 2).unsqueeze(2)  # [C', C, 1, K]
+
+
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, kernel_size: int, dilation: int, activation: str
+) -> Tensor:
+    # As an image of height one, time-major frames are channels-last.
+    image = x.transpose(1, 2).unsqueeze(2)
+    y = F.conv2d(image, _filter(weight, kernel_size), bias, dilation=(1, dilation))
+    return activate(activation, y.squeeze(2).transpose(1, 2).contiguous())
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, kernel_size: int, dilation: int, activation: str
+) -> None:
+    check.floating(NAME, "x", x)
+    check.shape(NAME, "x", x, ("B", "T", "C"))
+    check.shape(NAME, "weight", weight, ("C'", kernel_size * x.shape[2]))
+    if bias is not None:
+        check.shape(NAME, "bias", bias, (weight.shape[0],))
+    check.same(NAME, "x", x, weight=weight, bias=bias)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{NAME} wants an activation of {ACTIVATIONS}, got {activation!r}")
+    check.frames(NAME, x.shape[1], (kernel_size - 1) * dilation + 1)
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, kernel_size: int, dilation: int, activation: str) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[1] - (kernel_size - 1) * dilation, weight.shape[0]))
+
+
+def _backward_kernel(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    kernel_size: int,
+    dilation: int,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if activation == "relu":
+        grad = torch.where(out > 0, grad, 0)
+    dx, dfilter, dbias = torch.ops.aten.convolution_backward(
+        grad.transpose(1, 2).unsqueeze(2), x.transpose(1, 2).unsqueeze(2), _filter(weight, kernel_size),
+        [weight.shape[0]], [1, 1], [0, 0], [1, dilation], False, [0, 0], 1, [True, True, bias is not None],
+    )  # fmt: skip
+    dweight = dfilter.squeeze(2).transpose(1, 2).reshape(weight.shape)
+    return dx.squeeze(2).transpose(1, 2).contiguous(), dweight, or_empty(dbias, x)
+
+
+def _backward_fake(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    dbias = None if bias is None else torch.empty_like(bias)
+    return torch.empty_like(x), weight.new_empty(weight.shape), or_empty(dbias, x)
+
+
+_op = define(
+    NAME,
+    "(Tensor x, Tensor weight, Tensor? bias, int kernel_size, int dilation, str activation) -> Tensor",
+    check=_check,
+    fake=_fake,
+    kernel=reference,
+)
+_backward_op = define(
+    f"{NAME}_backward",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor out, int kernel_size, int dilation, str activation) "
+    "-> (Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+    kernel=_backward_kernel,
+)
+
+
+def _backward(grads: tuple, inputs: list, saved: tuple) -> tuple:
+    x, weight, bias, kernel_size, dilation, activation = inputs
+    dx, dweight, dbias = _backward_op(
+        grads[0].contiguous(), x, weight, bias, *saved, kernel_size, dilation, activation
+    )
+    return dx, dweight, None if bias is None else dbias, None, None, None
+
+
+differentiate(NAME, reference, _backward, save=lambda outputs: outputs)
+autocast(NAME, _op, lower=(0, 1, 2))

@@ -1,0 +1,189 @@
+"""First convolution of the feature encoder: waveform to frames, with its norm and activation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _check as check
+from ._activation import activate, activate_backward
+from ._define import autocast, define, differentiate, or_empty
+
+NAME = "waveform_conv"
+NORMS = ("none", "group", "layer")
+
+
+def waveform_conv(
+    waveform: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int,
+    norm: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "none",
+) -> Tensor:
+    """Convolution of a waveform (one input channel), norm and activation, written time-major.
+
+    Equivalent to `activation(norm(F.conv1d(waveform[:, None], weight, bias, stride))).transpose(1, 2)`, as
+    transformers' `WavLMGroupNormConvLayer` and `WavLMLayerNormConvLayer` compute it.
+
+    Args:
+        waveform: `[B, S]` samples.
+        weight: `[C, 1, K]`, the dtype of `waveform`.
+        bias: `[C]` or None.
+        stride: in samples.
+        norm: "group" (per utterance and channel, over time, biased variance), "layer" (over channels) or "none".
+        norm_weight: `[C]` or None.
+        norm_bias: `[C]` or None.
+        eps: added to the variance.
+        activation: "none", "gelu" (erf), "gelu_tanh" or "relu".
+
+    Returns:
+        `[B, T, C]` with T = (S - K) // stride + 1, the dtype of `waveform`.
+
+    Raises:
+        ValueError, TypeError: shapes, devices, dtypes or names do not fit; fewer than K samples.
+    """
+    return _op(waveform.contiguous(), weight, bias, stride, norm, norm_weight, norm_bias, eps, activation)
+
+
+def reference(
+    waveform: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    norm: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    y = F.conv1d(waveform[:, None], weight, bias, stride)  # [B, C, T]
+    # Norm parameters may be wider than the product under autocast.
+    wide = y if norm_weight is None else y.to(norm_weight.dtype)
+    if norm == "group":
+        wide = torch.group_norm(wide, y.shape[1], norm_weight, norm_bias, eps)
+    wide = wide.transpose(1, 2)  # [B, T, C]
+    if norm == "layer":
+        wide = F.layer_norm(wide, wide.shape[-1:], norm_weight, norm_bias, eps)
+    return activate(activation, wide).to(y.dtype).contiguous()
+
+
+def _check(
+    waveform: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    norm: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    activation: str,
+) -> None:
+    check.floating(NAME, "waveform", waveform)
+    check.shape(NAME, "waveform", waveform, ("B", "S"))
+    check.shape(NAME, "weight", weight, ("C", 1, "K"))
+    check.same(NAME, "waveform", waveform, weight=weight, bias=bias)
+    check.same_device(NAME, "waveform", waveform, norm_weight=norm_weight, norm_bias=norm_bias)
+    for name, vector in (("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if vector is not None:
+            check.shape(NAME, name, vector, (weight.shape[0],))
+    if norm not in NORMS:
+        raise ValueError(f"{NAME} wants a norm of {NORMS}, got {norm!r}")
+    check.activation(NAME, activation)
+    check.frames(NAME, waveform.shape[1], weight.shape[2], "samples")
+
+
+def _fake(waveform: Tensor, weight: Tensor, bias: Tensor | None, stride: int, *rest: object) -> Tensor:
+    channels, _, kernel = weight.shape
+    return waveform.new_empty((waveform.shape[0], (waveform.shape[1] - kernel) // stride + 1, channels))
+
+
+def _backward_kernel(
+    grad: Tensor,
+    waveform: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    norm: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    aten = torch.ops.aten
+    y = F.conv1d(waveform[:, None], weight, bias, stride)  # [B, C, T], recomputed: one channel in makes it cheap
+    dtype = y.dtype if norm_weight is None else norm_weight.dtype
+    grad, y = grad.to(dtype).transpose(1, 2).contiguous(), y.to(dtype)
+    dnorm_weight = dnorm_bias = None
+    mask = [True, norm_weight is not None, norm_bias is not None]
+    batch, channels, frames = y.shape
+    if norm == "none":
+        dy = activate_backward(activation, grad, y)
+    elif norm == "group":
+        sizes = (batch, channels, frames, channels)
+        normed, mean, rstd = aten.native_group_norm(y, norm_weight, norm_bias, *sizes, eps)
+        dnormed = activate_backward(activation, grad, normed)
+        dy, dnorm_weight, dnorm_bias = aten.native_group_norm_backward(
+            dnormed, y, mean, rstd, norm_weight, *sizes, mask
+        )
+    else:
+        y = y.transpose(1, 2).contiguous()
+        normed, mean, rstd = aten.native_layer_norm(y, [channels], norm_weight, norm_bias, eps)
+        dnormed = activate_backward(activation, grad.transpose(1, 2).contiguous(), normed)
+        dy, dnorm_weight, dnorm_bias = aten.native_layer_norm_backward(
+            dnormed, y, [channels], mean, rstd, norm_weight, norm_bias, mask
+        )
+        dy = dy.transpose(1, 2)
+    dwaveform, dweight, dbias = aten.convolution_backward(
+        dy.to(waveform.dtype).contiguous(), waveform[:, None], weight, [channels], [stride], [0], [1], False, [0], 1,
+        [True, True, bias is not None],
+    )  # fmt: skip
+    return dwaveform[:, 0], dweight, *(or_empty(g, waveform) for g in (dbias, dnorm_weight, dnorm_bias))
+
+
+def _backward_fake(
+    grad: Tensor,
+    waveform: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    norm: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    *rest: object,
+) -> tuple[Tensor, ...]:
+    vectors = (bias, *((None, None) if norm == "none" else (norm_weight, norm_bias)))
+    return (
+        torch.empty_like(waveform),
+        torch.empty_like(weight),
+        *(or_empty(None if v is None else torch.empty_like(v), waveform) for v in vectors),
+    )
+
+
+_OPERANDS = (
+    "Tensor waveform, Tensor weight, Tensor? bias, int stride, str norm, Tensor? norm_weight, Tensor? norm_bias, "
+    "float eps, str activation"
+)
+_op = define(NAME, f"({_OPERANDS}) -> Tensor", check=_check, fake=_fake, kernel=reference)
+_backward_op = define(
+    f"{NAME}_backward",
+    f"(Tensor grad, {_OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+    kernel=_backward_kernel,
+)
+
+
+def _backward(grads: tuple, inputs: list, saved: tuple) -> tuple:
+    _, _, bias, stride, norm, norm_weight, norm_bias, *_ = inputs
+    dwaveform, dweight, *vectors = _backward_op(grads[0].contiguous(), *inputs)
+    dbias, dnorm_weight, dnorm_bias = (g if g.numel() else None for g in vectors)
+    return dwaveform, dweight, dbias, None, None, dnorm_weight, dnorm_bias, None, None
+
+
+differentiate(NAME, reference, _backward)
+autocast(NAME, _op, lower=(0, 1, 2))

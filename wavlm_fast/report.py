@@ -1,0 +1,92 @@
+"""What runs where in a model, and why not faster."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from . import backends, derived
+from .modules import TWINS, FastModule, Plan
+
+
+@dataclass(frozen=True)
+class Row:
+    """One op as `count` places of the model run it: on a backend, or by calling torch's own modules ("modules")."""
+
+    op: str
+    backend: str
+    count: int
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What runs where; `str()` of it is a table.
+
+    `derived_bytes` is the memory of packed and merged weights at this moment, `slow_modules` counts WavLM modules by
+    class that `accelerate` has not or could not make fast.
+    """
+
+    rows: tuple[Row, ...]
+    backend: str
+    device: str
+    dtype: str
+    derived_bytes: int
+    slow_modules: dict[str, int]
+
+    def __str__(self) -> str:
+        width = max((len(r.op) for r in self.rows), default=2)
+        lines = [
+            f"backend {self.backend!r} on {self.device} in {self.dtype}; "
+            f"derived weights take {self.derived_bytes / 2**20:.1f} MiB",
+            f"{'op':<{width}}  times  runs on    why not faster",
+        ]
+        lines += [
+            f"{r.op:<{width}}  {r.count:>5}  {r.backend:<9}  {'; '.join(r.reasons) or 'nothing is'}" for r in self.rows
+        ]
+        lines += [f"{count} × {name} is not a class we stand in for" for name, count in self.slow_modules.items()]
+        return "\n".join(lines)
+
+
+def report(model: nn.Module) -> Report:
+    """Say for every op of a model which backend runs it now, and why not a faster one.
+
+    Nothing is run; the answer is for the model's present device, dtype and mode (gradients while it trains), the
+    backend wished for in this thread, and ten seconds of audio.
+
+    Args:
+        model: an accelerated WavLM, or any module that contains one. Modules that are not fast are counted.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"report wants a torch module, got a {type(model).__name__}")
+    counts: Counter[tuple] = Counter()
+    slow: Counter[str] = Counter()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(model.training):
+        for module in model.modules():
+            if isinstance(module, FastModule):
+                counts.update(_decide(plan) for plan in module.plan())
+            elif isinstance(module, tuple(TWINS)) and not isinstance(module, tuple(TWINS.values())):
+                slow[type(module).__name__] += 1
+    first = next(model.parameters(), torch.empty(0))
+    return Report(
+        rows=tuple(Row(op, backend, count, reasons) for (op, backend, reasons), count in counts.items()),
+        backend=backends.current(),
+        device=str(first.device),
+        dtype=str(first.dtype).removeprefix("torch."),
+        derived_bytes=derived.nbytes(model.parameters()),
+        slow_modules=dict(slow),
+    )
+
+
+def _decide(plan: Plan) -> tuple[str, str, tuple[str, ...]]:
+    if plan.refusal is not None:
+        return plan.op, "modules", (plan.refusal,)
+    try:
+        choice = backends.choose(plan.op, plan.example())
+    except backends.BackendUnavailable as error:
+        return plan.op, "none", (str(error),)
+    return plan.op, choice.backend, tuple(reason for _, reason in choice.refused)

@@ -1,0 +1,96 @@
+"""Putting the fast modules in place of transformers' own, and back."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TypeVar
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.wavlm import modeling_wavlm as hf
+
+from .derived import forget
+from .modules import TWINS
+
+try:  # transformers 5 finds out by class what it can record of a model
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+except ImportError:
+    _CAN_RECORD_REGISTRY = None
+
+Module = TypeVar("Module", bound=nn.Module)
+
+# The namespaces in which transformers offers its model classes.
+_NAMESPACES = ("transformers", "transformers.models.wavlm", "transformers.models.wavlm.modeling_wavlm")
+
+
+def accelerate(model: Module) -> Module:
+    """Make a live transformers WavLM fast, in place.
+
+    Every module of transformers' WavLM in `model` becomes the fast class that stands in for it. Parameters, buffers,
+    names, hooks and modes stay as they are, and so does everything around: adapters, DDP, user classes. On a model that
+    is fast already it does nothing.
+
+    Args:
+        model: a transformers WavLM model, or any module that contains one.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: there is no WavLM in it.
+    """
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    if not any(isinstance(m, tuple(TWINS)) for m in modules):
+        raise TypeError(f"accelerate wants a transformers WavLM model, got {_describe(model)}, which contains none")
+    _swap(modules, TWINS)
+    return model
+
+
+def restore(model: Module) -> Module:
+    """Undo `accelerate`: transformers' own modules, bit for bit, in place.
+
+    Args:
+        model: any module; what is not fast in it stays as it is.
+
+    Returns:
+        `model`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"restore wants a torch module, got {_describe(model)}")
+    _swap(list(model.modules()), {fast: plain for plain, fast in TWINS.items()})
+    forget(model.parameters())
+    return model
+
+
+def install() -> None:
+    """Make transformers build fast WavLMs: its classes, and so its Auto classes, pipelines and Trainers.
+
+    While installed, `transformers.WavLMModel` is `wavlm_fast.WavLMModel`, a subclass of the class that it replaces.
+    Models that exist already stay as they are; `accelerate` them.
+    """
+    _offer({fast.__name__: fast for plain, fast in TWINS.items() if issubclass(plain, PreTrainedModel)})
+
+
+def uninstall() -> None:
+    """Undo `install`. Models built in between stay fast; `restore` them."""
+    _offer({plain.__name__: plain for plain in TWINS if issubclass(plain, PreTrainedModel)})
+
+
+def _offer(classes: dict[str, type]) -> None:
+    for namespace in map(importlib.import_module, _NAMESPACES):
+        for name, cls in classes.items():
+            setattr(namespace, name, cls)
+
+
+def _swap(modules: list[nn.Module], classes: dict[type, type]) -> None:
+    for module in modules:
+        new = classes.get(type(module))
+        if new is None:
+            continue
+        module.__class__ = new
+        if _CAN_RECORD_REGISTRY is not None and isinstance(module, hf.WavLMPreTrainedModel):
+            _CAN_RECORD_REGISTRY[module] = module._can_record_outputs
+
+
+def _describe(model: object) -> str:
+    return f"a {type(model).__module__}.{type(model).__name__}"
