@@ -1,7 +1,7 @@
 """The six classes: transformers' own, accelerated at construction, with inputs checked.
 
-Heads, losses, loading and saving are transformers'. What a class adds here is what its own forward does slowly or leaves
-to fail late.
+Heads, losses, loading and saving are transformers'. What a class adds here is what its own forward does slowly or
+leaves to fail late.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class WavLMModel(_FastModel, hf.WavLMModel):
             mask_time_indices = self._spans((batch, frames), *options)
         if mask_time_indices is not None:
             mask_time_indices = mask_time_indices.to(hidden_states.device)[..., None]
-            hidden_states = torch.where(mask_time_indices, self.masked_spec_embed.to(hidden_states.dtype), hidden_states)
+            embedding = self.masked_spec_embed.to(hidden_states.dtype)
+            hidden_states = torch.where(mask_time_indices, embedding, hidden_states)
         masked = self._spans((batch, channels), config.mask_feature_prob, config.mask_feature_length, None, 0)
         return hidden_states.masked_fill(masked.to(hidden_states.device)[:, None], 0)
 
