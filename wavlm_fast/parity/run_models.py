@@ -15,6 +15,7 @@ from transformers import WavLMConfig
 from transformers.models.wavlm import modeling_wavlm as hf
 
 from .. import backends, swap
+from ..derived import forget
 from ..inputs import receptive_field
 from ..sensitive import make_sensitive
 from .rule import FAIL, PASS, Result, allowed_error, dtype_name, error_of, magnitude, ratio, rms, tiny
@@ -286,12 +287,15 @@ def _fast(case: ModelCase, dtype: torch.dtype, device: torch.device) -> Outcome:
     # an optimizer changes them, half through `.data`, which leaves no version behind.
     right = [p.detach().clone() for p in model.parameters()]
     wrong = [torch.roll(p, 1).mul(1.25) for p in right]
+    forget(model.parameters())
     try:
         _write(model, wrong)
         _run(model, case, inputs)
     finally:
         _write(model, right)
-    return _run(model, case, inputs)
+    found = _run(model, case, inputs)
+    forget(model.parameters())
+    return found
 
 
 @torch.no_grad()
