@@ -1,7 +1,7 @@
 """The six classes: transformers' own, accelerated at construction, with inputs checked.
 
-Heads, losses, loading and saving are transformers'. What a class adds here is what its own forward does slowly or leaves
-to fail late.
+Heads, losses, loading and saving are transformers'. What a class adds here is what its own forward does slowly or
+leaves to fail late.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class WavLMModel(_FastModel, hf.WavLMModel):
             mask_time_indices = self._spans((batch, frames), *options)
         if mask_time_indices is not None:
             mask_time_indices = mask_time_indices.to(hidden_states.device)[..., None]
-            hidden_states = torch.where(mask_time_indices, self.masked_spec_embed.to(hidden_states.dtype), hidden_states)
+            embedding = self.masked_spec_embed.to(hidden_states.dtype)
+            hidden_states = torch.where(mask_time_indices, embedding, hidden_states)
         masked = self._spans((batch, channels), config.mask_feature_prob, config.mask_feature_length, None, 0)
         return hidden_states.masked_fill(masked.to(hidden_states.device)[:, None], 0)
 
@@ -121,6 +122,15 @@ class WavLMForAudioFrameClassification(_FastModel, hf.WavLMForAudioFrameClassifi
     """transformers' `WavLMForAudioFrameClassification`, fast."""
 
 
+def _selected(hidden_states: tuple | None, wanted: bool | int | list[int]) -> tuple | list | None:
+    """The hidden states asked for: all, none, or (transformers 5) those at some indices, None standing for the rest."""
+    if isinstance(wanted, bool) or wanted is None:
+        return hidden_states if wanted else None
+    count = len(hidden_states)
+    kept = {i % count for i in ([wanted] if isinstance(wanted, int) else wanted) if -count <= i < count}
+    return [state if i in kept else None for i, state in enumerate(hidden_states)]
+
+
 class WavLMForXVector(_FastModel, hf.WavLMForXVector):
     """transformers' `WavLMForXVector`, fast: pooling does not loop over the batch."""
 
@@ -140,11 +150,10 @@ class WavLMForXVector(_FastModel, hf.WavLMForXVector):
         wishes = {k: arguments.pop(k, None) for k in ("return_dict", "output_hidden_states", "output_attentions")}
         wishes = {k: getattr(config, k) if v is None else v for k, v in wishes.items()}
         returned = wishes["output_hidden_states"]
-        kept = returned or config.use_weighted_layer_sum
         outputs = self.wavlm(
             **arguments,
             output_attentions=wishes["output_attentions"],
-            output_hidden_states=kept,
+            output_hidden_states=True if config.use_weighted_layer_sum else returned,
             return_dict=True,
         )
         embeddings = self.feature_extractor(self._pooled(outputs, arguments.get("attention_mask")))
@@ -153,7 +162,7 @@ class WavLMForXVector(_FastModel, hf.WavLMForXVector):
             loss=None if labels is None else self.objective(logits, labels),
             logits=logits,
             embeddings=embeddings,
-            hidden_states=outputs.hidden_states if returned else None,
+            hidden_states=_selected(outputs.hidden_states, returned),
             attentions=outputs.attentions,
         )
         return result if wishes["return_dict"] else result.to_tuple()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 
@@ -31,4 +35,44 @@ def why_not(device: torch.device | None = None) -> str | None:
     return None
 
 
-TABLE: dict[str, Implementation] = {}
+def _kernel(op: str, file: str, why_not: Callable[..., str | None]) -> Implementation:
+    """The host function `op` of kernels/`file`.py, imported at the first call: Triton may not be there."""
+
+    def run(*args: Any) -> Any:
+        device = args[0].device
+        # Triton launches on the current device, whatever device the tensors are on.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return getattr(importlib.import_module(f"wavlm_fast.kernels.{file}"), op)(*args)
+
+    def refuse(*args: Any) -> str | None:
+        if interpreted() and any(isinstance(a, torch.Tensor) and a.dtype is torch.bfloat16 for a in args):
+            return "Triton's interpreter computes bfloat16 wrongly: it truncates and multiplies the bits"
+        return why_not(*args)
+
+    return Implementation(run, refuse)
+
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MAX_CHANNELS = 16384  # MAX_CHANNELS of kernels/add_layer_norm.py, known without importing it
+
+
+def _why_not_add_layer_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> str | None:
+    if x.dtype not in _DTYPES:
+        return f"the Triton add_layer_norm takes float32, float16 or bfloat16, x is {x.dtype}"
+    if not 0 < x.shape[-1] <= _MAX_CHANNELS:
+        return f"the Triton add_layer_norm takes 1 to {_MAX_CHANNELS} channels, x has {x.shape[-1]}"
+    return None
+
+
+def _why_not_add_layer_norm_backward(
+    grad_sum: torch.Tensor, grad_normed: torch.Tensor, sum: torch.Tensor, weight: torch.Tensor, eps: float
+) -> str | None:
+    return _why_not_add_layer_norm(sum, grad_normed, weight, weight, eps)
+
+
+TABLE: dict[str, Implementation] = {
+    "add_layer_norm": _kernel("add_layer_norm", "add_layer_norm", _why_not_add_layer_norm),
+    "add_layer_norm_backward": _kernel("add_layer_norm_backward", "add_layer_norm", _why_not_add_layer_norm_backward),
+}

@@ -53,9 +53,12 @@ class _FastEncoder(FastModule):
         if output_attentions is None:
             output_attentions = bool(getattr(self.config, "output_attentions", False))
         hidden_states = self._enter(self._embed_positions(zero_padding(hidden_states, attention_mask)))
+        collects_states = ENCODER_COLLECTS and output_hidden_states
+        collects_weights = ENCODER_COLLECTS and output_attentions
         states, weights, position_bias = [], [], None
         for index, layer in enumerate(self.layers):
-            states.append(hidden_states)
+            if collects_states:
+                states.append(hidden_states)
             if self._drops(index):
                 weights.append(None)
                 continue
@@ -70,10 +73,9 @@ class _FastEncoder(FastModule):
             hidden_states, position_bias = outputs[:2]
             weights.append(outputs[2] if len(outputs) > 2 else None)
         hidden_states = self._leave(hidden_states)
-        states.append(hidden_states)
         collected = (
-            tuple(states) if ENCODER_COLLECTS and output_hidden_states else None,
-            tuple(weights) if ENCODER_COLLECTS and output_attentions else None,
+            (*states, hidden_states) if collects_states else None,
+            tuple(weights) if collects_weights else None,
         )
         if not return_dict:
             return tuple(x for x in (hidden_states, *collected) if x is not None)

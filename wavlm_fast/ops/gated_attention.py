@@ -47,7 +47,8 @@ def gated_attention(
     seed = None
     if dropout_p > 0:
         seed = torch.randint(2**31 - 1, (1,), device=q.device)
-    return _op(q, k, v, gate, rel_bias, key_lengths, dropout_p, seed, q.shape[-1] ** -0.5 if scale is None else scale)[0]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _op(q, k, v, gate, rel_bias, key_lengths, dropout_p, seed, scale)[0]
 
 
 def reference(
