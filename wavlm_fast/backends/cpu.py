@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..ops import schemas
-from . import Implementation, onednn
+from . import Implementation, products
 
 NAME = "cpu"
 
@@ -21,7 +21,14 @@ logger = logging.getLogger("wavlm_fast")
 # autocast) the only one.
 _KERNELS = ("add_layer_norm", "add_layer_norm_backward", "gated_attention")
 _library = torch.library.Library("wavlm_fast_cpu", "DEF")
-for _schema in ("isa() -> str", "isa_levels() -> str[]", "isa_problem() -> str"):
+for _schema in (
+    "isa() -> str",
+    "isa_levels() -> str[]",
+    "isa_problem() -> str",
+    "pack_conv(Tensor weight) -> Tensor",
+    "packed_conv(Tensor x, Tensor packed, Tensor? bias, int channels, int taps, int stride, int dilation, "
+    "str activation) -> Tensor",
+):
     _library.define(_schema)
 for _name in _KERNELS:
     _library.define(_name + schemas[_name])
@@ -104,11 +111,15 @@ def _why_not_gated_attention(q: torch.Tensor, *rest: object) -> str | None:
     return None
 
 
+def _why_not_product(x: torch.Tensor, weight: torch.Tensor, *rest: object) -> str | None:
+    return products.why_not(EXTENSION_PROBLEM, x, weight)
+
+
 TABLE: dict[str, Implementation] = {
     "add_layer_norm": _cpp("add_layer_norm", _why_not_add_layer_norm),
     "add_layer_norm_backward": _cpp("add_layer_norm_backward", _why_not_add_layer_norm_backward),
     "gated_attention": _cpp("gated_attention", _why_not_gated_attention),
-    "linear_act": Implementation(onednn.linear_act, onednn.why_not),
-    "strided_conv": Implementation(onednn.strided_conv, onednn.why_not),
-    "tdnn": Implementation(onednn.tdnn, onednn.why_not),
+    "linear_act": Implementation(products.linear_act, _why_not_product),
+    "strided_conv": Implementation(products.strided_conv, _why_not_product),
+    "tdnn": Implementation(products.tdnn, _why_not_product),
 }

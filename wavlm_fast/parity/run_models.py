@@ -15,6 +15,7 @@ from transformers import WavLMConfig
 from transformers.models.wavlm import modeling_wavlm as hf
 
 from .. import backends, swap
+from ..derived import forget
 from ..inputs import receptive_field
 from ..sensitive import make_sensitive
 from .rule import FAIL, PASS, Result, allowed_error, dtype_name, error_of, magnitude, ratio, rms, tiny
@@ -68,7 +69,7 @@ def cases(quick: bool = False) -> tuple[ModelCase, ...]:
     found = [ModelCase(m, f, i) for m in CLASSES for f in FORMS for i in INPUTS]
     if not quick:
         return tuple(found)
-    return tuple(c for n, c in enumerate(found) if n % 7 == 1 or (c.model == "WavLMModel" and c.input == "ragged mask"))
+    return tuple(c for n, c in enumerate(found) if n % 11 == 1)
 
 
 def config(form: str) -> WavLMConfig:
@@ -234,7 +235,7 @@ def run_case(case: ModelCase, backend: str, dtype: torch.dtype, device: torch.de
     """The forward and the gradients of a model on one backend."""
     base = {"level": "model", "name": case.model, "backend": backend, "dtype": dtype_name(dtype), "case": case.name}
     quantities = ("forward", "gradient") if case.differentiate else ("forward",)
-    reason = _absence(backend, device)
+    reason = absence(backend, device)
     if reason is None:
         try:
             truth, allowed = expected(case, dtype, device)
@@ -268,7 +269,8 @@ def _judge(found: dict, truth: dict, prefix: str, allowed: dict[str, float], bas
     return Result(tensor=tensor, error=error, allowed=most, verdict=PASS if error <= most else FAIL, **base)
 
 
-def _absence(backend: str, device: torch.device) -> str | None:
+def absence(backend: str, device: torch.device) -> str | None:
+    """Why a backend has nothing to run of a model; None when it has. "auto" always has."""
     if backend == "auto":
         return None
     module = backends.load(backend)
@@ -286,12 +288,15 @@ def _fast(case: ModelCase, dtype: torch.dtype, device: torch.device) -> Outcome:
     # an optimizer changes them, half through `.data`, which leaves no version behind.
     right = [p.detach().clone() for p in model.parameters()]
     wrong = [torch.roll(p, 1).mul(1.25) for p in right]
+    forget(model.parameters())
     try:
         _write(model, wrong)
         _run(model, case, inputs)
     finally:
         _write(model, right)
-    return _run(model, case, inputs)
+    found = _run(model, case, inputs)
+    forget(model.parameters())
+    return found
 
 
 @torch.no_grad()

@@ -139,17 +139,29 @@ def _natural(
     return size
 
 
+def mixes(op: str, device: torch.device) -> bool:
+    """Whether a forward pass of `op` on the fastest backend and its gradient may run on different backends."""
+    return any(
+        (op in backends.load(name).TABLE) != (f"{op}_backward" in backends.load(name).TABLE)
+        and backends.load(name).why_not(device) is None
+        for name in backends.names()
+    )
+
+
 def absence(backend: str, op: str, device: torch.device) -> str | None:
     """Why a backend has nothing to try for an op, forward or backward; None when it has."""
+    if backend == "auto":
+        return None
     module = backends.load(backend)
-    if op not in module.TABLE and f"{op}_backward" not in module.TABLE:
+    reason = module.why_not(device) or module.why_not()
+    if reason is None and op not in module.TABLE and f"{op}_backward" not in module.TABLE:
         return f"the {backend} backend has no kernel for {op}"
-    return module.why_not(device) or module.why_not()
+    return reason
 
 
 def run_case(case: Case, backend: str, dtype: torch.dtype, device: torch.device) -> Iterator[Result]:
     """The forward and the gradient of a case on one backend, twice: as it is, and with fresh memory poisoned."""
-    table = backends.load(backend).TABLE
+    table = backends.load("reference" if backend == "auto" else backend).TABLE
     base = {"level": "op", "name": case.op, "backend": backend, "dtype": dtype_name(dtype), "case": case.name}
     quantities = ("forward", "gradient") if case.differentiate else ("forward",)
     reason = absence(backend, case.op, device)
