@@ -42,7 +42,9 @@ def print_table(out: Console, title: str, shown: Table) -> None:
     """A titled table; off a terminal without rich's blank lines and trailing blanks."""
     out.print(f"[bold]{title}[/]")
     if out.is_terminal:
-        out.print(shown)
+        # A terminal too narrow wraps the lines; rich would cut the numbers.
+        needed = out.measure(shown, options=out.options.update(width=4 * _PLAIN_WIDTH)).maximum
+        out.print(shown, width=max(out.width, needed), crop=False)
         return
     with out.capture() as captured:
         out.print(shown)
