@@ -105,21 +105,21 @@ def test_gates_are_spread_rows_are_peaked_and_outliers_are_there(form):
         logits = attention.gru_rel_pos_linear(heads).unflatten(-1, (2, 4)).sum(-1)
         a, b = logits.sigmoid().unbind(-1)
         gate = a * (b * attention.gru_rel_pos_const.squeeze(-1) - 1) + 2
-        seen.append((a, b, gate, out[1]))
+        seen.append((a, b, gate))
 
     for layer in model.encoder.layers:
         layer.attention.register_forward_hook(watch, with_kwargs=True)
     with torch.inference_mode():
-        states = model(speech(), output_hidden_states=True).hidden_states
-    for sigmoids in zip(*[(a, b) for a, b, _, _ in seen], strict=True):
+        out = model(speech(), output_hidden_states=True, output_attentions=True)
+    for sigmoids in zip(*[(a, b) for a, b, _ in seen], strict=True):
         sigmoid = torch.stack(sigmoids)
         assert sigmoid.quantile(0.05) < 0.25
         assert sigmoid.quantile(0.95) > 0.75
-    for _, _, gate, weights in seen:
+    for (_, _, gate), weights in zip(seen, out.attentions, strict=True):
         assert gate.amax() - gate.amin() > 0.8
         assert weights.amax(-1).mean() > 5 / weights.shape[-1]  # averaged over heads; uniform rows would give 1
     assert model.encoder.layers[0].attention.rel_attn_embed.weight.std().item() == pytest.approx(1, abs=0.1)
-    for hidden in states:
+    for hidden in out.hidden_states:
         channels = hidden.abs().mean((0, 1)).sort().values
         assert 0.5 * OUTLIER < channels[-1] < 2 * OUTLIER
         assert 0.2 < channels[:-4].median() < 4

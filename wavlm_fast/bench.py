@@ -169,11 +169,12 @@ def _verify(
     except backends.BackendUnavailable as error:
         row.problem = f"refused: {error}"
         return
-    row.error = found[-1].ours
+    row.error = found[-1].all.ours
     broken = next((layer for layer in found if not layer.ok), None)
     if broken is not None:
         row.wrong = True
-        row.problem = f"wrong: {broken.layer} is off by {broken.ours:.2e}, {broken.allowed:.2e} is allowed"
+        worst = broken.all if not broken.all.ok else broken.ordinary
+        row.problem = f"wrong: {broken.layer} is off by {worst.ours:.2e}, {worst.allowed:.2e} is allowed"
 
 
 def _print_head(out: Console, source: checkpoint.Source, args: argparse.Namespace) -> None:

@@ -4,23 +4,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from transformers import Wav2Vec2Config, WavLMConfig, WavLMModel
+from tiny_checkpoints import tiny_config
+from transformers import Wav2Vec2Config, WavLMModel
 
 from wavlm_fast import cli, memory
 from wavlm_fast.sensitive import make_sensitive
-
-
-def tiny_config(**options):
-    sizes = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "conv_dim": (16,) * 7,
-        "num_conv_pos_embeddings": 16,
-        "num_conv_pos_embedding_groups": 4,
-    }
-    return WavLMConfig(**{**sizes, **options})
 
 
 @pytest.fixture(scope="session")

@@ -37,9 +37,7 @@ def test_version(command):
 
 
 def test_no_command_and_an_unknown_one(command):
-    assert command().sentence() == (
-        "wavlm-fast: the following arguments are required: COMMAND (see wavlm-fast --help)"
-    )
+    assert command().sentence() == ("wavlm-fast: the following arguments are required: COMMAND (see wavlm-fast --help)")
     assert "invalid choice: 'sing'" in command("sing").sentence()
 
 
@@ -60,7 +58,9 @@ def test_arguments_that_are_refused(command, arguments, sentence):
 
 def test_a_gpu_that_is_not_there(command, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert "torch sees no GPU on this machine, so 'cuda' cannot be used" in command("demo", "--device", "cuda").sentence()
+    assert (
+        "torch sees no GPU on this machine, so 'cuda' cannot be used" in command("demo", "--device", "cuda").sentence()
+    )
 
 
 def test_dtypes_have_short_names(command, tiny, no_probe):

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from tiny_checkpoints import tiny_config
+from transformers import WavLMModel
 
 from wavlm_fast import audio, checkpoint, memory
 
@@ -40,8 +42,10 @@ def test_demo_on_the_clip(command, tiny, no_probe, tmp_path):
     (result,) = found["results"]
     assert [row["layer"] for row in result["layers"]] == ["conv features", "embedding", "layer 1", "layer 2", "output"]
     for row in result["layers"]:
-        assert 0 < row["ours"] <= row["allowed"] < 1e-3
-        assert 0 < row["theirs"] < 1e-4
+        for errors in (row["all"], row["ordinary"]):
+            assert 0 < errors["ours"] <= errors["allowed"] < 1e-3
+            assert 0 < errors["theirs"] < 1e-4
+        assert row["ordinary"]["theirs"] <= row["all"]["theirs"]
         assert row["ok"]
     for provider in ("transformers", "wavlm_fast"):
         timing = result["seconds"][provider]
@@ -68,7 +72,7 @@ def test_output_in_a_pipe_is_plain_and_of_stable_width(command, tiny, no_probe, 
     [
         lambda model: model.encoder.layers[0].attention.rel_attn_embed.weight.zero_(),
         lambda model: model.encoder.layers[1].attention.gru_rel_pos_const.zero_(),
-        lambda model: model.encoder.layers[1].feed_forward.output_dense.bias.add_(1e-3),
+        lambda model: model.encoder.layers[1].feed_forward.output_dense.bias[0].add_(1e-2),
         lambda model: model.feature_projection.layer_norm.weight.mul_(float("nan")),
     ],
     ids=["no relative bias", "no gate", "a small shift", "NaN"],
@@ -117,14 +121,11 @@ def test_bad_audio_is_refused_before_anything_is_compared(command, tiny, tmp_pat
 
 
 def test_the_receptive_field_is_the_model_s(command, tmp_path, no_probe):
-    from conftest import tiny_config  # noqa: PLC0415
-    from transformers import WavLMModel
-
     folder = tmp_path / "wide"
     WavLMModel(tiny_config(conv_kernel=(10, 3, 3, 3, 3, 2, 4))).save_pretrained(folder)
     short = tmp_path / "short.wav"
-    soundfile.write(short, np.zeros(1039), 16000)
-    assert "at least 1040 samples" in command("demo", short, "--model", folder).sentence()
+    soundfile.write(short, np.zeros(719), 16000)
+    assert "at least 720 samples" in command("demo", short, "--model", folder).sentence()
 
 
 def test_json_to_standard_output_is_all_there_is(command, tiny, no_probe):
@@ -141,8 +142,6 @@ def test_json_that_cannot_be_written(command, tiny, no_probe, tmp_path):
 
 def test_without_a_model_it_says_what_it_runs(command, no_probe, monkeypatch, tiny):
     """The seeded model, shrunk: WavLM-base itself takes its time."""
-    from conftest import tiny_config  # noqa: PLC0415
-
     monkeypatch.setattr(checkpoint, "WavLMConfig", tiny_config)
     ended = command("demo", "--max-seconds", "1")
     assert ended.status == 0, ended
@@ -152,16 +151,14 @@ def test_without_a_model_it_says_what_it_runs(command, no_probe, monkeypatch, ti
 def test_memory_is_measured_in_fresh_processes(tiny):
     """transformers holds [T, T] matrices: twice the frames cost it more than twice the memory."""
     options = {"audio": None, "model": str(tiny), "threads": 1}
-    short, long = (memory.measure("transformers", samples=s * 16000, **options) for s in (20, 60))
+    short, long = (memory.measure("transformers", samples=s * 16000, **options) for s in (10, 40))
     assert short.total > 100 * 2**20  # Python and torch
     assert 0 < short.forward < long.forward < long.total
     assert long.forward > 4 * short.forward
-    ours = memory.measure("wavlm_fast", samples=20 * 16000, **options)
+    ours = memory.measure("wavlm_fast", samples=10 * 16000, **options)
     assert 0 < ours.forward < ours.total
 
 
 def test_a_memory_process_that_fails_says_so(tmp_path):
-    with pytest.raises(memory.UserError, match="memory of transformers ended with status 1: .*does not exist"):
+    with pytest.raises(memory.UserError, match=r"memory of transformers ended with status 1: .*does not exist"):
         memory.measure("transformers", audio=None, samples=16000, model=str(tmp_path / "no" / "model"))
-
-
