@@ -76,7 +76,8 @@ GatedAttention<T> call_on(const Tensor& q, const Tensor& k, const Tensor& v, con
 // As many query blocks per task as share a packed tile of keys well, fewer when threads would go without work.
 int64_t blocks_per_task(int64_t blocks, int64_t pairs, const GatedAttentionKernels& kernels) {
   const int64_t wanted = kTasksPerThread * at::get_num_threads();
-  const int64_t tasks = std::max((wanted + pairs - 1) / pairs, (blocks + kernels.most_blocks - 1) / kernels.most_blocks);
+  const int64_t least = (blocks + kernels.most_blocks - 1) / kernels.most_blocks;
+  const int64_t tasks = std::max((wanted + pairs - 1) / pairs, least);
   return (blocks + tasks - 1) / tasks;
 }
 

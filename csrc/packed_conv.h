@@ -6,15 +6,18 @@
 
 namespace wavlm_fast {
 
-// out[t, :] = activation(bias + sum over taps k of x[t * stride + k * dilation, :] * weight of tap k) for the frames
-// of one utterance, or of any rows of memory: a linear layer has one tap.
+// out[t, :] = activation(offset + gain * (bias + sum over taps k of the C numbers at x + t * row_step + k * tap_step,
+// times the weight of tap k)). Rows may overlap. A linear layer has one tap; so has a convolution of the waveform, with a
+// window for C.
 struct PackedConv {
-  const float* x;        // frames of C numbers, one after the other
-  const float* packed;   // [groups of columns][taps][C][columns of the group], the last group narrower
-  const float* bias;     // [channels], or null
-  float* out;            // [T, channels]
-  std::int64_t T, C, taps, stride, dilation, channels;
-  int activation;        // as Activation in activation.h
+  const float* x;
+  const float* packed;  // [groups of columns][taps][C][columns of the group], the last group narrower
+  const float* bias;    // [channels], or null
+  const float* gain;    // [channels], or null: no gain and no offset
+  const float* offset;  // [channels]
+  float* out;           // [T, channels]
+  std::int64_t T, C, taps, row_step, tap_step, channels;
+  int activation;       // as Activation in activation.h
 };
 
 // Output frames first .. first + count - 1 of the groups from group_begin to group_end.

@@ -52,12 +52,18 @@ WAVLM_FAST_INLINE void product(const float* const (&rows)[kRows], const float* w
 }
 
 template <Activation activation>
-void finish(const float* sums, const float* bias, std::int64_t count, std::int64_t width, std::int64_t columns,
-            std::int64_t channels, float* out) {
-  for (std::int64_t t = 0; t < count; ++t, sums += width, out += channels) {
+void finish(const PackedConv& call, const float* sums, std::int64_t first, std::int64_t count, std::int64_t column,
+            std::int64_t columns, std::int64_t width) {
+  const float* bias = call.bias ? call.bias + column : nullptr;
+  const float* gain = call.gain ? call.gain + column : nullptr;
+  const float* offset = call.gain ? call.offset + column : nullptr;
+  float* out = call.out + first * call.channels + column;
+  for (std::int64_t t = 0; t < count; ++t, sums += width, out += call.channels) {
     sweep(columns, [&](std::int64_t i, auto lanes, int) {
-      const Floats sum = load(sums + i);
-      lanes.store(out + i, activate<activation>(bias ? sum + lanes.load(bias + i) : sum));
+      Floats sum = load(sums + i);
+      if (bias) sum += lanes.load(bias + i);
+      if (gain) sum = sum * lanes.load(gain + i) + lanes.load(offset + i);
+      lanes.store(out + i, activate<activation>(sum));
     });
   }
 }
@@ -65,15 +71,15 @@ void finish(const float* sums, const float* bias, std::int64_t count, std::int64
 // One group of N vectors of columns.
 template <int N>
 void run(const PackedConv& call, std::int64_t first, std::int64_t count, const float* weights, float* sums) {
-  const float* x = call.x + first * call.stride * call.C;
+  const float* x = call.x + first * call.row_step;
   bool add = false;
-  for (std::int64_t tap = 0; tap < call.taps; ++tap, x += call.dilation * call.C) {
+  for (std::int64_t tap = 0; tap < call.taps; ++tap, x += call.tap_step) {
     for (std::int64_t c = 0; c < call.C; c += kTerms, add = true) {
       const std::int64_t terms = least(kTerms, call.C - c);
       for (std::int64_t t = 0; t < count; t += kRows) {
         const float* rows[kRows];
         // Rows past the end repeat the last one; nobody reads their sums.
-        for (int r = 0; r < kRows; ++r) rows[r] = x + least(t + r, count - 1) * call.stride * call.C + c;
+        for (int r = 0; r < kRows; ++r) rows[r] = x + least(t + r, count - 1) * call.row_step + c;
         float* to = sums + t * N * kLanes;
         add ? product<N, true>(rows, weights, terms, to) : product<N, false>(rows, weights, terms, to);
       }
@@ -91,20 +97,18 @@ void forward(const PackedConv& call, std::int64_t first, std::int64_t count, std
     if (width == 3 * kLanes) run<3>(call, first, count, weights, scratch);
     if (width == 2 * kLanes) run<2>(call, first, count, weights, scratch);
     if (width == 1 * kLanes) run<1>(call, first, count, weights, scratch);
-    const float* bias = call.bias ? call.bias + column : nullptr;
-    float* out = call.out + first * call.channels + column;
     switch (static_cast<Activation>(call.activation)) {
       case Activation::none:
-        finish<Activation::none>(scratch, bias, count, width, columns, call.channels, out);
+        finish<Activation::none>(call, scratch, first, count, column, columns, width);
         break;
       case Activation::relu:
-        finish<Activation::relu>(scratch, bias, count, width, columns, call.channels, out);
+        finish<Activation::relu>(call, scratch, first, count, column, columns, width);
         break;
       case Activation::gelu:
-        finish<Activation::gelu>(scratch, bias, count, width, columns, call.channels, out);
+        finish<Activation::gelu>(call, scratch, first, count, column, columns, width);
         break;
       case Activation::gelu_tanh:
-        finish<Activation::gelu_tanh>(scratch, bias, count, width, columns, call.channels, out);
+        finish<Activation::gelu_tanh>(call, scratch, first, count, column, columns, width);
         break;
     }
   }

@@ -88,7 +88,8 @@ def check_labels(labels: Tensor, classes: int) -> None:
         return
     wrong = (labels >= classes) | ((labels < 0) & (labels != -100))
     if bool(wrong.any()):
-        raise ValueError(f"labels must lie in 0..{classes - 1}, got {labels[wrong].flatten()[0].item()}")
+        first = labels[wrong].flatten()[0].item()
+        raise ValueError(f"labels must lie in 0..{classes - 1}, or be -100 for none, got {first}")
 
 
 def check_checkpoint(source: object, options: dict) -> None:

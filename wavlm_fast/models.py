@@ -21,6 +21,7 @@ from transformers.models.wavlm import modeling_wavlm as hf
 from .inputs import check_checkpoint, check_labels, check_mask
 from .modules import TWINS, pool_statistics
 from .modules._steps import with_lengths
+from .modules._versions import EVERY_NEGATIVE_CTC_LABEL_PADS
 from .swap import accelerate
 
 
@@ -102,8 +103,8 @@ class WavLMForCTC(_FastModel, hf.WavLMForCTC):
         arguments = _arguments(hf.WavLMForCTC.forward, args, kwargs)
         labels = arguments.get("labels")
         if labels is not None:
-            # Every negative label is padding here.
-            check_labels(labels.clamp(min=0), self.config.vocab_size)
+            padded = labels.clamp(min=0) if EVERY_NEGATIVE_CTC_LABEL_PADS else labels
+            check_labels(padded, self.config.vocab_size)
         return super().forward(**arguments)
 
 

@@ -17,6 +17,8 @@ import torch
 import transformers
 from transformers import WavLMConfig
 
+from wavlm_fast.sensitive import make_sensitive
+
 PLAIN = os.environ.get("WAVLM_FAST_TEST_SUBJECT") == "transformers"
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 
@@ -83,37 +85,6 @@ def small_config(form: str = "base", **changes: Any) -> WavLMConfig:
         **FORMS[form],
     }
     return WavLMConfig(**{**values, **changes})
-
-
-@torch.no_grad()
-def make_sensitive(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Weights under which every part of the model matters: the default initialisation hides mistakes near zero."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(p: torch.Tensor, std: float) -> torch.Tensor:
-        return torch.randn(p.shape, generator=generator, dtype=torch.float64) * std
-
-    for name, p in sorted(model.named_parameters()):
-        if name.endswith("rel_attn_embed.weight") or ".gru_rel_pos_linear." in name:
-            p.copy_(normal(p, 1.0))
-        elif name.endswith("gru_rel_pos_const"):
-            p.copy_(1 + normal(p, 0.5))
-        elif "norm" in name and name.endswith("weight") and p.dim() == 1:
-            p.copy_(1 + normal(p, 0.2))
-        elif name.endswith("original0") or name.endswith("weight_g"):
-            p.copy_(0.5 + normal(p, 0.1).abs())
-        elif name.endswith("masked_spec_embed") or name.endswith("layer_weights"):
-            p.copy_(normal(p, 1.0))
-        elif p.dim() == 1:
-            p.copy_(normal(p, 0.2))
-        else:
-            gain = 2.0 if ".q_proj." in name or ".k_proj." in name else 1.0
-            p.copy_(normal(p, gain * p[0].numel() ** -0.5))
-    for name, p in model.named_parameters():
-        # Outlier channels, as trained checkpoints have them.
-        if name.endswith(("final_layer_norm.weight", "feature_projection.projection.bias")):
-            p[3] = 50.0
-    return model
 
 
 def plain_model(name: str, config: WavLMConfig | None = None, seed: int = 0) -> torch.nn.Module:

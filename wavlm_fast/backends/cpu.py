@@ -28,6 +28,9 @@ for _schema in (
     "pack_conv(Tensor weight) -> Tensor",
     "packed_conv(Tensor x, Tensor packed, Tensor? bias, int channels, int taps, int stride, int dilation, "
     "str activation) -> Tensor",
+    "norm_act(Tensor x, Tensor? weight, Tensor? bias, float eps, str activation) -> Tensor",
+    "waveform_conv(Tensor waveform, Tensor weight, Tensor packed, Tensor? bias, int stride, bool group_norm, "
+    "Tensor? norm_weight, Tensor? norm_bias, float eps, str activation) -> Tensor",
 ):
     _library.define(_schema)
 for _name in _KERNELS:
@@ -111,6 +114,12 @@ def _why_not_gated_attention(q: torch.Tensor, *rest: object) -> str | None:
     return None
 
 
+def _why_not_waveform_conv(waveform: torch.Tensor, *rest: object) -> str | None:
+    if waveform.dtype not in _DTYPES or waveform.numel() == 0:
+        return f"the C++ waveform_conv takes float32 or bfloat16 samples, got {waveform.dtype} {list(waveform.shape)}"
+    return EXTENSION_PROBLEM
+
+
 def _why_not_product(x: torch.Tensor, weight: torch.Tensor, *rest: object) -> str | None:
     return products.why_not(EXTENSION_PROBLEM, x, weight)
 
@@ -119,6 +128,7 @@ TABLE: dict[str, Implementation] = {
     "add_layer_norm": _cpp("add_layer_norm", _why_not_add_layer_norm),
     "add_layer_norm_backward": _cpp("add_layer_norm_backward", _why_not_add_layer_norm_backward),
     "gated_attention": _cpp("gated_attention", _why_not_gated_attention),
+    "waveform_conv": Implementation(products.waveform_conv, _why_not_waveform_conv),
     "linear_act": Implementation(products.linear_act, _why_not_product),
     "strided_conv": Implementation(products.strided_conv, _why_not_product),
     "tdnn": Implementation(products.tdnn, _why_not_product),

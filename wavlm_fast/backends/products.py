@@ -1,8 +1,8 @@
-"""linear_act, strided_conv and tdnn of the cpu backend: products with packed weights, bias and activation fused.
+"""The convolutions and linear layers of the cpu backend, norm, bias and activation fused.
 
-All three are convolutions over time-major frames; a linear layer has one tap. float32 runs in C++ (packed_conv.cpp):
-it is as fast as oneDNN, whose rounding error is more than twice that of torch's own linear and conv1d. bfloat16 runs in
-oneDNN, which uses the matrix units of CPUs that have them.
+linear_act, strided_conv and tdnn have packed weights. All three are convolutions over time-major frames; a linear layer
+has one tap. float32 runs in C++ (packed_conv.cpp): it is as fast as oneDNN, whose rounding error is more than twice
+that of torch's own linear and conv1d. bfloat16 runs in oneDNN, which uses the matrix units of CPUs that have them.
 
 A kernel runs below autograd and cannot see whether a gradient is recorded. While a weight learns it is packed anew at
 each optimizer step, which costs less than the faster product saves; gradients take the weight itself.
@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..derived import derived
@@ -52,11 +51,38 @@ def strided_conv(
     fused = "none" if apart else activation
     out = pre = _convolve(x, weight, lambda: weight.transpose(1, 2), weight.shape[2], bias, stride, 1, fused)
     if norm_weight is not None:
-        # Norm parameters may be wider than the product under autocast.
-        out = F.layer_norm(pre.to(norm_weight.dtype), pre.shape[-1:], norm_weight, norm_bias, eps)
-    if apart:
-        out = activate(activation, out).to(pre.dtype)
+        out = _norm_act(pre, norm_weight, norm_bias, eps, activation)
+    elif apart:
+        out = activate(activation, out)
     return out, or_empty(pre if save and out is not pre else None, x)
+
+
+def waveform_conv(
+    waveform: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    norm: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    """The op of that name, in float32 inside."""
+    vectors = [None if v is None else v.float() for v in (bias, norm_weight, norm_bias)]
+    fused = "none" if norm == "layer" else activation
+    native = torch.ops.wavlm_fast_cpu
+    packed = derived("packed waveform conv", (weight,), lambda: native.pack_conv(weight.float()))
+    out = native.waveform_conv(
+        waveform.float(), weight.float(), packed, vectors[0], stride, norm == "group", *vectors[1:], eps, fused
+    )
+    if norm == "layer":
+        out = _norm_act(out, *vectors[1:], eps, activation)
+    return out.to(waveform.dtype)
+
+
+def _norm_act(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, activation: str) -> Tensor:
+    return torch.ops.wavlm_fast_cpu.norm_act(x, weight, bias, eps, activation)
 
 
 def tdnn(x: Tensor, weight: Tensor, bias: Tensor | None, kernel_size: int, dilation: int, activation: str) -> Tensor:
@@ -81,9 +107,7 @@ def _convolve(
         packed = derived(kind, (weight,), lambda: onednn.pack_conv(filters(), stride, dilation))
         return onednn.convolve(x, packed, bias, stride, dilation, activation)
     packed = derived(f"packed conv, {taps} taps", (weight,), lambda: torch.ops.wavlm_fast_cpu.pack_conv(filters()))
-    return torch.ops.wavlm_fast_cpu.packed_conv(
-        x, packed, bias, weight.shape[0], taps, stride, dilation, activation
-    )
+    return torch.ops.wavlm_fast_cpu.packed_conv(x, packed, bias, weight.shape[0], taps, stride, dilation, activation)
 
 
 def why_not(extension_problem: str | None, x: Tensor, weight: Tensor) -> str | None:
