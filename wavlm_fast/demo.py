@@ -180,7 +180,8 @@ def _print_result(out: Console, result: Result) -> None:
     faster, rounds = result.faster, result.faster.rounds
     out.print(
         f"ours is {faster.median:.2f} times as fast (10-90 %: {faster.p10:.2f}-{faster.p90:.2f}, {rounds} interleaved "
-        "rounds); memory is of the first pass in a fresh process: what the pass added, packed weights included, and all\n",
+        "rounds)\n"
+        "memory is of the first pass in a fresh process: what the pass added, packed weights included, and all\n",
         soft_wrap=True,
     )
 
