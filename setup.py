@@ -63,7 +63,7 @@ def main() -> None:
     setup(
         packages=[*find_packages(include=["wavlm_fast", "wavlm_fast.*"]), "wavlm_fast.kernels"],
         package_dir={"wavlm_fast.kernels": "kernels"},
-        package_data={"wavlm_fast": ["_build.json"]},
+        package_data={"wavlm_fast": ["_build.json", "data/*"]},
         ext_modules=extensions,
         cmdclass=classes,
     )
@@ -141,12 +141,13 @@ def extension_builder() -> type[build_ext]:
             command = compiler_command()
             self.levels = available_levels(command)
             record = {"torch": torch.__version__, "compiler": version_of(command), "levels": list(self.levels)}
+            folder = Path("." if self.inplace else self.build_lib, "wavlm_fast")  # a run that fails forgets inplace
             try:
                 super().run()
             except Exception as error:
                 print(error, file=sys.stderr)
                 record = {"failed": "compiling csrc/ failed, the log of pip install -v shows where"}
-            write_record(Path("." if self.inplace else self.build_lib, "wavlm_fast"), record)
+            write_record(folder, record)
 
         def build_extension(self, ext: Extension) -> None:
             ext.include_dirs += [str(Path("csrc").resolve()), *cpp_extension.include_paths()]

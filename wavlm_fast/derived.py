@@ -61,7 +61,8 @@ def forget(parameters: Iterable[torch.Tensor]) -> None:
 
 
 def _trackable(source: torch.Tensor) -> bool:
-    return type(source) in (torch.Tensor, torch.nn.Parameter) and not source.is_inference() and source.device.type != "meta"
+    ordinary = type(source) in (torch.Tensor, torch.nn.Parameter) and source.device.type != "meta"
+    return ordinary and not source.is_inference()
 
 
 def _state(source: torch.Tensor) -> tuple:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..ops import schemas
-from . import Implementation
+from . import Implementation, products
 
 NAME = "cpu"
 
@@ -19,13 +19,24 @@ logger = logging.getLogger("wavlm_fast")
 
 # What csrc/ implements, with the ops' own schemas. A namespace of its own leaves the ops' registration (fake, autograd,
 # autocast) the only one.
-_KERNELS = ("add_layer_norm", "add_layer_norm_backward")
+_KERNELS = ("add_layer_norm", "add_layer_norm_backward", "gated_attention")
 _library = torch.library.Library("wavlm_fast_cpu", "DEF")
-for _schema in ("isa() -> str", "isa_levels() -> str[]", "isa_problem() -> str"):
+for _schema in (
+    "isa() -> str",
+    "isa_levels() -> str[]",
+    "isa_problem() -> str",
+    "pack_conv(Tensor weight) -> Tensor",
+    "packed_conv(Tensor x, Tensor packed, Tensor? bias, int channels, int taps, int stride, int dilation, "
+    "str activation) -> Tensor",
+    "norm_act(Tensor x, Tensor? weight, Tensor? bias, float eps, str activation) -> Tensor",
+    "waveform_conv(Tensor waveform, Tensor weight, Tensor packed, Tensor? bias, int stride, bool group_norm, "
+    "Tensor? norm_weight, Tensor? norm_bias, float eps, str activation) -> Tensor",
+):
     _library.define(_schema)
 for _name in _KERNELS:
     _library.define(_name + schemas[_name])
 _native = torch.ops.wavlm_fast_cpu
+_FOLDER = Path(__file__).parent.parent
 
 
 def why_not(device: torch.device | None = None) -> str | None:
@@ -35,10 +46,10 @@ def why_not(device: torch.device | None = None) -> str | None:
     return None
 
 
-def build_record() -> dict[str, Any]:
-    """How the extension was built: {"torch", "compiler", "levels"}, or {"failed": a sentence}, or {} if it never was."""
+def build_record(folder: Path = _FOLDER) -> dict[str, Any]:
+    """How the extension was built: {"torch", "compiler", "levels"}, {"failed": a sentence}, or {} if it never was."""
     try:
-        return json.loads(_FOLDER.joinpath("_build.json").read_text())
+        return json.loads(folder.joinpath("_build.json").read_text())
     except (OSError, ValueError):
         return {}
 
@@ -55,7 +66,7 @@ def isa_levels() -> list[str]:
 
 def _load_extension(folder: Path) -> str | None:
     """Load the extension; a sentence when that cannot be done."""
-    record = build_record()
+    record = build_record(folder)
     files = sorted(folder.glob("_C*.so"))
     if not files:
         return f"extension not built: {record.get('failed', 'wavlm-fast was not installed, only put on the path')}"
@@ -72,7 +83,6 @@ def _load_extension(folder: Path) -> str | None:
     return None
 
 
-_FOLDER = Path(__file__).parent.parent
 EXTENSION_PROBLEM = _load_extension(_FOLDER)
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -87,6 +97,8 @@ def _why_not_add_layer_norm(
 ) -> str | None:
     if x.dtype not in _DTYPES or residual.dtype != x.dtype:
         return f"the C++ add_layer_norm takes float32 or bfloat16, x is {x.dtype} and residual {residual.dtype}"
+    if x.shape[-1] == 0:
+        return "the C++ add_layer_norm needs at least one channel"
     return None
 
 
@@ -96,7 +108,28 @@ def _why_not_add_layer_norm_backward(
     return _why_not_add_layer_norm(sum, grad_normed, weight, weight, eps)
 
 
+def _why_not_gated_attention(q: torch.Tensor, *rest: object) -> str | None:
+    if q.dtype not in _DTYPES:
+        return f"the C++ gated_attention takes float32 or bfloat16, q is {q.dtype}"
+    return None
+
+
+def _why_not_waveform_conv(waveform: torch.Tensor, *rest: object) -> str | None:
+    if waveform.dtype not in _DTYPES or waveform.numel() == 0:
+        return f"the C++ waveform_conv takes float32 or bfloat16 samples, got {waveform.dtype} {list(waveform.shape)}"
+    return EXTENSION_PROBLEM
+
+
+def _why_not_product(x: torch.Tensor, weight: torch.Tensor, *rest: object) -> str | None:
+    return products.why_not(EXTENSION_PROBLEM, x, weight)
+
+
 TABLE: dict[str, Implementation] = {
     "add_layer_norm": _cpp("add_layer_norm", _why_not_add_layer_norm),
     "add_layer_norm_backward": _cpp("add_layer_norm_backward", _why_not_add_layer_norm_backward),
+    "gated_attention": _cpp("gated_attention", _why_not_gated_attention),
+    "waveform_conv": Implementation(products.waveform_conv, _why_not_waveform_conv),
+    "linear_act": Implementation(products.linear_act, _why_not_product),
+    "strided_conv": Implementation(products.strided_conv, _why_not_product),
+    "tdnn": Implementation(products.tdnn, _why_not_product),
 }

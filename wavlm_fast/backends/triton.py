@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 
@@ -31,4 +35,97 @@ def why_not(device: torch.device | None = None) -> str | None:
     return None
 
 
-TABLE: dict[str, Implementation] = {}
+def _kernel(op: str, file: str, why_not: Callable[..., str | None]) -> Implementation:
+    """The host function `op` of kernels/`file`.py, imported at the first call: Triton may not be there."""
+
+    def run(*args: Any) -> Any:
+        device = args[0].device
+        # Triton launches on the current device, whatever device the tensors are on.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return getattr(importlib.import_module(f"wavlm_fast.kernels.{file}"), op)(*args)
+
+    def refuse(*args: Any) -> str | None:
+        if interpreted() and any(isinstance(a, torch.Tensor) and a.dtype is torch.bfloat16 for a in args):
+            return "Triton's interpreter computes bfloat16 wrongly: it truncates and multiplies the bits"
+        return why_not(*args)
+
+    return Implementation(run, refuse)
+
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MAX_NORM_CHANNELS = 1024  # a row of them and its tile of the weight fit in one program of strided_conv
+_MAX_CHANNELS = 16384  # MAX_CHANNELS of kernels/add_layer_norm.py, known without importing it
+
+
+def _why_not_add_layer_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> str | None:
+    if x.dtype not in _DTYPES:
+        return f"the Triton add_layer_norm takes float32, float16 or bfloat16, x is {x.dtype}"
+    if not 0 < x.shape[-1] <= _MAX_CHANNELS:
+        return f"the Triton add_layer_norm takes 1 to {_MAX_CHANNELS} channels, x has {x.shape[-1]}"
+    return None
+
+
+def _why_not_add_layer_norm_backward(
+    grad_sum: torch.Tensor, grad_normed: torch.Tensor, sum: torch.Tensor, weight: torch.Tensor, eps: float
+) -> str | None:
+    return _why_not_add_layer_norm(sum, grad_normed, weight, weight, eps)
+
+
+def _why_not_gated_attention(q: torch.Tensor, *rest: Any) -> str | None:
+    if q.dtype not in _DTYPES:
+        return f"the Triton gated_attention takes float32, float16 or bfloat16, q is {q.dtype}"
+    head_dim, scale = q.shape[-1], rest[-1]
+    if head_dim % 16 or not 0 < head_dim <= 128:
+        return f"the Triton gated_attention takes a head_dim that is a multiple of 16 up to 128, q has {head_dim}"
+    if not scale > 0:
+        return f"the Triton gated_attention takes a positive scale, got {scale}"
+    return None
+
+
+def _why_not_gated_attention_backward(grad: torch.Tensor, q: torch.Tensor, *rest: Any) -> str | None:
+    return _why_not_gated_attention(q, *rest)
+
+
+def _why_not_dtype(op: str, x: torch.Tensor) -> str | None:
+    return None if x.dtype in _DTYPES else f"the Triton {op} takes float32, float16 or bfloat16, x is {x.dtype}"
+
+
+def _why_not_strided_conv(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int, norm_weight: Any, *rest: Any
+) -> str | None:
+    if norm_weight is not None and weight.shape[0] > _MAX_NORM_CHANNELS:
+        return f"the Triton strided_conv norms up to {_MAX_NORM_CHANNELS} channels, weight has {weight.shape[0]}"
+    return _why_not_dtype("strided_conv", x)
+
+
+def _why_not_strided_conv_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: Any, pre: Any, stride: int, norm: Any, *rest: Any
+) -> str | None:
+    return _why_not_strided_conv(x, weight, bias, stride, norm)
+
+
+def _of_frames(op: str) -> dict[str, Implementation]:
+    """An op of which x alone decides, and its backward."""
+    return {
+        op: _kernel(op, op, lambda x, *rest: _why_not_dtype(op, x)),
+        f"{op}_backward": _kernel(f"{op}_backward", op, lambda grad, x, *rest: _why_not_dtype(op, x)),
+    }
+
+
+TABLE: dict[str, Implementation] = {
+    "add_layer_norm": _kernel("add_layer_norm", "add_layer_norm", _why_not_add_layer_norm),
+    "add_layer_norm_backward": _kernel("add_layer_norm_backward", "add_layer_norm", _why_not_add_layer_norm_backward),
+    "gated_attention": _kernel("gated_attention", "gated_attention", _why_not_gated_attention),
+    "gated_attention_backward": _kernel(
+        "gated_attention_backward", "gated_attention_backward", _why_not_gated_attention_backward
+    ),
+    "strided_conv": _kernel("strided_conv", "strided_conv", _why_not_strided_conv),
+    "strided_conv_backward": _kernel("strided_conv_backward", "strided_conv", _why_not_strided_conv_backward),
+    **_of_frames("tdnn"),
+    **_of_frames("positional_conv"),
+    **_of_frames("linear_act"),
+    **_of_frames("stats_pool"),
+    **_of_frames("position_gate"),
+}

@@ -1,0 +1,93 @@
+"""Backward of what follows a product: activation, layer norm over channels when there is one, and bias.
+
+One pass over the rows: from the gradient and the saved product to the product's gradient, with the sums over rows that
+are the gradients of the vectors as parts of each program, added in order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._activation import activate_slope
+
+# Programs, each with its own part of the sums: enough to fill a GPU. Not the number of processors: sums would differ.
+PARTS = 512
+
+
+@triton.jit
+def _finish_bwd_kernel(
+    grad_ptr, pre_ptr, norm_weight_ptr, norm_bias_ptr, dpre_ptr, parts_ptr,  # [3, programs, C] fp32
+    rows, rows_per_program, C, eps,
+    NORM: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside_c = channel < C
+    if NORM:
+        gain = tl.load(norm_weight_ptr + channel, mask=inside_c, other=0.0).to(tl.float32)
+        shift = tl.zeros([BLOCK_C], dtype=tl.float32)
+        if norm_bias_ptr is not None:
+            shift = tl.load(norm_bias_ptr + channel, mask=inside_c, other=0.0).to(tl.float32)
+    dgain = tl.zeros([BLOCK_C], dtype=tl.float32)
+    dshift = tl.zeros([BLOCK_C], dtype=tl.float32)
+    dbias = tl.zeros([BLOCK_C], dtype=tl.float32)
+    first = program * rows_per_program
+    last = tl.minimum(first + rows_per_program, rows)
+    for start in range(first, last, BLOCK_T):
+        row = start + tl.arange(0, BLOCK_T)
+        at = row[:, None].to(tl.int64) * C + channel[None, :]
+        inside = (row < last)[:, None] & inside_c[None, :]
+        grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            pre = tl.load(pre_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            centred = tl.where(inside, pre - tl.sum(pre, axis=1)[:, None] / C, 0.0)
+            rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + eps)
+            hat = centred * rstd[:, None]
+            grad *= activate_slope(hat * gain[None, :] + shift[None, :], ACTIVATION)
+            dgain += tl.sum(grad * hat, axis=0)
+            dshift += tl.sum(grad, axis=0)
+            g = grad * gain[None, :]
+            along = tl.sum(g * hat, axis=1) / C
+            dpre = rstd[:, None] * (g - tl.sum(g, axis=1)[:, None] / C - hat * along[:, None])
+        elif ACTIVATION == "none":
+            dpre = grad
+        else:
+            pre = tl.load(pre_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            dpre = grad * activate_slope(pre, ACTIVATION)
+        dbias += tl.sum(tl.where(inside, dpre, 0.0), axis=0)
+        tl.store(dpre_ptr + at, dpre.to(dpre_ptr.dtype.element_ty), mask=inside)
+    part = program * C + channel
+    size = tl.num_programs(0) * C
+    tl.store(parts_ptr + part, dbias, mask=inside_c)
+    if NORM:
+        tl.store(parts_ptr + size + part, dgain, mask=inside_c)
+        tl.store(parts_ptr + 2 * size + part, dshift, mask=inside_c)
+
+
+def finish_backward(
+    grad: torch.Tensor,
+    pre: torch.Tensor,
+    norm: tuple[torch.Tensor, torch.Tensor | None, float] | None,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient of the product, `[..., C]` in the dtype of `grad`, and sums `[3, C]` fp32: of bias, gain and shift.
+
+    `grad` is contiguous, and so is `pre` unless there is neither a norm nor an activation. Without a norm only the
+    first sum means something.
+    """
+    C = grad.shape[-1]
+    rows = grad.numel() // C
+    norm_weight, norm_bias, eps = norm or (None, None, 0.0)
+    block = triton.next_power_of_2(C) if norm else min(triton.next_power_of_2(C), 256)
+    # A tile of 4096 numbers in four warps: 32 registers for each of the few tiles that live at once.
+    block_t = max(1, 4096 // block)
+    rows_per_program = triton.cdiv(triton.cdiv(rows, PARTS), block_t) * block_t
+    programs = triton.cdiv(rows, rows_per_program)
+    dpre = torch.empty_like(grad)
+    parts = torch.empty(3, programs, C, dtype=torch.float32, device=grad.device)
+    _finish_bwd_kernel[(programs, triton.cdiv(C, block))](
+        grad, pre, norm_weight, norm_bias, dpre, parts, rows, rows_per_program, C, eps,
+        NORM=norm is not None, ACTIVATION=activation, BLOCK_T=block_t, BLOCK_C=block,
+        num_warps=8 if block > 4096 else 4,
+    )  # fmt: skip
+    return dpre, parts.sum(1)

@@ -1,0 +1,111 @@
+"""Residual add and layer norm, forward and backward.
+
+A program takes one row at a time and holds it in registers, so the row is read once and the statistics are those of
+all its channels at once. Arithmetic is fp32 whatever the inputs are.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+# A row of this many channels still fits the registers of one program, in fp32.
+MAX_CHANNELS = 16384
+# Programs of the backward, each with its own part of the weight's and bias's gradients: enough to fill a GPU, few
+# enough that adding up the parts costs nothing. Not the number of processors: sums would differ between GPUs.
+PARTS = 256
+
+
+@triton.jit
+def _add_layer_norm_fwd_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, sum_ptr, normed_ptr, C, eps, BLOCK_C: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * C
+    channel = tl.arange(0, BLOCK_C)
+    inside = channel < C
+    x = tl.load(x_ptr + row + channel, mask=inside, other=0.0).to(tl.float32)
+    residual = tl.load(residual_ptr + row + channel, mask=inside, other=0.0).to(tl.float32)
+    # The norm is of the sum as it was rounded, which is what the next layer sees.
+    rounded = (x + residual).to(sum_ptr.dtype.element_ty)
+    tl.store(sum_ptr + row + channel, rounded, mask=inside)
+    total = rounded.to(tl.float32)
+    centred = tl.where(inside, total - tl.sum(total, axis=0) / C, 0.0)
+    hat = centred * (1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / C + eps))
+    weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed_ptr + row + channel, (hat * weight + bias).to(normed_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_layer_norm_bwd_kernel(
+    grad_sum_ptr,
+    grad_normed_ptr,
+    sum_ptr,
+    weight_ptr,
+    dx_ptr,
+    dweight_ptr,  # [programs, C] fp32
+    dbias_ptr,  # [programs, C] fp32
+    rows,
+    rows_per_program,
+    C,
+    eps,
+    BLOCK_C: tl.constexpr,
+):
+    program = tl.program_id(0)
+    channel = tl.arange(0, BLOCK_C)
+    inside = channel < C
+    weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    dweight = tl.zeros([BLOCK_C], dtype=tl.float32)
+    dbias = tl.zeros([BLOCK_C], dtype=tl.float32)
+    first = program * rows_per_program
+    for step in range(tl.minimum(rows_per_program, rows - first)):
+        row = (first + step).to(tl.int64) * C
+        total = tl.load(sum_ptr + row + channel, mask=inside, other=0.0).to(tl.float32)
+        centred = tl.where(inside, total - tl.sum(total, axis=0) / C, 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / C + eps)
+        hat = centred * rstd
+        grad = tl.load(grad_normed_ptr + row + channel, mask=inside, other=0.0).to(tl.float32)
+        dweight += grad * hat
+        dbias += grad
+        g = grad * weight
+        dx = rstd * (g - tl.sum(g, axis=0) / C - hat * (tl.sum(g * hat, axis=0) / C))
+        dx += tl.load(grad_sum_ptr + row + channel, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + row + channel, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    tl.store(dweight_ptr + program * C + channel, dweight, mask=inside)
+    tl.store(dbias_ptr + program * C + channel, dbias, mask=inside)
+
+
+def _block(C: int) -> dict[str, int]:
+    block = triton.next_power_of_2(C)
+    return {"BLOCK_C": block, "num_warps": min(max(block // 256, 1), 16)}
+
+
+def add_layer_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op `add_layer_norm`: two tensors `[..., C]` in the dtype of `x`."""
+    x, residual, weight, bias = (t.contiguous() for t in (x, residual, weight, bias))
+    C = x.shape[-1]
+    total, normed = torch.empty_like(x), torch.empty_like(x)
+    if x.numel():
+        _add_layer_norm_fwd_kernel[(x.numel() // C,)](x, residual, weight, bias, total, normed, C, eps, **_block(C))
+    return total, normed
+
+
+def add_layer_norm_backward(
+    grad_sum: torch.Tensor, grad_normed: torch.Tensor, total: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The op `add_layer_norm_backward`: gradients of `x` `[..., C]`, of weight and of bias `[C]`."""
+    grad_sum, grad_normed, total, weight = (t.contiguous() for t in (grad_sum, grad_normed, total, weight))
+    C = total.shape[-1]
+    rows = total.numel() // C
+    dx = torch.empty_like(total)
+    if rows == 0:
+        return dx, torch.zeros_like(weight), torch.zeros_like(weight)
+    rows_per_program = triton.cdiv(rows, PARTS)
+    programs = triton.cdiv(rows, rows_per_program)
+    parts = torch.empty(2, programs, C, dtype=torch.float32, device=total.device)
+    _add_layer_norm_bwd_kernel[(programs,)](
+        grad_sum, grad_normed, total, weight, dx, parts[0], parts[1], rows, rows_per_program, C, eps, **_block(C)
+    )
+    dweight, dbias = parts.sum(1).to(weight.dtype)
+    return dx, dweight, dbias

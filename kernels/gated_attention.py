@@ -1,0 +1,176 @@
+"""Attention with a gated, Toeplitz relative position bias, forward. The backward is gated_attention_backward.py.
+
+A program holds one tile of queries and walks over the tiles of keys with an online softmax in base 2. Scores are kept
+divided by the scale, so that one fused multiply-add adds the gated bias and one more leads into exp2. The walk has
+three parts: tiles whose bias is one constant, tiles that load it, and the last tile, which alone needs masks.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from ._dropout import keep, row_keys
+from ._precision import dot_precision
+from ._toeplitz import MARGIN, far_tiles, row_places, toeplitz
+
+LOG2_E = 1 / math.log(2)
+
+
+@triton.jit
+def load_tile(pointers, row, stop, column, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A [rows, BLOCK_D] tile, zero past `stop` (checked when MASKED) and past D."""
+    if MASKED:
+        return tl.load(pointers, mask=(row < stop)[:, None] & (column < D)[None, :], other=0.0)
+    if D == BLOCK_D:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(column < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _fwd_step(
+    acc, total, top, q, gate, far, row_key, k_base, v_base, bias_rows, start, length,
+    stride_kt, stride_vt, scale, threshold,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    FAR: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys: `acc` [M, D] and `total` [M] relative to 2**(top * scale), `top` [M] the largest score yet.
+
+    `far` [M] is the gated bias of a far tile, else 0.
+    """
+    key = start + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_D)
+    place = key[:, None].to(tl.int64)
+    k = load_tile(k_base + place * stride_kt + column[None, :], key, length, column, EDGE, D, BLOCK_D)
+    scores = tl.dot(q, k.T, input_precision=PRECISION)  # [M, N], before the scale
+    if not FAR:
+        bias = tl.load(bias_rows[:, None] + key[None, :])
+        scores = tl.fma(tl.broadcast_to(gate[:, None], bias.shape), bias, scores)
+    if EDGE:
+        scores = tl.where((key < length)[None, :], scores, float("-inf"))
+    # A bias that is one number per row joins the row's numbers, not the scores.
+    new_top = tl.maximum(top, tl.max(scores, axis=1) + far)
+    shift = new_top * scale
+    weights = tl.exp2(scores * scale - (shift - far * scale)[:, None])
+    decay = tl.exp2(top * scale - shift)
+    total = total * decay + tl.sum(weights, axis=1)
+    if DROPOUT:
+        weights = tl.where(keep(row_key[:, None], key[None, :], threshold), weights, 0.0)
+    v = load_tile(v_base + place * stride_vt + column[None, :], key, length, column, EDGE, D, BLOCK_D)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    return acc, total, new_top
+
+
+@triton.jit
+def _gated_attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, gate_ptr, rel_bias_ptr, copies_ptr, ends_ptr, lengths_ptr, seed_ptr, out_ptr, lse_ptr,
+    T, H, W, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    scale,  # of the scores, times log2(e)
+    gate_scale,  # what the scale does not multiply has to be divided by it
+    threshold, keep_scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MARGIN: tl.constexpr,
+    LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) * BLOCK_M
+    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    query = first + tl.arange(0, BLOCK_M)
+    # Rows past the end repeat the last one: loads need no masks, and only stores leave them out.
+    row = tl.minimum(query, T - 1)
+    column = tl.arange(0, BLOCK_D)
+    head = tl.program_id(1).to(tl.int64) * T
+    q_base = q_ptr + b.to(tl.int64) * stride_qb + h * stride_qh
+    q_at = q_base + row[:, None].to(tl.int64) * stride_qt + column[None, :]
+    q = load_tile(q_at, row, T, column, False, D, BLOCK_D)
+    gate = tl.load(gate_ptr + head + row) * gate_scale
+    row_key = row_keys(seed_ptr, head + row) if DROPOUT else row
+    k_base = k_ptr + b.to(tl.int64) * stride_kb + h * stride_kh
+    v_base = v_ptr + b.to(tl.int64) * stride_vb + h * stride_vh
+    bias_rows = copies_ptr + h * (4 * W) + row_places(query, T, W, MARGIN)
+
+    length = tl.load(lengths_ptr + b).to(tl.int32) if LENGTHS else T
+    full = length // BLOCK_N
+    low, high = tl.load(ends_ptr + h * 2), tl.load(ends_ptr + h * 2 + 1)
+    left, right = far_tiles(first, low, high, T, full, BLOCK_M, BLOCK_N)
+    bias_left = tl.load(rel_bias_ptr + h * (2 * T - 1))
+    bias_right = tl.load(rel_bias_ptr + h * (2 * T - 1) + 2 * T - 2)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    for index in range(left + full - right):
+        tile = tl.where(index < left, index, index - left + right)
+        acc, total, top = _fwd_step(
+            acc, total, top, q, gate, gate * tl.where(index < left, bias_left, bias_right), row_key, k_base, v_base,
+            bias_rows, tile * BLOCK_N, length, stride_kt, stride_vt, scale, threshold,
+            D, BLOCK_D, BLOCK_N, True, False, DROPOUT, PRECISION,
+        )  # fmt: skip
+    for tile in range(left, right):
+        acc, total, top = _fwd_step(
+            acc, total, top, q, gate, 0.0, row_key, k_base, v_base,
+            bias_rows, tile * BLOCK_N, length, stride_kt, stride_vt, scale, threshold,
+            D, BLOCK_D, BLOCK_N, False, False, DROPOUT, PRECISION,
+        )  # fmt: skip
+    if full * BLOCK_N < length:
+        acc, total, top = _fwd_step(
+            acc, total, top, q, gate, 0.0, row_key, k_base, v_base,
+            bias_rows, full * BLOCK_N, length, stride_kt, stride_vt, scale, threshold,
+            D, BLOCK_D, BLOCK_N, False, True, DROPOUT, PRECISION,
+        )  # fmt: skip
+
+    # A row without keys has total 0: zeros out, and a log-sum-exp of -inf.
+    lse = (top * scale + tl.log2(total)) * 0.6931471805599453
+    tl.store(lse_ptr + head + query, tl.where(total == 0, float("-inf"), lse), mask=query < T)
+    out = acc * (keep_scale / tl.where(total == 0, 1.0, total))[:, None]
+    out_at = ((b.to(tl.int64) * T + query[:, None]) * H + h) * D + column[None, :]
+    tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=(query < T)[:, None] & (column < D)[None, :])
+
+
+def forward_config(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tiles and warps. 128 queries read keys and values half as often as 64 do, with as many warps resident: eight of
+    one program in place of four of two. fp32 tiles take twice the room.
+    """
+    if dtype == torch.float32:
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 128, "BLOCK_N": 64 if head_dim <= 64 else 32, "num_warps": 8, "num_stages": 2}
+
+
+def launch_constants(q: torch.Tensor, key_lengths: torch.Tensor | None, dropout_p: float) -> dict[str, object]:
+    """The constexpr arguments that forward and backward share."""
+    D = q.shape[-1]
+    return {
+        "D": D,
+        "BLOCK_D": max(16, triton.next_power_of_2(D)),
+        "MARGIN": MARGIN,
+        "LENGTHS": key_lengths is not None,
+        "DROPOUT": dropout_p > 0,
+        "PRECISION": dot_precision(q.dtype),
+    }
+
+
+def gated_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gate: torch.Tensor,
+    rel_bias: torch.Tensor,
+    key_lengths: torch.Tensor | None,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op `gated_attention`: out `[B, T, H, D]` in the dtype of `q`, and the log-sum-exp `[B, H, T]` fp32."""
+    B, T, H, D = q.shape
+    gate, rel_bias = gate.contiguous(), rel_bias.contiguous()
+    out, lse = q.new_empty(q.shape), torch.empty_like(gate)
+    if not out.numel():
+        return out, lse
+    copies, ends = toeplitz(rel_bias, both=False)
+    config = forward_config(D, q.dtype)
+    _gated_attention_fwd_kernel[(triton.cdiv(T, config["BLOCK_M"]), B * H)](
+        q, k, v, gate, rel_bias, copies, ends, key_lengths, seed, out, lse,
+        T, H, copies.shape[-1], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        scale * LOG2_E, 1 / scale, int(dropout_p * 2**24), 1 / (1 - dropout_p),
+        **launch_constants(q, key_lengths, dropout_p), **config,
+    )  # fmt: skip
+    return out, lse

@@ -1,0 +1,280 @@
+"""Attention with a gated, Toeplitz relative position bias, backward.
+
+Weights are recomputed from the log-sum-exp. With dscores = weights · (dweights - delta) and delta the row sums of
+weights · dweights, three kernels follow each other: dq and dgate (a tile of queries walks over the keys), dk and dv
+(a tile of keys walks over the queries), and drel_bias in gated_attention_dbias.py.
+
+The row sums come from out · dout as usual, but `out` was rounded. The first kernel therefore also adds up dscores'
+rows, which should be zero, corrects dgate by what is left, and hands the corrected row sums to the other two.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._dropout import keep, row_keys
+from ._toeplitz import far_tiles, row_places, toeplitz
+from .gated_attention import LOG2_E, launch_constants, load_tile
+from .gated_attention_dbias import rel_bias_gradient
+
+
+@triton.jit
+def _dq_step(
+    dq, dgate, rest, mean_bias, q, dout, gate, far, lse, delta, row_key, k_base, v_base, bias_rows, start, length,
+    stride_kt, stride_vt, scale, threshold, keep_scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    FAR: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys. Per row: `rest` sums dscores, `dgate` dscores · bias, `mean_bias` weights · bias."""
+    key = start + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_D)
+    place = key[:, None].to(tl.int64)
+    k = load_tile(k_base + place * stride_kt + column[None, :], key, length, column, EDGE, D, BLOCK_D)
+    v = load_tile(v_base + place * stride_vt + column[None, :], key, length, column, EDGE, D, BLOCK_D)
+    scores = tl.dot(q, k.T, input_precision=PRECISION)  # [M, N], before the scale
+    if FAR:
+        weights = tl.exp2(scores * scale - (lse - gate * far * scale)[:, None])
+    else:
+        bias = tl.load(bias_rows[:, None] + key[None, :])
+        scores = tl.fma(tl.broadcast_to(gate[:, None], bias.shape), bias, scores)
+        weights = tl.exp2(scores * scale - lse[:, None])
+    if EDGE:
+        weights = tl.where((key < length)[None, :], weights, 0.0)
+    dweights = tl.dot(dout, v.T, input_precision=PRECISION)
+    if DROPOUT:
+        dweights = tl.where(keep(row_key[:, None], key[None, :], threshold), dweights * keep_scale, 0.0)
+    dscores = weights * (dweights - delta[:, None])
+    rest_here = tl.sum(dscores, axis=1)
+    rest += rest_here
+    if FAR:
+        dgate += rest_here * far
+        mean_bias += tl.sum(weights, axis=1) * far
+    else:
+        dgate += tl.sum(dscores * bias, axis=1)
+        mean_bias += tl.sum(weights * bias, axis=1)
+    dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq, dgate, rest, mean_bias
+
+
+@triton.jit
+def _gated_attention_bwd_dq_kernel(
+    q_ptr, k_ptr, v_ptr, gate_ptr, rel_bias_ptr, copies_ptr, ends_ptr, lengths_ptr, seed_ptr,
+    dout_ptr, out_ptr, lse_ptr, dq_ptr, dgate_ptr, delta_ptr,
+    T, H, W, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    scale, gate_scale, dot_scale, threshold, keep_scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MARGIN: tl.constexpr,
+    LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) * BLOCK_M
+    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    query = first + tl.arange(0, BLOCK_M)
+    # Rows past the end repeat the last one: loads need no masks, and only stores leave them out.
+    row = tl.minimum(query, T - 1)
+    column = tl.arange(0, BLOCK_D)
+    head = tl.program_id(1).to(tl.int64) * T
+    q_base = q_ptr + b.to(tl.int64) * stride_qb + h * stride_qh
+    q_at = q_base + row[:, None].to(tl.int64) * stride_qt + column[None, :]
+    q = load_tile(q_at, row, T, column, False, D, BLOCK_D)
+    own = ((b.to(tl.int64) * T + row[:, None]) * H + h) * D + column[None, :]  # [M, D] of the contiguous tensors
+    dout = load_tile(dout_ptr + own, row, T, column, False, D, BLOCK_D)
+    out = load_tile(out_ptr + own, row, T, column, False, D, BLOCK_D)
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
+    gate = tl.load(gate_ptr + head + row) * gate_scale
+    lse = tl.load(lse_ptr + head + row) * 1.4426950408889634
+    row_key = row_keys(seed_ptr, head + row) if DROPOUT else row
+    k_base = k_ptr + b.to(tl.int64) * stride_kb + h * stride_kh
+    v_base = v_ptr + b.to(tl.int64) * stride_vb + h * stride_vh
+    bias_rows = copies_ptr + h * (4 * W) + row_places(query, T, W, MARGIN)
+
+    length = tl.load(lengths_ptr + b).to(tl.int32) if LENGTHS else T
+    full = length // BLOCK_N
+    low, high = tl.load(ends_ptr + h * 2), tl.load(ends_ptr + h * 2 + 1)
+    left, right = far_tiles(first, low, high, T, full, BLOCK_M, BLOCK_N)
+    bias_left = tl.load(rel_bias_ptr + h * (2 * T - 1))
+    bias_right = tl.load(rel_bias_ptr + h * (2 * T - 1) + 2 * T - 2)
+
+    dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    dgate = tl.zeros([BLOCK_M], dtype=tl.float32)
+    rest = tl.zeros([BLOCK_M], dtype=tl.float32)
+    mean_bias = tl.zeros([BLOCK_M], dtype=tl.float32)
+    for index in range(left + full - right):
+        tile = tl.where(index < left, index, index - left + right)
+        dq, dgate, rest, mean_bias = _dq_step(
+            dq, dgate, rest, mean_bias, q, dout, gate, tl.where(index < left, bias_left, bias_right), lse, delta,
+            row_key, k_base, v_base, bias_rows, tile * BLOCK_N, length, stride_kt, stride_vt, scale, threshold,
+            keep_scale, D, BLOCK_D, BLOCK_N, True, False, DROPOUT, PRECISION,
+        )  # fmt: skip
+    for tile in range(left, right):
+        dq, dgate, rest, mean_bias = _dq_step(
+            dq, dgate, rest, mean_bias, q, dout, gate, 0.0, lse, delta,
+            row_key, k_base, v_base, bias_rows, tile * BLOCK_N, length, stride_kt, stride_vt, scale, threshold,
+            keep_scale, D, BLOCK_D, BLOCK_N, False, False, DROPOUT, PRECISION,
+        )  # fmt: skip
+    if full * BLOCK_N < length:
+        dq, dgate, rest, mean_bias = _dq_step(
+            dq, dgate, rest, mean_bias, q, dout, gate, 0.0, lse, delta,
+            row_key, k_base, v_base, bias_rows, full * BLOCK_N, length, stride_kt, stride_vt, scale, threshold,
+            keep_scale, D, BLOCK_D, BLOCK_N, False, True, DROPOUT, PRECISION,
+        )  # fmt: skip
+
+    inside = query < T
+    tl.store(dgate_ptr + head + query, dgate - rest * mean_bias, mask=inside)
+    tl.store(delta_ptr + head + query, delta + rest, mask=inside)
+    dq_at = ((b.to(tl.int64) * T + query[:, None]) * H + h) * D + column[None, :]
+    dq = (dq * dot_scale).to(dq_ptr.dtype.element_ty)
+    tl.store(dq_ptr + dq_at, dq, mask=inside[:, None] & (column < D)[None, :])
+
+
+@triton.jit
+def _dkv_step(
+    dk, dv, k, v, gate_base, far, lse_base, delta_base, seed_ptr, head, key, q_base, dout_base, bias_rows, start, T,
+    stride_qt, stride_ot, scale, gate_scale, threshold, keep_scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    FAR: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries, everything transposed: rows are keys. Queries past the end have lse inf, so weights 0."""
+    query = start + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_D)
+    place = query[:, None].to(tl.int64)
+    q = load_tile(q_base + place * stride_qt + column[None, :], query, T, column, EDGE, D, BLOCK_D)
+    dout = load_tile(dout_base + place * stride_ot + column[None, :], query, T, column, EDGE, D, BLOCK_D)
+    if EDGE:
+        gate = tl.load(gate_base + query, mask=query < T, other=0.0) * gate_scale
+        lse = tl.load(lse_base + query, mask=query < T, other=float("inf")) * 1.4426950408889634
+        delta = tl.load(delta_base + query, mask=query < T, other=0.0)
+    else:
+        gate = tl.load(gate_base + query) * gate_scale
+        lse = tl.load(lse_base + query) * 1.4426950408889634
+        delta = tl.load(delta_base + query)
+    scores = tl.dot(k, q.T, input_precision=PRECISION)  # [N, M], before the scale
+    if FAR:
+        weights = tl.exp2(scores * scale - (lse - gate * far * scale)[None, :])
+    else:
+        bias = tl.load(bias_rows[:, None] + query[None, :])
+        scores = tl.fma(tl.broadcast_to(gate[None, :], bias.shape), bias, scores)
+        weights = tl.exp2(scores * scale - lse[None, :])
+    dweights = tl.dot(v, dout.T, input_precision=PRECISION)
+    kept = weights
+    if DROPOUT:
+        mask = keep(row_keys(seed_ptr, head + query)[None, :], key[:, None], threshold)
+        kept = tl.where(mask, weights * keep_scale, 0.0)
+        dweights = tl.where(mask, dweights * keep_scale, 0.0)
+    dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
+    dscores = weights * (dweights - delta[None, :])
+    dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def _gated_attention_bwd_dkv_kernel(
+    q_ptr, k_ptr, v_ptr, gate_ptr, rel_bias_ptr, copies_ptr, ends_ptr, lengths_ptr, seed_ptr,
+    dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    T, H, W, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    scale, gate_scale, dot_scale, threshold, keep_scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MARGIN: tl.constexpr,
+    LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) * BLOCK_N
+    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    key = first + tl.arange(0, BLOCK_N)
+    # Keys past the end compute on the last one; a row of a product depends on no other row, and stores leave them out.
+    row = tl.minimum(key, T - 1)
+    column = tl.arange(0, BLOCK_D)
+    head = tl.program_id(1).to(tl.int64) * T
+    k_base = k_ptr + b.to(tl.int64) * stride_kb + h * stride_kh
+    v_base = v_ptr + b.to(tl.int64) * stride_vb + h * stride_vh
+    place = row[:, None].to(tl.int64)
+    k = load_tile(k_base + place * stride_kt + column[None, :], row, T, column, False, D, BLOCK_D)
+    v = load_tile(v_base + place * stride_vt + column[None, :], row, T, column, False, D, BLOCK_D)
+    q_base = q_ptr + b.to(tl.int64) * stride_qb + h * stride_qh
+    dout_base = dout_ptr + (b.to(tl.int64) * T * H + h) * D
+    reversed_copies = copies_ptr + (H + h) * (4 * W)
+    bias_rows = reversed_copies + row_places(key, T, W, MARGIN)
+
+    length = tl.load(lengths_ptr + b).to(tl.int32) if LENGTHS else T
+    # A tile past the length takes part in nothing.
+    full = tl.where(first < length, T // BLOCK_M, 0)
+    low, high = tl.load(ends_ptr + h * 2), tl.load(ends_ptr + h * 2 + 1)
+    left, right = far_tiles(first, 2 * T - 2 - high, 2 * T - 2 - low, T, full, BLOCK_N, BLOCK_M)
+    bias_left = tl.load(rel_bias_ptr + h * (2 * T - 1) + 2 * T - 2)
+    bias_right = tl.load(rel_bias_ptr + h * (2 * T - 1))
+
+    dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    for index in range(left + full - right):
+        tile = tl.where(index < left, index, index - left + right)
+        dk, dv = _dkv_step(
+            dk, dv, k, v, gate_ptr + head, tl.where(index < left, bias_left, bias_right), lse_ptr + head,
+            delta_ptr + head, seed_ptr, head, key, q_base, dout_base, bias_rows, tile * BLOCK_M, T,
+            stride_qt, H * D, scale, gate_scale, threshold, keep_scale,
+            D, BLOCK_D, BLOCK_M, True, False, DROPOUT, PRECISION,
+        )  # fmt: skip
+    for tile in range(left, right):
+        dk, dv = _dkv_step(
+            dk, dv, k, v, gate_ptr + head, 0.0, lse_ptr + head,
+            delta_ptr + head, seed_ptr, head, key, q_base, dout_base, bias_rows, tile * BLOCK_M, T,
+            stride_qt, H * D, scale, gate_scale, threshold, keep_scale,
+            D, BLOCK_D, BLOCK_M, False, False, DROPOUT, PRECISION,
+        )  # fmt: skip
+    if (first < length) & (T % BLOCK_M != 0):
+        dk, dv = _dkv_step(
+            dk, dv, k, v, gate_ptr + head, 0.0, lse_ptr + head,
+            delta_ptr + head, seed_ptr, head, key, q_base, dout_base, bias_rows, full * BLOCK_M, T,
+            stride_qt, H * D, scale, gate_scale, threshold, keep_scale,
+            D, BLOCK_D, BLOCK_M, False, True, DROPOUT, PRECISION,
+        )  # fmt: skip
+
+    at = ((b.to(tl.int64) * T + key[:, None]) * H + h) * D + column[None, :]
+    inside = (key < T)[:, None] & (column < D)[None, :]
+    valid = (key < length)[:, None]
+    dk = tl.where(valid, dk * dot_scale, 0.0).to(dk_ptr.dtype.element_ty)
+    tl.store(dk_ptr + at, dk, mask=inside)
+    tl.store(dv_ptr + at, tl.where(valid, dv, 0.0).to(dv_ptr.dtype.element_ty), mask=inside)
+
+
+def backward_config(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tiles and warps of dq: rows are queries. dk and dv take the same with rows for keys."""
+    if dtype == torch.float32 or head_dim > 64:
+        return {"ROWS": 64, "COLUMNS": 32, "num_warps": 4, "num_stages": 1}
+    return {"ROWS": 128, "COLUMNS": 64, "num_warps": 8, "num_stages": 2}
+
+
+def gated_attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gate: torch.Tensor,
+    rel_bias: torch.Tensor,
+    key_lengths: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The op `gated_attention_backward`: dq, dk, dv `[B, T, H, D]`, dgate `[B, H, T]`, drel_bias `[H, 2T - 1]`."""
+    B, T, H, D = q.shape
+    grad, out, lse, gate, rel_bias = (t.contiguous() for t in (grad, out, lse, gate, rel_bias))
+    dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
+    dgate, delta = torch.empty_like(gate), torch.empty_like(gate)
+    if not q.numel():
+        return dq, dk, dv, dgate, torch.zeros_like(rel_bias)
+    copies, ends = toeplitz(rel_bias, both=True)
+    constants = launch_constants(q, key_lengths, dropout_p)
+    config = backward_config(D, q.dtype)
+    rows, columns = config.pop("ROWS"), config.pop("COLUMNS")
+    operands = (q, k, v, gate, rel_bias, copies, ends, key_lengths, seed)
+    numbers = (
+        T, H, copies.shape[-1], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        scale * LOG2_E, 1 / scale, scale, int(dropout_p * 2**24), 1 / (1 - dropout_p),
+    )  # fmt: skip
+    grid = (triton.cdiv(T, rows), B * H)
+    _gated_attention_bwd_dq_kernel[grid](
+        *operands, grad, out, lse, dq, dgate, delta, *numbers, BLOCK_M=rows, BLOCK_N=columns, **constants, **config
+    )
+    _gated_attention_bwd_dkv_kernel[grid](
+        *operands, grad, lse, delta, dk, dv, *numbers, BLOCK_M=columns, BLOCK_N=rows, **constants, **config
+    )
+    drel_bias = rel_bias_gradient(operands, grad, lse, delta, numbers, constants)
+    return dq, dk, dv, dgate, drel_bias

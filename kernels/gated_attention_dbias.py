@@ -1,0 +1,140 @@
+"""Gradient of the relative position bias: sums of gate · dscores over the diagonals, over all utterances.
+
+All tiles on one diagonal of tiles contribute to the same diagonals at the same places, so a program adds up whole tiles
+elementwise and takes the sums over diagonals once, at its end. What it found is either added to the result atomically,
+or, where torch asks for deterministic algorithms, stored as a part of its own for a second kernel to add up in order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._dropout import keep, row_keys
+from ._toeplitz import row_places
+from .gated_attention import load_tile
+
+
+@triton.jit
+def _gated_attention_bwd_dbias_kernel(
+    q_ptr, k_ptr, v_ptr, gate_ptr, rel_bias_ptr, copies_ptr, ends_ptr, lengths_ptr, seed_ptr,
+    dout_ptr, lse_ptr, delta_ptr, drel_bias_ptr,  # [H, 2T - 1], or parts [H, diagonals, splits, GROUPS, N]
+    T, H, W, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    scale, gate_scale, dot_scale, threshold, keep_scale, batch, splits,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MARGIN: tl.constexpr,
+    LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ATOMIC: tl.constexpr,
+):  # fmt: skip
+    RATIO: tl.constexpr = BLOCK_M // BLOCK_N
+    GROUPS: tl.constexpr = RATIO + 1
+    split, h = tl.program_id(1), tl.program_id(2)
+    query_tiles, key_tiles = tl.cdiv(T, BLOCK_M), tl.cdiv(T, BLOCK_N)
+    # Tile m of the queries meets tile diagonal + m * RATIO of the keys.
+    diagonal = tl.program_id(0) - (query_tiles - 1) * RATIO
+    first_m = tl.cdiv(tl.maximum(-diagonal, 0), RATIO)
+    tiles = tl.minimum(query_tiles, tl.cdiv(key_tiles - diagonal, RATIO)) - first_m
+    row, column, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    # The bias is the same for all tiles of the diagonal.
+    start = first_m * BLOCK_M
+    bias_rows = copies_ptr + h * (4 * W) + row_places(start + row, T, W, MARGIN)
+    bias = tl.load(bias_rows[:, None] + (diagonal * BLOCK_N + start + column)[None, :])
+
+    sums = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for item in range(split, tiles * batch, splits):
+        b = item // tiles
+        query = (first_m + item % tiles) * BLOCK_M + row
+        key = (first_m + item % tiles) * BLOCK_M + diagonal * BLOCK_N + column
+        length = tl.load(lengths_ptr + b).to(tl.int32) if LENGTHS else T
+        head = (b * H + h).to(tl.int64) * T
+        wide = b.to(tl.int64)
+        q_at = q_ptr + wide * stride_qb + h * stride_qh + query[:, None].to(tl.int64) * stride_qt + d[None, :]
+        q = load_tile(q_at, query, T, d, True, D, BLOCK_D)
+        dout_at = dout_ptr + ((wide * T + query[:, None]) * H + h) * D + d[None, :]
+        dout = load_tile(dout_at, query, T, d, True, D, BLOCK_D)
+        k_at = k_ptr + wide * stride_kb + h * stride_kh + key[:, None].to(tl.int64) * stride_kt + d[None, :]
+        k = load_tile(k_at, key, length, d, True, D, BLOCK_D)
+        v_at = v_ptr + wide * stride_vb + h * stride_vh + key[:, None].to(tl.int64) * stride_vt + d[None, :]
+        v = load_tile(v_at, key, length, d, True, D, BLOCK_D)
+        gate = tl.load(gate_ptr + head + query, mask=query < T, other=0.0)
+        # An infinite log-sum-exp makes the weights of a row 0.
+        lse = tl.load(lse_ptr + head + query, mask=query < T, other=float("inf")) * 1.4426950408889634
+        delta = tl.load(delta_ptr + head + query, mask=query < T, other=0.0)
+        scores = tl.dot(q, k.T, input_precision=PRECISION)
+        scores = tl.fma(tl.broadcast_to((gate * gate_scale)[:, None], bias.shape), bias, scores)
+        weights = tl.exp2(scores * scale - lse[:, None])
+        weights = tl.where((key < length)[None, :], weights, 0.0)
+        dweights = tl.dot(dout, v.T, input_precision=PRECISION)
+        if DROPOUT:
+            mask = keep(row_keys(seed_ptr, head + query)[:, None], key[None, :], threshold)
+            dweights = tl.where(mask, dweights * keep_scale, 0.0)
+        sums += weights * (dweights - delta[:, None]) * gate[:, None]
+
+    # Row i turned left by i: each column then holds a diagonal, and GROUPS times around it goes from one to the next.
+    turned = (row[:, None] + column[None, :]) % BLOCK_N
+    sheared = tl.gather(sums, turned, axis=1)
+    group = (row[:, None] + column[None, :]) // BLOCK_N
+    part = (h * tl.num_programs(0) + tl.program_id(0)) * splits + split
+    for number in tl.static_range(GROUPS):
+        along = tl.sum(tl.where(group == number, sheared, 0.0), axis=0)
+        if ATOMIC:
+            entry = (diagonal - number) * BLOCK_N + column + T - 1
+            at = drel_bias_ptr + h * (2 * T - 1) + entry
+            tl.atomic_add(at, along, mask=(entry >= 0) & (entry < 2 * T - 1), sem="relaxed")
+        else:
+            tl.store(drel_bias_ptr + (part.to(tl.int64) * GROUPS + number) * BLOCK_N + column, along)
+
+
+@triton.jit
+def _gated_attention_bwd_dbias_sum_kernel(
+    parts_ptr,  # [H, diagonals, splits, GROUPS, N]
+    drel_bias_ptr, T, diagonals, splits, first_diagonal,
+    BLOCK_N: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Block `program 0` of the entries, counted from the first diagonal's last group: GROUPS parts meet in each."""
+    block, h = tl.program_id(0), tl.program_id(1)
+    column = tl.arange(0, BLOCK_N)
+    total = tl.zeros([BLOCK_N], dtype=tl.float32)
+    for number in tl.static_range(GROUPS):
+        diagonal = block - (GROUPS - 1) + number
+        inside = column < tl.where((diagonal >= 0) & (diagonal < diagonals), BLOCK_N, 0)
+        for split in range(splits):
+            part = ((h * diagonals + diagonal) * splits + split).to(tl.int64) * GROUPS + number
+            total += tl.load(parts_ptr + part * BLOCK_N + column, mask=inside, other=0.0)
+    entry = (block - (GROUPS - 1) + first_diagonal) * BLOCK_N + column + T - 1
+    inside = (entry >= 0) & (entry < 2 * T - 1)
+    tl.store(drel_bias_ptr + h * (2 * T - 1) + entry, total, mask=inside)
+
+
+def dbias_config(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tiles and warps. The loop holds three tiles of scores in registers: 32 each with eight warps."""
+    if dtype == torch.float32 or head_dim > 64:
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1}
+
+
+def rel_bias_gradient(
+    operands: tuple, grad: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, numbers: tuple, constants: dict
+) -> torch.Tensor:
+    """drel_bias `[H, 2T - 1]`; operands, numbers and constants are those of the dq kernel."""
+    q, rel_bias = operands[0], operands[4]
+    B, T, H, D = q.shape
+    config = dbias_config(D, q.dtype)
+    BLOCK_M, BLOCK_N = config["BLOCK_M"], config["BLOCK_N"]
+    groups = BLOCK_M // BLOCK_N + 1
+    query_tiles, key_tiles = triton.cdiv(T, BLOCK_M), triton.cdiv(T, BLOCK_N)
+    first_diagonal = -(query_tiles - 1) * (groups - 1)
+    diagonals = key_tiles - first_diagonal
+    # A program takes about eight tiles: enough to make little of its end, few enough to fill a GPU. It depends on the
+    # shapes alone, so that sums do not differ between GPUs.
+    splits = triton.cdiv(B * query_tiles, 8)
+    atomic = not torch.are_deterministic_algorithms_enabled()
+    parts = (H, diagonals, splits, groups, BLOCK_N)
+    found = torch.zeros_like(rel_bias) if atomic else rel_bias.new_empty(parts)
+    _gated_attention_bwd_dbias_kernel[(diagonals, splits, H)](
+        *operands, grad, lse, delta, found, *numbers, B, splits, ATOMIC=atomic, **constants, **config
+    )
+    if atomic:
+        return found
+    drel_bias = torch.empty_like(rel_bias)
+    _gated_attention_bwd_dbias_sum_kernel[(diagonals + groups - 1, H)](
+        found, drel_bias, T, diagonals, splits, first_diagonal, BLOCK_N=BLOCK_N, GROUPS=groups
+    )
+    return drel_bias

@@ -1,0 +1,62 @@
+"""Linear layer with bias and activation.
+
+Without an activation the vendor's product does everything: bias is part of its epilogue. With one, writing the product
+and reading it again costs as much as a small product itself, so half precision with few input channels runs one kernel
+whose epilogue is bias and activation. Longer sums make the product the larger part, which the vendor does better, and
+fp32 tiles fill what the epilogue would need: there, product and activation stay apart.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from ._finish_backward import finish_backward
+from ._frames_product import frames_product
+
+# Up to here, at the balance of arithmetic and memory of an A100 or H100 (about 200 to 300 operations per byte), one
+# more pass over the output takes a third of the product's time or more.
+FUSED_CHANNELS = 1024
+
+
+def _activated(pre: torch.Tensor, activation: str) -> torch.Tensor:
+    if activation == "relu":
+        return F.relu(pre)
+    return F.gelu(pre, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def linear_act(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str, save: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op `linear_act`: `[..., C']`, and the product before its activation when `save` asks for it."""
+    empty = x.new_empty(0)
+    if activation == "none" or not x.numel():
+        return F.linear(x, weight, bias), empty
+    if x.dtype == torch.float32 or x.shape[-1] > FUSED_CHANNELS:
+        pre = F.linear(x, weight, bias)
+        return _activated(pre, activation), pre if save else empty
+    rows = x.contiguous().view(1, -1, x.shape[-1])
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    pre = torch.empty_like(out) if save else None
+    frames_product(
+        rows, weight.t().contiguous()[None, None], out.view(1, -1, weight.shape[0]), rows.shape[1],
+        bias=bias, activation=activation, pre=pre,
+    )  # fmt: skip
+    return out, empty if pre is None else pre
+
+
+def linear_act_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    pre: torch.Tensor,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The op `linear_act_backward`: gradients of x, weight and bias, the products by the vendor."""
+    grad = grad.contiguous()
+    if not grad.numel():
+        return torch.zeros_like(x), torch.zeros_like(weight), grad.new_zeros(0 if bias is None else bias.shape)
+    dpre, sums = finish_backward(grad, pre.contiguous(), None, activation)
+    rows = dpre.view(-1, weight.shape[0])
+    dx = (rows @ weight).view(x.shape)
+    dweight = rows.t() @ x.reshape(-1, weight.shape[1])
+    return dx, dweight, grad.new_empty(0) if bias is None else sums[0].to(bias.dtype)

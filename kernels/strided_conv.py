@@ -1,0 +1,71 @@
+"""Strided convolution over time-major frames, with bias, layer norm over channels and activation in its epilogue."""
+
+import torch
+
+from ._finish_backward import finish_backward
+from ._frames_product import frames_product, frames_product_weight_gradient
+
+
+def strided_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: int,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    eps: float,
+    activation: str,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op `strided_conv`: `[B, T', C']`, and the same before norm and activation when `save` asks for it."""
+    x = x.contiguous()
+    frames = (x.shape[1] - weight.shape[2]) // stride + 1
+    out = x.new_empty(x.shape[0], frames, weight.shape[0])
+    distinct = norm_weight is not None or activation != "none"
+    pre = torch.empty_like(out) if save and distinct else None
+    if out.numel():
+        frames_product(
+            x, weight.permute(2, 1, 0).contiguous()[None], out, frames, bias=bias, activation=activation, pre=pre,
+            norm=None if norm_weight is None else (norm_weight, norm_bias, eps), stride=stride,
+        )  # fmt: skip
+    return out, x.new_empty(0) if pre is None else pre
+
+
+def strided_conv_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    pre: torch.Tensor,
+    stride: int,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    eps: float,
+    activation: str,
+) -> tuple[torch.Tensor, ...]:
+    """The op `strided_conv_backward`: gradients of x, weight, bias, norm_weight and norm_bias."""
+    x, grad = x.contiguous(), grad.contiguous()
+    norm = None if norm_weight is None else (norm_weight, norm_bias, eps)
+    dpre, sums = finish_backward(grad, pre, norm, activation)
+    dx = input_gradient(dpre, weight, x, stride)
+    dweight = frames_product_weight_gradient(x, dpre, weight.shape[2], 1, stride=stride)[0]
+    dweight = dweight.permute(2, 1, 0).to(weight.dtype, memory_format=torch.contiguous_format)
+    vectors = zip(sums, (bias, norm_weight, norm_bias), strict=True)
+    return dx, dweight, *(x.new_empty(0) if v is None else s.to(v.dtype) for s, v in vectors)
+
+
+def input_gradient(dpre: torch.Tensor, weight: torch.Tensor, x: torch.Tensor, stride: int) -> torch.Tensor:
+    """dx `[B, T, C]`, one product per phase: frame u · stride + r was read by the taps r, r + stride, ... alone."""
+    dx = torch.empty_like(x)
+    taps = weight.permute(2, 0, 1)  # [K, C', C]
+    frames = x.shape[1]
+    for phase in range(min(stride, frames)):
+        units = (frames - phase - 1) // stride + 1
+        if phase < taps.shape[0]:
+            frames_product(
+                dpre, taps[phase::stride].contiguous()[None], dx, units,
+                step=-1, out_stride=stride, phase=phase, padded=True,
+            )  # fmt: skip
+        else:  # frames between the windows
+            dx[:, phase::stride] = 0
+    return dx

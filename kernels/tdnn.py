@@ -1,0 +1,44 @@
+"""Dilated convolution of the x-vector head, with bias and activation in its epilogue."""
+
+import torch
+
+from ._finish_backward import finish_backward
+from ._frames_product import frames_product, frames_product_weight_gradient
+
+
+def tdnn(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    kernel_size: int,
+    dilation: int,
+    activation: str,
+) -> torch.Tensor:
+    """The op `tdnn`: `[B, T', C']`."""
+    x = x.contiguous()
+    out = x.new_empty(x.shape[0], x.shape[1] - (kernel_size - 1) * dilation, weight.shape[0])
+    if out.numel():
+        taps = weight.t().contiguous().view(1, kernel_size, x.shape[2], -1)
+        frames_product(x, taps, out, out.shape[1], bias=bias, activation=activation, step=dilation)
+    return out
+
+
+def tdnn_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    kernel_size: int,
+    dilation: int,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The op `tdnn_backward`: gradients of x, weight and bias. Where relu let a value through, `out` is it."""
+    x, grad, out = x.contiguous(), grad.contiguous(), out.contiguous()
+    dpre, sums = finish_backward(grad, out, None, activation)
+    dx = torch.empty_like(x)
+    taps = weight.unflatten(1, (kernel_size, -1)).transpose(0, 1).contiguous()  # [K, C', C]
+    frames_product(dpre, taps[None], dx, x.shape[1], step=-dilation, padded=True)
+    dweight = frames_product_weight_gradient(x, dpre, kernel_size, 1, step=dilation)[0]  # [K, C, C']
+    dweight = dweight.flatten(0, 1).t().to(weight.dtype, memory_format=torch.contiguous_format)
+    return dx, dweight, x.new_empty(0) if bias is None else sums[0].to(bias.dtype)

@@ -1,0 +1,132 @@
+"""gated_attention and its gradients, against the reference in float64."""
+
+import pytest
+import torch
+from cases import DEVICE, DTYPES, assert_close, kernel, randn, wide
+
+from wavlm_fast.backends.reference import TABLE as REFERENCE
+
+NAMES = ("dq", "dk", "dv", "dgate", "drel_bias")
+
+
+def inputs(B, T, H, D, lengths=None, dropout_p=0.0, dtype=torch.float32, far=None):
+    """Peaked rows, a bias of order one that is constant beyond `far` frames, gates over their whole range."""
+    q, k, v = (randn(B, T, 3, H, D, seed=1) * torch.tensor([2.0, 1.0, 1.0])[:, None, None]).to(dtype).unbind(2)
+    gate = torch.sigmoid(randn(B, H, T)) * 4
+    rel_bias = randn(H, 2 * T - 1, seed=2) * 2
+    if far is not None and far < T:
+        rel_bias[:, : T - far] = rel_bias[:, :1]
+        rel_bias[:, T + far - 2 :] = rel_bias[:, -1:]
+    lengths = None if lengths is None else torch.tensor(lengths)
+    seed = torch.tensor([9876543210123]) if dropout_p else None
+    return [q, k, v, gate, rel_bias, lengths, dropout_p, seed, D**-0.5]
+
+
+def check(args):
+    truth = REFERENCE["gated_attention"].fn(*wide(args))
+    plain = REFERENCE["gated_attention"].fn(*args)
+    found = kernel("gated_attention")(*args)
+    assert_close(found[0], truth[0], plain[0])
+    assert_close(found[1], truth[1], plain[1])
+    grad = randn(*args[0].shape, seed=3, dtype=args[0].dtype)
+    backward = REFERENCE["gated_attention_backward"].fn
+    true = backward(*wide([grad, *args[:6], *truth, *args[6:]]))
+    theirs = backward(grad, *args[:6], *plain, *args[6:])
+    ours = kernel("gated_attention_backward")(grad, *args[:6], *found, *args[6:])
+    # dscores are rounded to the dtype of the values before each product, unlike the reference's, and may cancel.
+    eps = torch.finfo(args[0].dtype).eps
+    for name, a, t, p in zip(NAMES, ours, true, theirs, strict=True):
+        fine = name in ("dgate", "drel_bias")
+        try:
+            assert_close(a, t, p, tiny=32 if fine else 8, floor=4e-6 if fine else 4 * eps)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("B", "T", "H", "D", "lengths"),
+    [
+        (1, 1, 1, 16, None),
+        (2, 1, 2, 16, [0, 1]),
+        (2, 17, 2, 64, [0, 17]),
+        (1, 64, 1, 64, None),
+        (2, 129, 1, 32, [128, 63]),
+        (1, 70, 2, 80, [33]),
+        (1, 67, 1, 96, None),
+        (1, 66, 1, 128, [65]),
+        (1, 35, 1, 48, None),
+    ],
+)
+def test_matches_float64(B, T, H, D, lengths, dtype):
+    check(inputs(B, T, H, D, lengths, dtype=dtype))
+
+
+@pytest.mark.parametrize(("T", "far", "lengths"), [(330, 40, None), (330, 40, [301]), (200, 1, [7])])
+def test_far_tiles_load_no_bias(T, far, lengths):
+    check(inputs(1, T, 1, 16, lengths, far=far, dtype=torch.float16))
+
+
+def test_a_constant_bias_all_over():
+    args = inputs(1, 140, 1, 16)
+    args[4] = torch.full_like(args[4], 1.5)
+    check(args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_draws_the_reference_mask(dtype):
+    check(inputs(2, 70, 2, 16, [70, 41], 0.3, dtype))
+
+
+def test_deterministic_bias_gradient():
+    torch.use_deterministic_algorithms(True)
+    try:
+        check(inputs(3, 200, 2, 16, [200, 0, 133]))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_strides():
+    args = inputs(2, 40, 2, 16)
+    contiguous = kernel("gated_attention")(*[a.contiguous() if isinstance(a, torch.Tensor) else a for a in args])
+    args[1] = args[1].transpose(1, 2).contiguous().transpose(1, 2)
+    args[2] = torch.cat((args[2], args[2]), -1)[..., :16]
+    strided = kernel("gated_attention")(*args)
+    assert torch.equal(strided[0], contiguous[0])
+
+
+def test_many_programs_per_diagonal():
+    check(inputs(20, 20, 1, 16, [20 - i for i in range(20)]))
+
+
+@pytest.mark.parametrize("mutation", ["no gate", "bias shifted", "tail tile skipped", "k and v swapped"])
+def test_mutations_are_caught(mutation):
+    args = inputs(1, 130, 1, 16)
+    truth = REFERENCE["gated_attention"].fn(*wide(args))
+    plain = REFERENCE["gated_attention"].fn(*args)
+    q, k, v, gate, rel_bias, lengths, *rest = args
+    if mutation == "no gate":
+        gate = torch.ones_like(gate)
+    elif mutation == "bias shifted":
+        rel_bias = rel_bias.roll(1, 1)
+    elif mutation == "tail tile skipped":
+        lengths = torch.tensor([128])
+    else:
+        k, v = v, k
+    found = kernel("gated_attention")(q, k, v, gate, rel_bias, lengths, *rest)
+    with pytest.raises(AssertionError):
+        assert_close(found[0], truth[0], plain[0])
+
+
+def test_refusals():
+    from wavlm_fast.backends.triton import TABLE
+
+    refuse = TABLE["gated_attention"].why_not
+    args = inputs(1, 4, 1, 16)
+    assert "multiple of 16" in refuse(*[randn(1, 4, 1, 20)] * 3, *args[3:])
+    assert "up to 128" in refuse(*[randn(1, 4, 1, 144)] * 3, *args[3:])
+    assert "float64" in refuse(*wide(args))
+    assert "scale" in refuse(*args[:-1], -1.0)
+    assert refuse(*args) is None
+    if DEVICE == "cpu":
+        assert "bfloat16" in refuse(*wide(args, torch.bfloat16))

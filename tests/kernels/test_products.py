@@ -1,0 +1,114 @@
+"""Convolutions and linear layers, forward and backward, against the reference in float64."""
+
+import pytest
+import torch
+from cases import DTYPES, assert_close, kernel, randn, wide
+
+from wavlm_fast.backends.reference import TABLE as REFERENCE
+
+SUMS = 8  # sums over frames, in another order than the reference's
+
+
+def compare(op, args, save=True, floor=0.0):
+    """Forward and backward of an op that saves what comes before its activation; `args` without `save`."""
+    tail = (True,) if save else ()
+    truth, plain = (REFERENCE[op].fn(*a, *tail) for a in (wide(args), args))
+    found = kernel(op)(*args, *tail)
+    truth, plain, found = ((t,) if isinstance(t, torch.Tensor) else t for t in (truth, plain, found))
+    for f, t, p in zip(found, truth, plain, strict=True):
+        assert_close(f, t, p)
+    grad = randn(*found[0].shape, seed=9, dtype=args[0].dtype)
+    saved = 1 if save else 0
+    # The gradient is that of what was saved, as it was rounded: the rounding is the forward's error.
+    given = [grad, *args[:3], plain[saved], *args[3:]]
+    true, theirs = (REFERENCE[f"{op}_backward"].fn(*a) for a in (wide(given), given))
+    ours = kernel(f"{op}_backward")(*given)
+    for index, (o, t, p) in enumerate(zip(ours, true, theirs, strict=True)):
+        try:
+            assert_close(o, t, p, tiny=SUMS, floor=floor)
+        except AssertionError as error:
+            raise AssertionError(f"gradient {index}: {error}") from None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("B", "T", "C", "N", "K", "stride", "bias", "norm", "activation"),
+    [
+        (2, 37, 32, 32, 3, 2, True, True, "gelu"),
+        (1, 36, 32, 48, 2, 2, False, False, "gelu"),
+        (1, 3, 16, 16, 3, 2, True, True, "gelu_tanh"),
+        (1, 40, 40, 72, 5, 3, True, True, "relu"),
+        (2, 11, 16, 16, 2, 3, True, False, "none"),
+        (1, 150, 24, 16, 1, 1, False, True, "none"),
+    ],
+)
+def test_strided_conv(B, T, C, N, K, stride, bias, norm, activation, dtype):
+    x = randn(B, T, C, dtype=dtype)
+    weight = randn(N, C, K, dtype=dtype, scale=(C * K) ** -0.5)
+    vector = [randn(N, seed=i, dtype=dtype) for i in range(3)]
+    args = [x, weight, vector[0] if bias else None, stride]
+    args += [vector[1] + 1, vector[2]] if norm else [None, None]
+    compare("strided_conv", [*args, 1e-5, activation])
+
+
+def test_strided_conv_with_wider_norm_parameters():
+    x, weight = randn(1, 9, 16, dtype=torch.float16), randn(16, 16, 3, dtype=torch.float16)
+    compare("strided_conv", [x, weight, None, 2, randn(16), None, 1e-5, "gelu"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("B", "T", "C", "N", "K", "dilation", "activation"),
+    [
+        (2, 30, 32, 48, 5, 1, "relu"),
+        (1, 29, 16, 16, 3, 3, "relu"),
+        (2, 7, 48, 24, 1, 1, "none"),
+        (1, 7, 16, 16, 3, 3, "relu"),
+    ],
+)
+def test_tdnn(B, T, C, N, K, dilation, activation, dtype):
+    x, weight = randn(B, T, C, dtype=dtype), randn(N, K * C, dtype=dtype, scale=(C * K) ** -0.5)
+    compare("tdnn", [x, weight, randn(N, dtype=dtype), K, dilation, activation], save=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("B", "T", "C", "groups", "K", "activation", "residual"),
+    [
+        (2, 33, 32, 2, 8, "gelu", True),
+        (1, 1, 48, 1, 16, "gelu", True),
+        (1, 130, 96, 2, 7, "none", False),
+        (1, 5, 64, 4, 32, "relu", True),
+    ],
+)
+def test_positional_conv(B, T, C, groups, K, activation, residual, dtype):
+    x = randn(B, T, C, dtype=dtype)
+    weight = randn(C, C // groups, K, dtype=dtype, scale=(C // groups * K) ** -0.5)
+    compare("positional_conv", [x, weight, randn(C, dtype=dtype), groups, activation, residual])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("shape", [(2, 9, 32), (1, 16), (140, 80)])
+def test_linear_act(shape, activation, dtype):
+    x, weight = randn(*shape, dtype=dtype), randn(40, shape[-1], dtype=dtype, scale=shape[-1] ** -0.5)
+    args = [x, weight, randn(40, dtype=dtype), activation]
+    if activation == "none":
+        truth, plain = (REFERENCE["linear_act"].fn(*a, False)[0] for a in (wide(args), args))
+        return assert_close(kernel("linear_act")(*args, False)[0], truth, plain)
+    return compare("linear_act", args)
+
+
+@pytest.mark.parametrize("op", ["strided_conv", "tdnn", "positional_conv"])
+def test_refusals(op):
+    from wavlm_fast.backends.triton import TABLE
+
+    x = randn(1, 9, 16).double()
+    assert "float64" in TABLE[op].why_not(x, randn(16, 16, 3).double(), None, 1, None, None, 1e-5, "gelu", False)
+
+
+def test_strided_conv_refuses_a_norm_over_many_channels():
+    from wavlm_fast.backends.triton import TABLE
+
+    args = (randn(1, 9, 16), randn(2048, 16, 3), None, 2, randn(2048), None, 1e-5, "gelu", False)
+    assert "1024" in TABLE["strided_conv"].why_not(*args)
