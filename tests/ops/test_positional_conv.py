@@ -80,7 +80,9 @@ def test_refusals():
         front()(x, weight, bias[:3])
     with contract.refuses(ValueError, "positional_conv needs at least 1 frames, got 0"):
         front()(x[:, :0], weight, bias)
-    with contract.refuses(TypeError, "positional_conv wants weight of the dtype of x, torch.float64, got torch.float32"):
+    with contract.refuses(
+        TypeError, "positional_conv wants weight of the dtype of x, torch.float64, got torch.float32"
+    ):
         front()(x, weight.float(), bias)
     with contract.refuses(TypeError, "positional_conv wants x of a floating-point dtype, got torch.int64"):
         front()(x.long(), weight, bias)
