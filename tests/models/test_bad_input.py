@@ -162,7 +162,7 @@ def test_a_mask_shorter_than_the_receptive_field_is_what_it_is_in_transformers(l
 def test_ctc_labels_out_of_the_vocabulary(wrong, no_kernel_runs):
     # 12 entries; only -100 is padding in version 5, every negative label in version 4.
     labels = torch.tensor([[1, 2, -100], [3, wrong, 4]])
-    refuses(fast_model("WavLMForCTC"), ValueError, wrong, 12, labels=labels)
+    refuses(fast_model("WavLMForCTC"), ValueError, wrong, 11, labels=labels)
 
 
 @pytest.mark.parametrize("name", ["WavLMForSequenceClassification", "WavLMForXVector"])
@@ -198,10 +198,10 @@ def test_nan_and_infinity_pass_through_as_in_transformers(value, form):
 ])
 @every_model
 def test_convolution_tuples_that_disagree(name, changes):
-    with pytest.raises(Exception, match=r"conv_(dim|stride|kernel)") as error:
+    # The config class itself refuses; version 5 wraps the ValueError in an error of its own.
+    with pytest.raises(Exception, match=r"ValueError|Configuration") as error:
         getattr(subject, name)(small_config(**changes))
-    # Version 5 wraps the sentence of the config class in an error of its own, a ValueError too.
-    assert isinstance(error.value, ValueError)
+    assert all(word in str(error.value) for word in ("conv_dim", "conv_stride", "conv_kernel"))
 
 
 @every_model
@@ -268,7 +268,7 @@ def test_a_missing_path(name, path, tmp_path, monkeypatch):
 
 
 def test_a_folder_without_a_checkpoint(tmp_path):
-    with pytest.raises(OSError, match="config.json"):
+    with pytest.raises(OSError, match="config.json|model.safetensors"):
         subject.WavLMModel.from_pretrained(tmp_path)
 
 
