@@ -42,7 +42,11 @@ def print_table(out: Console, title: str, shown: Table) -> None:
     """A titled table; off a terminal without rich's blank lines and trailing blanks."""
     out.print(f"[bold]{title}[/]")
     if out.is_terminal:
+        # A terminal too narrow wraps the lines; rich would cut the numbers.
+        width = out.width
+        out.width = max(width, out.measure(shown, options=out.options.update(max_width=4 * _PLAIN_WIDTH)).maximum)
         out.print(shown)
+        out.width = width
         return
     with out.capture() as captured:
         out.print(shown)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable
@@ -64,6 +65,16 @@ def isa_levels() -> list[str]:
     return [] if EXTENSION_PROBLEM else _native.isa_levels()
 
 
+def _digest_of(sources: Path) -> str | None:
+    """What setup.py calls the state of csrc/; None where there are no sources."""
+    if not sources.joinpath("dispatch.h").exists():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(sources.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def _load_extension(folder: Path) -> str | None:
     """Load the extension; a sentence when that cannot be done."""
     record = build_record(folder)
@@ -74,6 +85,9 @@ def _load_extension(folder: Path) -> str | None:
     # torch's C++ interface changes with every minor version; a library built for another one may load and then crash.
     if built_with.split(".")[:2] != installed.split(".")[:2]:
         return f"extension built with torch {built_with}, torch {installed} is installed: install wavlm-fast again"
+    # In a checkout the sources may have moved on, and with them what the extension is expected to hold.
+    if "sources" in record and _digest_of(folder.parent / "csrc") not in (None, record["sources"]):
+        return "extension is older than the sources in csrc/: install wavlm-fast again"
     try:
         torch.ops.load_library(str(files[0]))
     except (OSError, RuntimeError) as error:
