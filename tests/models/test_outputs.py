@@ -90,9 +90,9 @@ def test_padding_that_is_not_silence(form):
 
 
 @both_forms
-@pytest.mark.parametrize("samples", [40, 41, 59, 60, 61, 333, 1501])
+@pytest.mark.parametrize("samples", [30, 31, 49, 50, 69, 333, 1501])
 def test_lengths(form, samples):
-    # 40 samples are the receptive field of the small configuration: one frame.
+    # 30 samples are the receptive field of the small configuration: one frame.
     check_forward(plain_model("WavLMModel", small_config(form)), waveforms(2, samples), output_hidden_states=True)
 
 
