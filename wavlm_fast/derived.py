@@ -39,7 +39,8 @@ def derived(kind: str, sources: tuple[torch.Tensor, ...], build: Callable[[], An
     with _lock:
         entry = _store.setdefault(sources[0], {}).get(key)
         if entry is None or entry[0] != state:
-            with torch.no_grad():
+            # A value built in inference mode could not take part in training later.
+            with torch.inference_mode(False), torch.no_grad():
                 # The sources after the first are held by the entry: an id may not be reused while it stands.
                 entry = (state, build(), sources[1:])
             _store[sources[0]][key] = entry
