@@ -108,7 +108,7 @@ def available_levels(command: list[str]) -> dict[str, list[str]]:
 
 
 def digest_of_sources() -> str:
-    """A name for the state of csrc/: wavlm_fast/backends/cpu.py asks whether the extension is of the sources beside it."""
+    """A name for the state of csrc/: backends/cpu.py asks whether the extension is of the sources beside it."""
     digest = hashlib.sha256()
     for path in sorted(Path("csrc").iterdir()):
         digest.update(path.name.encode() + path.read_bytes())

@@ -116,6 +116,8 @@ Tensor waveform_conv(const Tensor& waveform, const Tensor& weight, const Tensor&
     if (group_norm) {
       const auto [mean, covariance] = window_statistics(call.x, T, stride, K);
       fold(mean, covariance, filters, norm_gain, norm_offset, eps, shift, gain, offset);
+      // A single frame is its own mean: what is left of it is rounding, which the gain would blow up.
+      if (T == 1) gain.zero_();
     }
     convolve(call, 1, 0);
   }

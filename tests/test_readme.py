@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from wavlm_fast import backends
 from wavlm_fast.cli import COMMANDS
 from wavlm_fast.ops import references

@@ -36,7 +36,7 @@ INPUTS = ("no mask", "ragged mask", "one sample", "shortest", "changed weights")
 # How many times `rule.tiny` the gradients of parameters may be off. A low dtype rounds the stream a dozen times on
 # the way, and one gradient's rounding noise is one draw. In float32 the log-sum-exp of an attention row counts: padded
 # frames lack the large channels, their norm blows up the rest, and scores of a few hundred round to as many units.
-_GRADIENT_UNITS = {torch.bfloat16: 4, torch.float16: 4, torch.float32: 16, torch.float64: 16}
+_GRADIENT_UNITS = {torch.bfloat16: 8, torch.float16: 8, torch.float32: 16, torch.float64: 16}
 
 
 @dataclass(frozen=True)

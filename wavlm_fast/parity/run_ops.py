@@ -191,6 +191,7 @@ def _judge(
     try:
         for run in (_as_it_is, _poisoned):
             outputs, gradients = run(case, backend, _on(_rounded(case, dtype), device), upstream)
+            _check_contract(case.op, outputs, dtype)
             found = outputs if upstream is None else gradients
             errors = [(k, error_of(found[k], t), allowed[k]) for k, t in truth.items()]
             worst = max(worst, *errors, key=lambda e: ratio(e[1], e[2]))
@@ -203,6 +204,17 @@ def _judge(
     tensor, error, most = worst
     verdict = PASS if error <= most else FAIL
     return Result(quantity=quantity, tensor=tensor, error=error, allowed=most, verdict=verdict, **base)
+
+
+def _check_contract(op: str, outputs: Named, dtype: torch.dtype) -> None:
+    """Outputs are contiguous, and of the dtype of the inputs, but for gates and log-sum-exps."""
+    for name, x in outputs.items():
+        wide = op == "position_gate" or name == "lse"
+        wanted = torch.promote_types(dtype, torch.float32) if wide else dtype
+        if x.dtype != wanted:
+            raise TypeError(f"{name} is {x.dtype} where the contract of {op} says {wanted}")
+        if not x.is_contiguous():
+            raise ValueError(f"{name} is not contiguous: shape {list(x.shape)}, strides {x.stride()}")
 
 
 def _as_it_is(case: Case, backend: str, leaves: dict[str, Any], upstream: list[Tensor] | None) -> tuple[Named, Named]:
