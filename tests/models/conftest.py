@@ -9,6 +9,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+pytest.register_assert_rewrite("wavlm_cases", "test_losses")
 
 
 @pytest.fixture(autouse=True)

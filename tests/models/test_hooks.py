@@ -105,7 +105,15 @@ def test_a_hook_sees_what_it_sees_in_transformers(name, form):
         run(ours, name)
         handle.remove()
         assert len(seen) == len(by_plain[path]), f"{path} was called {len(seen)} times"
-        assert_close_to_truth(seen, by_plain[path], by_truth[path])
+        if path == "wavlm":
+            # Some heads of version 5 collect hidden states that nobody asked for.
+            seen, by_plain[path], by_truth[path] = (
+                [out.last_hidden_state for out in outs] for outs in (seen, by_plain[path], by_truth[path])
+            )
+        try:
+            assert_close_to_truth(seen, by_plain[path], by_truth[path])
+        except AssertionError as error:
+            raise AssertionError(f"a hook on {path}: {error}") from error
 
 
 def everything_seen(model, name):
@@ -165,9 +173,11 @@ def test_backward_hooks_fire(form):
     handles = []
     for path, module in callable_submodules(model):
         if isinstance(module, (nn.Linear, nn.LayerNorm, nn.Conv1d)):
-            handles.append(
-                module.register_full_backward_hook(lambda m, gi, go, path=path: fired.setdefault(path, go[0].clone()))
-            )
+
+            def hook(module, grad_input, grad_output, path=path):
+                fired[path] = grad_output[0].clone()
+
+            handles.append(module.register_full_backward_hook(hook))
     run(model, "WavLMForCTC", training=True).loss.backward()
     for handle in handles:
         handle.remove()
