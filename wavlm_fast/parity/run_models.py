@@ -178,10 +178,10 @@ def expected(case: ModelCase, dtype: torch.dtype, device: torch.device) -> tuple
     exact = _model(case.model, case.form, torch.float64, torch.device("cpu"), dtype, False)
     truth = _run(exact, case, inputs)
     allowed = {k: allowed_error(usual.outputs[k], t, dtype) for k, t in truth.outputs.items()}
-    return truth, allowed | _allowed_gradients(usual.gradients, truth.gradients, dict(exact.named_parameters()), dtype)
+    return truth, allowed | allowed_gradients(usual.gradients, truth.gradients, dict(exact.named_parameters()), dtype)
 
 
-def _allowed_gradients(
+def allowed_gradients(
     usual: dict[str, Tensor], truth: dict[str, Tensor], parameters: dict[str, Tensor], dtype: torch.dtype
 ) -> dict[str, float]:
     """2 · err(plain) + tiny for every parameter, where parameters of a kind share what is known of plain's error.
