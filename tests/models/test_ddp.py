@@ -53,7 +53,7 @@ def worker(rank, port, name, how, paths, results):
         results.put((rank, grads))
         torch.distributed.destroy_process_group()
         assert plain_model
-    except Exception:  # noqa: BLE001 - the parent shows it
+    except Exception:
         results.put((rank, traceback.format_exc()))
 
 

@@ -47,7 +47,8 @@ def define(
 
     def dispatch(*args: Any) -> Any:
         check(*args)
-        return backends.choose(name, args).fn(*args)
+        outputs = backends.choose(name, args).fn(*args)
+        return tuple(map(_unaliased, outputs)) if isinstance(outputs, tuple) else _unaliased(outputs)
 
     def checked_fake(*args: Any) -> Any:
         check(*args)
@@ -57,6 +58,11 @@ def define(
     LIBRARY.impl(name, dispatch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _unaliased(output: Tensor) -> Tensor:
+    # Autograd forbids writing into an output that is a view, as SpecAugment does, even when nobody else has its base.
+    return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
 
 
 def differentiate(

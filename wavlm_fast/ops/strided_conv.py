@@ -159,7 +159,8 @@ def _backward_kernel(
         dpre.to(x.dtype).transpose(1, 2), x.transpose(1, 2), weight,
         [weight.shape[0]], [stride], [0], [1], False, [0], 1, [True, True, bias is not None],
     )  # fmt: skip
-    return dx.transpose(1, 2).contiguous(), dweight.contiguous(), *(or_empty(g, x) for g in (dbias, dnorm_weight, dnorm_bias))
+    vectors = (or_empty(g, x) for g in (dbias, dnorm_weight, dnorm_bias))
+    return dx.transpose(1, 2).contiguous(), dweight.contiguous(), *vectors
 
 
 def _backward_fake(

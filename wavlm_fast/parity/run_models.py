@@ -227,7 +227,8 @@ def _natural(gradients: dict[str, Tensor], parameters: dict[str, Tensor]) -> dic
 def _block(name: str) -> str:
     """What a parameter belongs to, layers taken together: "encoder.layers.*.attention", "tdnn.*"."""
     name = re.sub(r"\.\d+(?=\.)", ".*", name)
-    found = re.match(r".*?(attention|feed_forward|conv_layers\.\*|tdnn\.\*|pos_conv_embed)", name)
+    name = name.replace("masked_spec_embed", "feature_projection.masked")  # both make the encoder's input
+    found = re.match(r".*?(attention|feed_forward|conv_layers\.\*|tdnn\.\*|pos_conv_embed|feature_projection)", name)
     return found.group(0) if found else name.rpartition(".")[0]
 
 
