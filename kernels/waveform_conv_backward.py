@@ -1,6 +1,6 @@
 """Backward of the first convolution. One input channel makes recomputing cheap: nothing but the inputs was saved.
 
-Every tile holds whole rows of channels. Group norm needs two sums over time before any gradient is known, which one
+Group norm needs two sums over time before any gradient is known, which one
 pass over the incoming gradient adds up; the pass after it forms the gradient dy of the convolution in registers, and
 from it what each window contributes to the weight and what each frame gives back to its window.
 """
@@ -25,7 +25,7 @@ def _waveform_conv_bwd_sums_kernel(
 ):  # fmt: skip
     """Sums over time of the normed values' gradient, and of it times the values before gain and shift."""
     b = tl.program_id(1).to(tl.int64)
-    channel = tl.arange(0, BLOCK_C)
+    channel = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < C
     centre = tl.load(centre_ptr + b)
     rstd = load_vector(rstd_ptr, b * C + channel, inside, 1.0)
@@ -54,14 +54,15 @@ def _waveform_conv_bwd_sums_kernel(
 def _waveform_conv_bwd_kernel(
     grad_ptr, waveform_ptr, taps_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr,
     centre_ptr, rstd_ptr, offset_ptr, sums_ptr,  # sums [B, 2, C], over time
-    windows_ptr,  # [B, T, BLOCK_K] fp32: what each frame gives back to its window
+    windows_ptr,  # [tiles of channels, B, T, BLOCK_K] fp32: what each frame gives back to its window
     dtaps_ptr, vectors_ptr,  # [programs, BLOCK_K, C] and [programs, 3, C] fp32
     B, S, T, C, eps, tiles_per_program,
     K: tl.constexpr, STRIDE: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    channel, k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
+    channel, k = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
+    windows_ptr += tl.program_id(1).to(tl.int64) * B * T * BLOCK_K
     inside = channel < C
     gain = load_vector(norm_weight_ptr, channel, inside, 1.0)
     shift = load_vector(norm_bias_ptr, channel, inside, 0.0)
@@ -122,7 +123,8 @@ def _waveform_conv_bwd_kernel(
 
 @triton.jit
 def _waveform_conv_bwd_overlap_kernel(
-    windows_ptr, dwaveform_ptr, S, T, K: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr
+    windows_ptr, dwaveform_ptr, B, S, T, tiles,
+    K: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Each sample gathers from the windows that it lies in."""
     b = tl.program_id(1).to(tl.int64)
@@ -132,7 +134,9 @@ def _waveform_conv_bwd_overlap_kernel(
         k = sample % STRIDE + step * STRIDE
         frame = sample // STRIDE - step
         inside = (k < K) & (frame >= 0) & (frame < T)
-        total += tl.load(windows_ptr + (b * T + frame) * BLOCK_K + k, mask=inside, other=0.0)
+        for tile in range(tiles):
+            at = ((tile * B + b) * T + frame) * BLOCK_K + k
+            total += tl.load(windows_ptr + at, mask=inside, other=0.0)
     tl.store(dwaveform_ptr + b * S + sample, total.to(dwaveform_ptr.dtype.element_ty), mask=sample < S)
 
 
@@ -151,9 +155,10 @@ def waveform_conv_backward(
     """The op `waveform_conv_backward`: gradients of waveform, weight, bias, norm_weight and norm_bias."""
     grad, waveform, weight = grad.contiguous(), waveform.contiguous(), weight.contiguous()
     (B, S), (C, _, K), T = waveform.shape, weight.shape, grad.shape[1]
-    block_c = max(16, triton.next_power_of_2(C))
-    # Products need sixteen rows. Eight warps hold 32 numbers of each tile of 512 channels in a thread.
+    # Products need sixteen rows. A layer norm needs whole rows of channels, and twice the threads for them.
+    block_c = max(16, triton.next_power_of_2(C) if norm == "layer" else min(64, triton.next_power_of_2(C)))
     block = {"BLOCK_T": 16, "BLOCK_C": block_c, "num_warps": 4 if block_c < 512 else 8, "num_stages": 1}
+    columns = triton.cdiv(C, block_c)
     constants = {"K": K, "STRIDE": stride, "ACTIVATION": activation, **block}
     taps = weight[:, 0].t().contiguous()  # [K, C]
     statistics, sums = (None, None, None), None
@@ -162,7 +167,7 @@ def waveform_conv_backward(
         per_program = triton.cdiv(triton.cdiv(T, 16), triton.cdiv(2 * PARTS, B))
         programs = triton.cdiv(triton.cdiv(T, 16), per_program)
         parts = torch.empty(B, programs, 2, C, dtype=torch.float32, device=grad.device)
-        _waveform_conv_bwd_sums_kernel[(programs, B)](
+        _waveform_conv_bwd_sums_kernel[(programs, B, columns)](
             grad, waveform, taps, norm_weight, norm_bias, *statistics, parts, S, T, C, per_program, **constants
         )
         sums = parts.sum(1)
@@ -171,15 +176,15 @@ def waveform_conv_backward(
     programs = triton.cdiv(tiles, per_program)
     windows, dtaps, vectors = (
         torch.empty(shape, dtype=torch.float32, device=grad.device)
-        for shape in ((B, T, BLOCK_K), (programs, BLOCK_K, C), (programs, 3, C))
+        for shape in ((columns, B, T, BLOCK_K), (programs, BLOCK_K, C), (programs, 3, C))
     )
-    _waveform_conv_bwd_kernel[(programs,)](
+    _waveform_conv_bwd_kernel[(programs, columns)](
         grad, waveform, taps, bias, norm_weight, norm_bias, *statistics, sums, windows, dtaps, vectors,
         B, S, T, C, eps, per_program, NORM=norm, BLOCK_K=BLOCK_K, **constants,
     )  # fmt: skip
     dwaveform = torch.empty_like(waveform)
     _waveform_conv_bwd_overlap_kernel[(triton.cdiv(S, 1024), B)](
-        windows, dwaveform, S, T, K=K, STRIDE=stride, BLOCK=1024, BLOCK_K=BLOCK_K
+        windows, dwaveform, B, S, T, columns, K=K, STRIDE=stride, BLOCK=1024, BLOCK_K=BLOCK_K
     )
     dbias, dgain, dshift = vectors.sum(0)
     if norm == "group":
