@@ -77,8 +77,8 @@ define FIND_PYTHON
 	    python=; \
 	done; \
 	if [ -z "$$python" ]; then \
-	    echo "$(if $(PYTHON),PYTHON=$(PYTHON) does not start or is not,No) Python 3.10 to 3.13 with the venv module"\
-	         "$(if $(PYTHON),,was found). Install one (on Debian: python3 and python3-venv) or set PYTHON=/path/to/python3" >&2; \
+	    echo "$(if $(PYTHON),PYTHON=$(PYTHON) is,found) no Python 3.10 to 3.13 that starts and has the venv module."\
+	         "Install one (on Debian: python3 and python3-venv) or set PYTHON=/path/to/python3" >&2; \
 	    exit 1; \
 	fi
 endef
@@ -86,8 +86,7 @@ endef
 # torch first: the extension is built against the torch that is installed, which build isolation would hide.
 define INSTALL
 	@set -e; \
-	$(FIND_PYTHON); \
-	[ -x $(1)/bin/python ] && $(1)/bin/python -c 'import pip' 2>/dev/null || "$$python" -m venv --clear $(1); \
+	if ! $(1)/bin/python -c 'import pip' 2>/dev/null; then $(FIND_PYTHON); "$$python" -m venv --clear $(1); fi; \
 	echo "Installing into $(1) ($$($(1)/bin/python -V)); the first time this takes some minutes."; \
 	$(1)/bin/python -m pip install -q --disable-pip-version-check -c $(2) torch numpy setuptools wheel ninja; \
 	$(1)/bin/python -m pip install -q --disable-pip-version-check -c $(2) --no-build-isolation -e '.[test,bench]'; \

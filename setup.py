@@ -14,6 +14,7 @@ It is built against the installed torch: pip install --no-build-isolation.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -106,6 +107,14 @@ def available_levels(command: list[str]) -> dict[str, list[str]]:
     return {name: flags for name, flags in LEVELS.items() if compiles(command, flags)}
 
 
+def digest_of_sources() -> str:
+    """A name for the state of csrc/: backends/cpu.py asks whether the extension is of the sources beside it."""
+    digest = hashlib.sha256()
+    for path in sorted(Path("csrc").iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def write_record(folder: Path, record: dict) -> None:
     """Leave how the build went beside the extension; without one, no stale extension stays either."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +149,12 @@ def extension_builder() -> type[build_ext]:
         def run(self) -> None:
             command = compiler_command()
             self.levels = available_levels(command)
-            record = {"torch": torch.__version__, "compiler": version_of(command), "levels": list(self.levels)}
+            record = {
+                "torch": torch.__version__,
+                "compiler": version_of(command),
+                "levels": list(self.levels),
+                "sources": digest_of_sources(),
+            }
             folder = Path("." if self.inplace else self.build_lib, "wavlm_fast")  # a run that fails forgets inplace
             try:
                 super().run()

@@ -1,29 +1,11 @@
 // Residual add and layer norm of one row at a time: the row is read from memory once and stays in the first cache.
 #include "add_layer_norm.h"
+#include "statistics.h"
 #include "vec.h"
 
 namespace wavlm_fast {
 namespace WAVLM_FAST_ISA {
 namespace {
-
-struct Statistics {
-  float mean;
-  float rstd;
-};
-
-// Two passes over the row: the mean first, then the squares of what differs from it. E[x^2] - E[x]^2 would cancel.
-template <class T>
-WAVLM_FAST_INLINE Statistics statistics(const T* row, std::int64_t C, float eps) {
-  Floats total[kUnroll] = {};
-  sweep(C, [&](std::int64_t i, auto lanes, int u) { total[u] += lanes.load(row + i); });
-  const float mean = sum(total) / C;
-  Floats squares[kUnroll] = {};
-  sweep(C, [&](std::int64_t i, auto lanes, int u) {
-    const Floats centred = lanes.keep(lanes.load(row + i) - mean);
-    squares[u] += centred * centred;
-  });
-  return {mean, 1.0f / __builtin_sqrtf(sum(squares) / C + eps)};
-}
 
 template <class T>
 void forward(const T* x, const T* residual, const float* weight, const float* bias, float eps, std::int64_t rows,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import numpy as np
 import torch
 
 from .errors import UserError
+from .inputs import SAMPLE_RATE as RATE
 
-RATE = 16000  # Hz, the rate that WavLM was trained at
 RECEPTIVE_FIELD = 400  # samples that make the first frame, with the conv stack of every published WavLM
 _BLOCK_SECONDS = 30  # read, mixed down and resampled at a time: long files never exist at their own rate in memory
 
@@ -47,14 +48,6 @@ def clip() -> Path:
     return Path(__file__).parent / "data" / "speech.flac"
 
 
-def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> int:
-    """Samples that one output frame of a convolutional stack sees: the shortest input that gives a frame."""
-    samples = 1
-    for kernel, stride in zip(reversed(kernels), reversed(strides), strict=True):
-        samples = (samples - 1) * stride + kernel
-    return samples
-
-
 def load(path: str | Path, *, at_least: int = RECEPTIVE_FIELD) -> tuple[torch.Tensor, AudioInfo]:
     """Read an audio file (wav, flac, ogg, mp3 and whatever else libsndfile knows).
 
@@ -77,13 +70,26 @@ def load(path: str | Path, *, at_least: int = RECEPTIVE_FIELD) -> tuple[torch.Te
     _check_path(path)
     waveform, info = _read(path)
     if info.frames == 0:
-        raise AudioError(f"an audio file with samples is wanted, but {path} holds none")
+        raise AudioError(_no_samples(path))
     if len(waveform) < at_least:
         raise AudioError(
             f"{path} is too short: at least {at_least} samples at {RATE} Hz are needed "
             f"({1000 * at_least / RATE:g} ms, the model's receptive field), and it gives {len(waveform)}"
         )
     return torch.from_numpy(waveform), info
+
+
+def check(path: str | Path) -> None:
+    """Open an audio file without decoding it, to refuse early what `load` would refuse for its header.
+
+    Raises:
+        AudioError: as `load`.
+    """
+    path = Path(path)
+    _check_path(path)
+    with _opened(path) as file:
+        if file.frames == 0:
+            raise AudioError(_no_samples(path))
 
 
 def fit(waveform: torch.Tensor, samples: int) -> torch.Tensor:
@@ -109,33 +115,46 @@ def _check_path(path: Path) -> None:
         raise AudioError(f"an audio file is wanted, but {path} cannot be opened: {reason}") from error
 
 
+def _no_samples(path: Path) -> str:
+    return f"an audio file with samples is wanted, but {path} holds none"
+
+
 def _soundfile() -> Any:
     try:
         import soundfile
     except (ImportError, OSError) as error:  # OSError: the package is there, its libsndfile is not
-        raise AudioError(f"reading audio files needs the soundfile package, which cannot be imported: {error}") from error
+        raise AudioError(
+            f"reading audio files needs the soundfile package, which cannot be imported: {error}"
+        ) from error
     return soundfile
 
 
-def _read(path: Path) -> tuple[np.ndarray, AudioInfo]:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The file in soundfile; what goes wrong while opening or reading it becomes one sentence."""
     soundfile = _soundfile()
-    frames = 0
-    pieces = []
     try:
         with soundfile.SoundFile(path) as file:
-            resampler = _resampler(file.samplerate)
-            for block in _mono_blocks(file):
-                _check_finite(path, block, frames, file.samplerate)
-                frames += len(block)
-                pieces.append(resampler(block, False))
-            pieces.append(resampler(np.zeros(0, np.float32), True))
-            waveform = np.concatenate(pieces)
-            coding = f"{file.format} {file.subtype}"
-            return waveform, AudioInfo(str(path), coding, file.samplerate, file.channels, frames, len(waveform))
+            yield file
     # TypeError: soundfile takes a name ending in .raw for headerless samples and asks for their rate.
     except (soundfile.SoundFileError, TypeError) as error:
         reason = str(getattr(error, "error_string", error)).rstrip(".")
         raise AudioError(f"{path} cannot be read as audio (wanted wav, flac, ogg or mp3): {reason}") from error
+
+
+def _read(path: Path) -> tuple[np.ndarray, AudioInfo]:
+    frames = 0
+    pieces = []
+    with _opened(path) as file:
+        resampler = _resampler(file.samplerate)
+        for block in _mono_blocks(file):
+            _check_finite(path, block, frames, file.samplerate)
+            frames += len(block)
+            pieces.append(resampler(block, False))
+        pieces.append(resampler(np.zeros(0, np.float32), True))
+        waveform = np.concatenate(pieces)
+        coding = f"{file.format} {file.subtype}"
+        return waveform, AudioInfo(str(path), coding, file.samplerate, file.channels, frames, len(waveform))
 
 
 def _mono_blocks(file: Any) -> Iterator[np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ import torch
 import transformers
 from transformers import WavLMConfig, WavLMModel
 
-from . import audio
 from .errors import UserError
+from .inputs import receptive_field as _receptive_field
 from .sensitive import make_sensitive
 
 
@@ -44,8 +45,7 @@ def load(name: str | None, dtype: torch.dtype = torch.float32, seed: int = 0) ->
     if name is None:
         model = make_sensitive(_transformers_model(WavLMConfig()), seed)
         return model.to(dtype).eval(), Source(None, False)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    _quieten()
     config = _config(name)
     try:
         model, problems = _plain_class().from_pretrained(name, config=config, output_loading_info=True)
@@ -71,7 +71,7 @@ def prepare(waveform: torch.Tensor, normalise: bool) -> torch.Tensor:
 
 def receptive_field(model: torch.nn.Module) -> int:
     """Samples that the model's first frame needs."""
-    return audio.receptive_field(model.config.conv_kernel, model.config.conv_stride)
+    return _receptive_field(model.config.conv_kernel, model.config.conv_stride)
 
 
 def accelerated(model: WavLMModel) -> WavLMModel:
@@ -79,6 +79,13 @@ def accelerated(model: WavLMModel) -> WavLMModel:
     from . import accelerate
 
     return accelerate(copy.deepcopy(model))
+
+
+def _quieten() -> None:
+    """What goes wrong is told in our one sentence, not also in the loaders' warnings."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def _plain_class() -> type[WavLMModel]:
@@ -93,7 +100,9 @@ def _transformers_model(config: WavLMConfig) -> WavLMModel:
 
 def _config(name: str) -> WavLMConfig:
     path = Path(name).expanduser()
-    looks_local = os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1 or os.sep == "\\" and "\\" in name
+    looks_local = (
+        os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1 or (os.sep == "\\" and "\\" in name)
+    )
     if path.exists() and not path.is_dir():
         raise UserError(f"a model folder or hub id is wanted, but {name} is a file")
     if path.is_dir() and not (path / "config.json").exists():

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NoReturn
 
 from . import __version__
@@ -45,7 +46,7 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
     return root
 
 
-def _module(command: str):  # noqa: ANN202
+def _module(command: str) -> ModuleType:
     name = f"{__package__}.{command}"
     if importlib.util.find_spec(name) is None:
         raise UserError(f"the {command} command is not part of this installation: there is no module {name}")

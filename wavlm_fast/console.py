@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -28,13 +29,40 @@ def console() -> Console:
     return Console(highlight=False, width=_PLAIN_WIDTH, color_system=None, force_terminal=False)
 
 
-def table(title: str, *columns: str) -> Table:
-    """A table whose first column is text and whose others are numbers, aligned to the right."""
+def table(*columns: str, text: int = 1) -> Table:
+    """A table whose first `text` columns are text, to the left, and whose others are numbers, to the right."""
     style = box.SIMPLE_HEAD if sys.stdout.isatty() else box.MARKDOWN
-    made = Table(title=title, box=style, title_justify="left", title_style="bold", show_edge=True)
+    made = Table(box=style)
     for position, name in enumerate(columns):
-        made.add_column(name, justify="left" if position == 0 else "right", no_wrap=True)
+        made.add_column(name, justify="left" if position < text else "right", no_wrap=True)
     return made
+
+
+def print_table(out: Console, title: str, shown: Table) -> None:
+    """A titled table; off a terminal without rich's blank lines and trailing blanks."""
+    out.print(f"[bold]{title}[/]")
+    if out.is_terminal:
+        # A terminal too narrow wraps the lines; rich would cut the numbers.
+        width = out.width
+        out.width = max(width, out.measure(shown, options=out.options.update(max_width=4 * _PLAIN_WIDTH)).maximum)
+        out.print(shown)
+        out.width = width
+        return
+    with out.capture() as captured:
+        out.print(shown)
+    lines = [line.rstrip() for line in captured.get().splitlines() if line.strip()]
+    out.print("\n".join(lines) + "\n", markup=False, soft_wrap=True)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
 
 
 def write_json(target: str, value: Any) -> None:
@@ -43,7 +71,7 @@ def write_json(target: str, value: Any) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    text = json.dumps(value, indent=1) + "\n"
+    text = json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
     if target == "-":
         sys.stdout.write(text)
         return
@@ -74,6 +102,17 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def positive_seconds(text: str) -> float:
+    """The argparse type of durations."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"a number of seconds above 0 is wanted, got {text!r}")
+    return value
+
+
 def device_argument(text: str) -> str:
     """The argparse type of --device: one that this machine has."""
     try:
@@ -98,7 +137,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: the size of WavLM-base with seeded weights that make every part of the model matter)",
     )
     parser.add_argument(
-        "--dtype", type=dtype_argument, default="float32", metavar="DTYPE", help=f"{', '.join(DTYPES)} (default: float32)"
+        "--dtype",
+        type=dtype_argument,
+        default="float32",
+        metavar="DTYPE",
+        help=f"{', '.join(DTYPES)} (default: float32)",
     )
     parser.add_argument("--device", type=device_argument, default="cpu", help="cpu (default), cuda or cuda:N")
     parser.add_argument("--threads", type=positive_int, metavar="N", help="torch's CPU threads (default: torch's own)")

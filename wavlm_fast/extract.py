@@ -1,4 +1,4 @@
-"""`wavlm-fast extract`: hidden states of audio files, one output file per utterance, each written whole or not at all."""
+"""`wavlm-fast extract`: hidden states of audio files, one file per utterance, each written whole or not at all."""
 
 from __future__ import annotations
 
@@ -56,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
     """Extract; 0 when every file is written. Everything that can be refused is refused before the first is."""
     apply_threads(args.threads)
     targets = _targets(args.audio, Path(args.out), _SUFFIXES[args.format], args.force)
+    for path, _ in targets:
+        audio.check(path)
     model, source = checkpoint.load(args.model, DTYPES[args.dtype])
     layer = _checked_layer(args.layer, model.config.num_hidden_layers)
     shortest = checkpoint.receptive_field(model)
@@ -84,7 +86,9 @@ def _targets(paths: Sequence[str], folder: Path, suffix: str, force: bool) -> li
     for path in paths:
         target = folder / (Path(path).stem + suffix)
         if target in sources:
-            raise UserError(f"file names without their endings must differ, but {sources[target]} and {path} share {target}")
+            raise UserError(
+                f"file names without their endings must differ, but {sources[target]} and {path} share {target}"
+            )
         if target.exists() and not force:
             raise UserError(f"{target} exists already; --force overwrites it")
         sources[target] = path
@@ -121,9 +125,7 @@ def _hidden_states(model: torch.nn.Module, waveform: torch.Tensor, layer: int | 
     return stacked if layer == "all" else stacked[0]
 
 
-def _record(
-    hidden: torch.Tensor, layer: int | str, info: audio.AudioInfo, source: checkpoint.Source
-) -> dict[str, Any]:
+def _record(hidden: torch.Tensor, layer: int | str, info: audio.AudioInfo, source: checkpoint.Source) -> dict[str, Any]:
     return {
         "hidden_states": hidden,
         "layer": str(layer),
@@ -131,7 +133,7 @@ def _record(
         "samples": info.samples,
         "sample_rate": audio.RATE,
         "model": source.name or "seeded",
-        "wavlm_fast": machine.versions()["wavlm-fast"] or "unknown",
+        "wavlm_fast": machine.versions()["wavlm-fast"],
     }
 
 

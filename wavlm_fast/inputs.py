@@ -61,7 +61,8 @@ def check_mask(attention_mask: Tensor, input_values: Tensor) -> None:
             elsewhere it would wait for the device).
     """
     if not isinstance(attention_mask, Tensor):
-        raise TypeError(f"attention_mask must be a tensor of shape [batch, samples], got {type(attention_mask).__name__}")
+        kind = type(attention_mask).__name__
+        raise TypeError(f"attention_mask must be a tensor of shape [batch, samples], got {kind}")
     if attention_mask.shape != input_values.shape:
         raise ValueError(
             f"attention_mask must have the shape of input_values, {list(input_values.shape)}, got "
@@ -72,7 +73,9 @@ def check_mask(attention_mask: Tensor, input_values: Tensor) -> None:
     empty = (attention_mask == 0).all(-1)
     if bool(empty.any()):
         rows = empty.nonzero().flatten().tolist()
-        raise ValueError(f"attention_mask must mark at least one sample of every utterance, got all zeros in rows {rows}")
+        raise ValueError(
+            f"attention_mask must mark at least one sample of every utterance, got all zeros in rows {rows}"
+        )
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
@@ -85,7 +88,8 @@ def check_labels(labels: Tensor, classes: int) -> None:
         return
     wrong = (labels >= classes) | ((labels < 0) & (labels != -100))
     if bool(wrong.any()):
-        raise ValueError(f"labels must lie in 0..{classes - 1}, got {labels[wrong].flatten()[0].item()}")
+        first = labels[wrong].flatten()[0].item()
+        raise ValueError(f"labels must lie in 0..{classes - 1}, or be -100 for none, got {first}")
 
 
 def check_checkpoint(source: object, options: dict) -> None:

@@ -58,7 +58,7 @@ def versions() -> dict[str, str | None]:
 
 
 def _version(package: str) -> str | None:
-    module = sys.modules.get(package)
+    module = sys.modules.get(package.replace("-", "_"))
     try:
         return str(getattr(module, "__version__", None) or importlib.metadata.version(package))
     except importlib.metadata.PackageNotFoundError:

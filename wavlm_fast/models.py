@@ -1,7 +1,7 @@
 """The six classes: transformers' own, accelerated at construction, with inputs checked.
 
-Heads, losses, loading and saving are transformers'. What a class adds here is what its own forward does slowly or leaves
-to fail late.
+Heads, losses, loading and saving are transformers'. What a class adds here is what its own forward does slowly or
+leaves to fail late.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers.models.wavlm import modeling_wavlm as hf
 from .inputs import check_checkpoint, check_labels, check_mask
 from .modules import TWINS, pool_statistics
 from .modules._steps import with_lengths
+from .modules._versions import EVERY_NEGATIVE_CTC_LABEL_PADS
 from .swap import accelerate
 
 
@@ -81,7 +82,8 @@ class WavLMModel(_FastModel, hf.WavLMModel):
             mask_time_indices = self._spans((batch, frames), *options)
         if mask_time_indices is not None:
             mask_time_indices = mask_time_indices.to(hidden_states.device)[..., None]
-            hidden_states = torch.where(mask_time_indices, self.masked_spec_embed.to(hidden_states.dtype), hidden_states)
+            embedding = self.masked_spec_embed.to(hidden_states.dtype)
+            hidden_states = torch.where(mask_time_indices, embedding, hidden_states)
         masked = self._spans((batch, channels), config.mask_feature_prob, config.mask_feature_length, None, 0)
         return hidden_states.masked_fill(masked.to(hidden_states.device)[:, None], 0)
 
@@ -101,8 +103,8 @@ class WavLMForCTC(_FastModel, hf.WavLMForCTC):
         arguments = _arguments(hf.WavLMForCTC.forward, args, kwargs)
         labels = arguments.get("labels")
         if labels is not None:
-            # Every negative label is padding here.
-            check_labels(labels.clamp(min=0), self.config.vocab_size)
+            padded = labels.clamp(min=0) if EVERY_NEGATIVE_CTC_LABEL_PADS else labels
+            check_labels(padded, self.config.vocab_size)
         return super().forward(**arguments)
 
 

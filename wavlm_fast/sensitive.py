@@ -15,12 +15,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 OUTLIER = 50.0  # magnitude of the few large channels of the residual stream
 _READ = 3.0  # what such a channel contributes to a projection that reads it, in ordinary channels
 _BRANCH_POST, _BRANCH_STABLE = 0.5, 0.25  # rms of what attention and feed-forward add to the stream
 _POST_GROWTH = 1.09  # how much a branch widens the ordinary channels before the next norm, measured
-_GATE_LOGIT = 1.5  # std of the logits of the two gates: sigmoids from about 0.05 to 0.95
+_GATE_LOGIT = 2.0  # std of the logits of the two gates: sigmoids from about 0.02 to 0.98
 _QUERY_KEY = math.sqrt(3.0)  # std of q and of k: with the gated bias, rows with a handful of heavy keys
 _GELU_GAIN = math.sqrt(2.0)  # keeps the rms through conv + activation
 
@@ -84,7 +85,7 @@ class _Plan:
     signs: tuple[float, ...]
 
     @classmethod
-    def of(cls, config, seed: int) -> _Plan:
+    def of(cls, config: PretrainedConfig, seed: int) -> _Plan:
         hidden = config.hidden_size
         count = 4 if hidden >= 256 else 2  # even, with alternating signs: the mean over channels stays near 0
         order = torch.randperm(hidden, generator=_generator(seed, "outliers"))[:count]
@@ -166,7 +167,7 @@ def _feed_forward_out(plan: _Plan, name: str, noise: torch.Tensor) -> torch.Tens
 
 
 def _stream_norm(plan: _Plan, name: str, noise: torch.Tensor) -> torch.Tensor:
-    """Layer norms on the stream: undo the division by the outlier-heavy rms, so that ordinary channels stay of order 1."""
+    """Layer norms on the stream undo the division by the outlier-heavy rms: ordinary channels stay of order 1."""
     found = re.search(r"layers\.(\d+)\.", name)
     layer = int(found.group(1)) if found else (plan.layers if plan.stable else 0)
     rms = plan.stream_rms(layer)

@@ -36,6 +36,20 @@ def test_built_for_another_torch(tmp_path):
     assert "install wavlm-fast again" in problem
 
 
+def test_built_from_other_sources(tmp_path):
+    tmp_path.joinpath("csrc").mkdir()
+    tmp_path.joinpath("csrc", "dispatch.h").write_text("")
+    tmp_path.joinpath("package").mkdir()
+    record = {"torch": torch.__version__, "sources": "0"}
+    problem = cpu._load_extension(folder_with(tmp_path / "package", record))
+    assert problem == "extension is older than the sources in csrc/: install wavlm-fast again"
+
+
+@needs_extension
+def test_the_extension_is_of_the_sources_beside_it():
+    assert cpu._digest_of(cpu._FOLDER.parent / "csrc") in (None, cpu.build_record()["sources"])
+
+
 def test_unloadable_library(tmp_path):
     problem = cpu._load_extension(folder_with(tmp_path, {"torch": torch.__version__}, library=b"not a library"))
     assert problem.startswith("extension cannot be loaded: ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from ..ops import schemas
-from . import Implementation
+from . import Implementation, products
 
 NAME = "cpu"
 
@@ -19,9 +20,19 @@ logger = logging.getLogger("wavlm_fast")
 
 # What csrc/ implements, with the ops' own schemas. A namespace of its own leaves the ops' registration (fake, autograd,
 # autocast) the only one.
-_KERNELS = ("add_layer_norm", "add_layer_norm_backward")
+_KERNELS = ("add_layer_norm", "add_layer_norm_backward", "gated_attention")
 _library = torch.library.Library("wavlm_fast_cpu", "DEF")
-for _schema in ("isa() -> str", "isa_levels() -> str[]", "isa_problem() -> str"):
+for _schema in (
+    "isa() -> str",
+    "isa_levels() -> str[]",
+    "isa_problem() -> str",
+    "pack_conv(Tensor weight) -> Tensor",
+    "packed_conv(Tensor x, Tensor packed, Tensor? bias, int channels, int taps, int stride, int dilation, "
+    "str activation) -> Tensor",
+    "norm_act(Tensor x, Tensor? weight, Tensor? bias, float eps, str activation) -> Tensor",
+    "waveform_conv(Tensor waveform, Tensor weight, Tensor packed, Tensor? bias, int stride, bool group_norm, "
+    "Tensor? norm_weight, Tensor? norm_bias, float eps, str activation) -> Tensor",
+):
     _library.define(_schema)
 for _name in _KERNELS:
     _library.define(_name + schemas[_name])
@@ -54,6 +65,16 @@ def isa_levels() -> list[str]:
     return [] if EXTENSION_PROBLEM else _native.isa_levels()
 
 
+def _digest_of(sources: Path) -> str | None:
+    """What setup.py calls the state of csrc/; None where there are no sources."""
+    if not sources.joinpath("dispatch.h").exists():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(sources.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def _load_extension(folder: Path) -> str | None:
     """Load the extension; a sentence when that cannot be done."""
     record = build_record(folder)
@@ -64,6 +85,9 @@ def _load_extension(folder: Path) -> str | None:
     # torch's C++ interface changes with every minor version; a library built for another one may load and then crash.
     if built_with.split(".")[:2] != installed.split(".")[:2]:
         return f"extension built with torch {built_with}, torch {installed} is installed: install wavlm-fast again"
+    # In a checkout the sources may have moved on, and with them what the extension is expected to hold.
+    if "sources" in record and _digest_of(folder.parent / "csrc") not in (None, record["sources"]):
+        return "extension is older than the sources in csrc/: install wavlm-fast again"
     try:
         torch.ops.load_library(str(files[0]))
     except (OSError, RuntimeError) as error:
@@ -98,7 +122,40 @@ def _why_not_add_layer_norm_backward(
     return _why_not_add_layer_norm(sum, grad_normed, weight, weight, eps)
 
 
+def _why_not_gated_attention(q: torch.Tensor, *rest: object) -> str | None:
+    if q.dtype not in _DTYPES:
+        return f"the C++ gated_attention takes float32 or bfloat16, q is {q.dtype}"
+    return None
+
+
+def _why_not_waveform_conv(waveform: torch.Tensor, *rest: object) -> str | None:
+    if waveform.dtype not in _DTYPES or waveform.numel() == 0:
+        return f"the C++ waveform_conv takes float32 or bfloat16 samples, got {waveform.dtype} {list(waveform.shape)}"
+    return EXTENSION_PROBLEM
+
+
+def _why_not_product(x: torch.Tensor, weight: torch.Tensor, *rest: object) -> str | None:
+    return products.why_not(EXTENSION_PROBLEM, x, weight)
+
+
+def _why_not_strided_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: int,
+    norm_weight: torch.Tensor | None,
+    *rest: object,
+) -> str | None:
+    # The norm is the extension's in both dtypes.
+    return _why_not_product(x, weight) or (None if norm_weight is None else EXTENSION_PROBLEM)
+
+
 TABLE: dict[str, Implementation] = {
     "add_layer_norm": _cpp("add_layer_norm", _why_not_add_layer_norm),
     "add_layer_norm_backward": _cpp("add_layer_norm_backward", _why_not_add_layer_norm_backward),
+    "gated_attention": _cpp("gated_attention", _why_not_gated_attention),
+    "waveform_conv": Implementation(products.waveform_conv, _why_not_waveform_conv),
+    "linear_act": Implementation(products.linear_act, _why_not_product),
+    "strided_conv": Implementation(products.strided_conv, _why_not_strided_conv),
+    "tdnn": Implementation(products.tdnn, _why_not_product),
 }

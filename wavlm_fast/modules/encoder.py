@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.modeling_outputs import BaseModelOutput
@@ -62,14 +62,7 @@ class _FastEncoder(FastModule):
             if self._drops(index):
                 weights.append(None)
                 continue
-            options = {"index": index} if isinstance(self, hf.WavLMEncoder) else {}
-            outputs = layer(
-                hidden_states,
-                attention_mask=attention_mask,
-                position_bias=bias_for(layer, position_bias, hidden_states.shape[0]),
-                output_attentions=output_attentions,
-                **options,
-            )
+            outputs = self._run(layer, index, hidden_states, attention_mask, position_bias, output_attentions)
             hidden_states, position_bias = outputs[:2]
             weights.append(outputs[2] if len(outputs) > 2 else None)
         hidden_states = self._leave(hidden_states)
@@ -80,6 +73,25 @@ class _FastEncoder(FastModule):
         if not return_dict:
             return tuple(x for x in (hidden_states, *collected) if x is not None)
         return BaseModelOutput(hidden_states, *collected)
+
+    def _run(
+        self,
+        layer: nn.Module,
+        index: int,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        position_bias: Tensor | None,
+        output_attentions: bool,
+    ) -> tuple:
+        position_bias = bias_for(layer, position_bias, hidden_states.shape[0])
+        options = {"output_attentions": output_attentions}
+        if isinstance(self, hf.WavLMEncoder):
+            options["index"] = index
+        if self.training and getattr(layer, "gradient_checkpointing", False):
+            # Reentrant checkpointing sees positional arguments only; it would run every earlier layer again for a
+            # bias whose history it did not cut off.
+            return layer(hidden_states, attention_mask, position_bias, **options)
+        return layer(hidden_states, attention_mask=attention_mask, position_bias=position_bias, **options)
 
     def _embed_positions(self, hidden_states: Tensor) -> Tensor:
         embedding = self.pos_conv_embed

@@ -47,7 +47,8 @@ def gated_attention(
     seed = None
     if dropout_p > 0:
         seed = torch.randint(2**31 - 1, (1,), device=q.device)
-    return _op(q, k, v, gate, rel_bias, key_lengths, dropout_p, seed, q.shape[-1] ** -0.5 if scale is None else scale)[0]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _op(q, k, v, gate, rel_bias, key_lengths, dropout_p, seed, scale)[0]
 
 
 def reference(
@@ -187,6 +188,10 @@ def _backward_kernel(
         rows = slice(start, stop)
         scores = _scores(queries, keys, gate, rel_bias, key_lengths, scale, start, stop)
         weights = scores.sub_(sums[:, :, rows]).exp_()
+        # The rounding of a log-sum-exp of 30 is an error of 1e-6 in every weight of its row, and more when another
+        # backend computed it; gradients in which a row cancels show it unless the weights sum to one.
+        total = weights.sum(-1, keepdim=True)
+        weights.div_(total.masked_fill_(total == 0, 1))
         dweights = dout[:, :, rows] @ values.mT
         if dropout_p > 0:
             keep = keep_mask(seed, queries.shape[:3], start, stop, dropout_p).to(dtype) / (1 - dropout_p)
@@ -201,7 +206,7 @@ def _backward_kernel(
         dgate[:, :, rows] = (dscores * bias_rows(rel_bias, start, stop)).sum(-1)
         dbias = (dscores * gate[:, :, rows, None]).sum(0)
         drel_bias[:, frames - stop : 2 * frames - 1 - start] += _diagonal_sums(dbias)
-    dq, dk, dv = (g.transpose(1, 2).to(q.dtype, memory_format=torch.contiguous_format) for g in (dq, dk, dv))
+    dq, dk, dv = (g.transpose(1, 2).to(q.dtype).contiguous() for g in (dq, dk, dv))
     return dq, dk, dv, dgate, drel_bias
 
 

@@ -105,7 +105,7 @@ def _backward_kernel(
         [True, True, bias is not None],
     )  # fmt: skip
     dx = dx.transpose(1, 2)
-    return dx + grad if residual else dx.contiguous(), dweight, or_empty(dbias, x)
+    return (dx + grad if residual else dx).contiguous(), dweight, or_empty(dbias, x)
 
 
 def _backward_fake(

@@ -1,0 +1,111 @@
+"""`wavlm-fast doctor` tells what is there, and what is not, without failing over it."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import wavlm_fast
+from wavlm_fast import backends, doctor, machine, ops
+
+
+def lines(ended):
+    assert ended.status == 0, ended
+    return {line[:12].strip(): line[13:] for line in ended.out.splitlines() if line[:12].strip()}
+
+
+def test_the_text(command):
+    ended = command("doctor")
+    said = lines(ended)
+    assert said["torch"] == torch.__version__
+    assert said["wavlm-fast"] == wavlm_fast.__version__
+    assert said["python"].startswith(f"{sys.version_info[0]}.{sys.version_info[1]}.")
+    assert f"{torch.get_num_threads()} torch threads" in said["threads"]
+    assert said["CPU"].startswith(machine.cpu_name())
+    assert said["audio"] == "readable; the clip of the package is 7.1 s of speech, FLAC PCM_16"
+    assert said["extension"].startswith(("none: ", "built by "))
+    assert said["devices"]
+    for op in ops.references:
+        assert f"| {op} " in ended.out
+    assert "\x1b" not in ended.out
+
+
+def test_json_says_what_the_chooser_says(command):
+    found = json.loads(command("doctor", "--json").out)
+    assert found["ops"].keys() == set(ops.references)
+    assert found["versions"]["torch"] == torch.__version__
+    for op, places in found["ops"].items():
+        for dtype in (torch.float32, torch.bfloat16):
+            choice = backends.choose(op, doctor.EXAMPLES[op](torch.device("cpu"), dtype))
+            told = places[f"cpu {str(dtype).removeprefix('torch.')}"]
+            assert told["backend"] == choice.backend
+            assert told["reasons"] == [f"{name}: {reason}" for name, reason in choice.refused]
+
+
+@pytest.mark.parametrize("op", sorted(doctor.EXAMPLES))
+def test_the_examples_are_valid_calls(op):
+    arguments = doctor.EXAMPLES[op](torch.device("meta"), torch.float32)
+    getattr(torch.ops.wavlm_fast, op)(*arguments)  # the fake kernel checks shapes and dtypes
+
+
+def test_json_to_a_file_comes_beside_the_text(command, tmp_path):
+    ended = command("doctor", "--json", tmp_path / "doctor.json")
+    assert "What runs where" in ended.out
+    assert json.loads((tmp_path / "doctor.json").read_text())["cpu"]["name"] == machine.cpu_name()
+
+
+def test_a_wish_for_a_backend_shows(command, monkeypatch):
+    monkeypatch.setenv("WAVLM_FAST_BACKEND", "reference")
+    found = json.loads(command("doctor", "--json").out)
+    assert found["backend"] == "reference"
+    assert found["environment"]["WAVLM_FAST_BACKEND"] == "reference"
+    assert {place["backend"] for places in found["ops"].values() for place in places.values()} == {"reference"}
+
+
+def test_a_backend_that_cannot_be_had_shows(command, monkeypatch):
+    backend = backends.load("cpu")
+    refusing = backends.Implementation(lambda *args: None, lambda *args: "it rains")
+    monkeypatch.setitem(backend.TABLE, "tdnn", refusing)
+    ended = command("doctor")
+    assert "- cpu: it rains (tdnn)" in ended.out
+    monkeypatch.setenv("WAVLM_FAST_BACKEND", "cpu")
+    ended = command("doctor")
+    assert ended.status == 0
+    assert "it rains" in ended.out
+    assert any(line.startswith("| tdnn ") and "none" in line for line in ended.out.splitlines())
+
+
+def test_missing_parts_are_told(command, monkeypatch):
+    for module in ("triton", "soundfile"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(backends.load("cpu"), "EXTENSION_PROBLEM", "extension not built: no C++ compiler found")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine, "PACKAGES", (*machine.PACKAGES, "absent"))
+    said = lines(command("doctor"))
+    assert said["absent"] == "not installed"
+    assert said["Triton"].startswith("import") or said["Triton"].startswith("the triton package")
+    assert said["extension"] == "none: extension not built: no C++ compiler found"
+    assert said["audio"].startswith("reading audio files needs the soundfile package")
+    assert said["devices"].startswith("none: this torch")
+
+
+def test_a_triton_that_breaks_on_import(monkeypatch):
+    def broken(name):
+        raise RuntimeError("libcuda is from another age")
+
+    monkeypatch.setattr(machine.importlib, "import_module", broken)
+    assert machine.triton_problem() == "import triton fails: libcuda is from another age"
+
+
+def test_cpu_features_are_read_from_the_system(monkeypatch):
+    flags = "flags : fpu avx2 fma avx512f avx512_bf16 amx_tile amx_bf16"
+    monkeypatch.setattr(machine, "_cpuinfo", lambda: ["model name : Some CPU @ 3 GHz", flags])
+    assert machine.cpu_name() == "Some CPU @ 3 GHz"
+    assert machine.cpu_features() == ["AVX2", "FMA", "AVX-512", "AVX-512 BF16", "AMX", "AMX BF16"]
+
+
+def test_a_system_without_cpuinfo(monkeypatch):
+    monkeypatch.setattr(machine, "_cpuinfo", list)
+    assert machine.cpu_name()
+    assert isinstance(machine.cpu_features(), list)

@@ -1,0 +1,82 @@
+"""The contract of add_layer_norm."""
+
+import op_contract as contract
+import pytest
+import torch
+import torch.nn.functional as F
+from op_contract import randn
+
+from wavlm_fast import ops
+
+
+def operands(*shape, dtype=torch.float64):
+    channels = shape[-1]
+    parameters = (1 + randn(channels, seed=3, scale=0.3), randn(channels, seed=4))
+    return tuple(x.to(dtype) for x in (randn(*shape, seed=1), randn(*shape, seed=2), *parameters))
+
+
+def test_is_its_torch_equivalent():
+    x, residual, weight, bias = operands(2, 5, 7)
+    total, normed = ops.add_layer_norm(x, residual, weight, bias, 1e-3)
+    contract.check_equal(total, x + residual)
+    contract.check_equal(normed, F.layer_norm(x + residual, (7,), weight, bias, 1e-3))
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 4, 5)])
+def test_any_rank(shape):
+    x, residual, weight, bias = operands(*shape)
+    assert all(o.shape == shape for o in ops.add_layer_norm(x, residual, weight, bias))
+
+
+def test_registration():
+    args = contract.learning(*operands(2, 3, 5, dtype=torch.float32))
+    contract.check_registration("add_layer_norm", *args, 1e-5)
+    x, _, weight, _ = operands(2, 3, 5, dtype=torch.float32)
+    contract.check_registration("add_layer_norm_backward", x, x, x, weight, 1e-5)
+
+
+def test_gradients():
+    contract.check_gradients(ops.add_layer_norm, *operands(2, 3, 5))
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_gradients_of_one_output(used):
+    contract.check_gradients(lambda *args: ops.add_layer_norm(*args)[used], *operands(2, 3, 5))
+
+
+def test_compiles():
+    contract.check_compiles(ops.add_layer_norm, *operands(2, 3, 8, dtype=torch.float32))
+
+
+def test_autocast_computes_in_float32():
+    inputs = operands(2, 3, 8, dtype=torch.float32)
+    contract.check_autocast(ops.add_layer_norm, inputs, (torch.float32, torch.float32))
+    mixed = (inputs[0].bfloat16(), *inputs[1:])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.add_layer_norm(*mixed)[0].dtype == torch.float32
+    contract.check_autocast_gradients(ops.add_layer_norm, mixed)
+
+
+def test_strided_inputs():
+    x, residual, weight, bias = operands(2, 5, 7)
+    found = ops.add_layer_norm(contract.strided(x), residual.transpose(0, 1).contiguous().transpose(0, 1), weight, bias)
+    for a, b in zip(found, ops.add_layer_norm(x, residual, weight, bias), strict=True):
+        contract.check_equal(a, b)
+
+
+def test_refusals():
+    x, residual, weight, bias = operands(2, 3, 5)
+    with contract.refuses(ValueError, "add_layer_norm wants residual of shape [2, 3, 5], got [2, 3, 4]"):
+        ops.add_layer_norm(x, residual[..., :4], weight, bias)
+    with contract.refuses(ValueError, "add_layer_norm wants weight of shape [5], got [4]"):
+        ops.add_layer_norm(x, residual, weight[:4], bias)
+    with contract.refuses(ValueError, "add_layer_norm wants bias of shape [5], got [4]"):
+        ops.add_layer_norm(x, residual, weight, bias[:4])
+    with contract.refuses(
+        TypeError, "add_layer_norm wants residual of the dtype of x, torch.float64, got torch.float32"
+    ):
+        ops.add_layer_norm(x, residual.float(), weight, bias)
+    with contract.refuses(TypeError, "add_layer_norm wants x of a floating-point dtype, got torch.int64"):
+        ops.add_layer_norm(x.long(), residual, weight, bias)
+    with contract.refuses(ValueError, "add_layer_norm wants weight on the device of x, cpu, got meta"):
+        ops.add_layer_norm(x, residual, weight.to("meta"), bias)
