@@ -7,7 +7,7 @@ import torch
 from wavlm_cases import (
     SAMPLES,
     assert_close_to_truth,
-    assert_tensor_close,
+    assert_gradients_close,
     fast_like,
     gradients,
     main_output,
@@ -51,9 +51,7 @@ def test_compile_a_head_and_train_it(name):
     got = gradients(ours.train(), lambda m: compiled(waveforms(), **labels).loss)
     expected = gradients(plain.train(), lambda m: m(waveforms(), **labels).loss)
     truth = gradients(exact.train(), lambda m: m(waveforms().double(), **labels).loss)
-    assert set(got) == set(expected)
-    for key in got:
-        assert_tensor_close(key, got[key], expected[key], truth[key])
+    assert_gradients_close(got, expected, truth)
 
 
 def test_compiled_model_sees_new_weights_and_new_lengths():
@@ -68,6 +66,7 @@ def test_compiled_model_sees_new_weights_and_new_lengths():
             assert_close_to_truth(got, expected, truth_of(plain)(waveforms(2, samples).double()))
 
 
+@pytest.mark.slow
 def test_compile_by_inductor():
     config = small_config("large", num_hidden_layers=1, conv_dim=[16, 16], conv_stride=[5, 4], conv_kernel=[10, 3])
     plain = plain_model("WavLMModel", config)
