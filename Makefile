@@ -3,6 +3,8 @@
 #   make demo    the main job on a speech clip        make test         lint and every test
 #   make bench   benchmarks                           make test-compat  the tests with transformers 4.57
 #   make lint    ruff                                 make clean        remove everything made here
+#   make test-kernels   the Triton kernels emulated, with races, bounds and unwritten memory checked (Python 3.12 or 3.13)
+#   make test-gpu       the Triton kernels on this machine's GPU
 #
 # PYTHON=python3.12 chooses the interpreter, ARGS="..." goes to the command that a target runs, WORKERS=n is how many
 # tests run at once. pip's own settings apply: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu with torch's
@@ -11,6 +13,7 @@
 SHELL := /bin/sh
 VENV := .venv
 COMPAT_VENV := .venv-compat
+KERNELS_VENV := .venv-kernels
 PYTHON ?=
 ARGS ?=
 WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -gt 4 ] && n=4; echo $$n)
@@ -18,7 +21,7 @@ BUILT_FROM := pyproject.toml setup.py MANIFEST.in constraints-common.txt $(wildc
 # Tests run side by side: one thread each keeps them from waiting for each other.
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(1)/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
-.PHONY: demo test test-compat bench lint clean
+.PHONY: demo test test-compat test-kernels test-gpu bench lint clean
 .NOTPARALLEL:
 
 demo: $(VENV)/installed
@@ -30,6 +33,25 @@ test: lint
 test-compat: $(COMPAT_VENV)/installed
 	$(call PYTEST,$(COMPAT_VENV))
 
+# ttsem runs kernels for device="cuda" on the CPU, from the compiler's own IR; it is tied to these versions.
+test-kernels:
+	@set -e; python=$$(for p in $(or $(PYTHON),python3.13 python3.12); do \
+	    "$$p" -c 'import sys, venv; sys.exit(not (3, 12) <= sys.version_info < (3, 14))' 2>/dev/null && echo "$$p" && break; \
+	done || true); \
+	if [ -z "$$python" ]; then echo "test-kernels is left out: ttsem needs Python 3.12 or 3.13, none was found"; exit 0; fi; \
+	if [ ! -e $(KERNELS_VENV)/installed ]; then \
+	    "$$python" -m venv --clear $(KERNELS_VENV); \
+	    echo "Installing into $(KERNELS_VENV): a CUDA build of torch, several GB."; \
+	    $(KERNELS_VENV)/bin/python -m pip install -q --disable-pip-version-check \
+	        torch==2.14.0 triton==3.8.0 ttsem==0.1.0 'transformers>=4.57,<6' soundfile soxr rich pytest; \
+	    touch $(KERNELS_VENV)/installed; \
+	fi; \
+	PYTHONPATH=. WAVLM_FAST_TEST_DEVICE=cuda OMP_NUM_THREADS=1 \
+	    $(KERNELS_VENV)/bin/python -m ttsem.sanitize pytest -q tests/kernels $(ARGS)
+
+test-gpu: $(VENV)/installed
+	WAVLM_FAST_TEST_DEVICE=cuda $(VENV)/bin/python -m pytest tests/kernels $(ARGS)
+
 bench: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks $(ARGS)
 
@@ -37,7 +59,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 
 clean:
-	rm -rf $(VENV) $(COMPAT_VENV) build dist *.egg-info wavlm_fast/_C*.so wavlm_fast/_build.json
+	rm -rf $(VENV) $(COMPAT_VENV) $(KERNELS_VENV) build dist *.egg-info wavlm_fast/_C*.so wavlm_fast/_build.json
 	rm -rf .pytest_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -68,6 +68,13 @@ class Launch:
     def name(self) -> str:
         return self.kernel.fn.__name__.strip("_")
 
+    @property
+    def key(self) -> tuple:
+        """What tells kernels apart here. Not which sizes are multiples of 16, though Triton compiles anew for that."""
+        constants = {p.name: self.arguments[p.name] for p in self.kernel.params if p.is_constexpr}
+        kinds = [type(a) if not isinstance(a, torch.Tensor) else a.dtype for a in self.arguments.values()]
+        return self.name, str(constants), str(kinds), str(self.options)
+
 
 @dataclass
 class Built:
@@ -109,7 +116,8 @@ def record(function: Callable[..., Any], *args: Any) -> list[Launch]:
 
 
 _TYPES = {
-    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"
+    torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
+    torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 
 

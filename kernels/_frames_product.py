@@ -112,12 +112,13 @@ def _frames_product_bwd_weight_kernel(
 
 
 def product_config(C: int, N: int, dtype: torch.dtype, norm: bool) -> dict[str, int]:
-    """Tiles and warps. A norm needs whole rows in a tile, which leaves room for fewer frames."""
+    """Tiles and warps. A norm needs whole rows in a tile: 32 frames of 512 channels, since twice as many spill where
+    the norm and the activation hold several numbers for each sum.
+    """
     whole = max(16, triton.next_power_of_2(N))
     if norm:
-        frames = max(16, min(64, 32768 // whole))
-        frames = frames // 2 if dtype == torch.float32 and frames > 16 else frames
-        warps, channels = 8 if frames * whole > 8192 else 4, 16 if C < 32 else 32
+        frames = max(16, min(64, 16384 // whole))
+        warps, channels = 8 if frames * whole >= 8192 else 4, 16 if C < 32 else 32
         return {"BLOCK_T": frames, "BLOCK_N": whole, "BLOCK_C": channels, "num_warps": warps, "num_stages": 2}
     columns = min(whole, 64 if dtype == torch.float32 else 128)
     channels = 16 if C % 32 else 32

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ._dropout import keep, row_keys
 from ._precision import dot_precision
+from ._target import target
 from ._toeplitz import MARGIN, far_tiles, row_places, toeplitz
 
 LOG2_E = 1 / math.log(2)
@@ -126,11 +127,14 @@ def _gated_attention_fwd_kernel(
     tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=(query < T)[:, None] & (column < D)[None, :])
 
 
-def forward_config(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+def forward_config(head_dim: int, dtype: torch.dtype, target: str) -> dict[str, int]:
     """Tiles and warps. 128 queries read keys and values half as often as 64 do, with as many warps resident: eight of
-    one program in place of four of two. fp32 tiles take twice the room.
+    one program in place of four of two. Wide heads and fp32 leave registers for half the keys, AMD's wider warps hold
+    half a tile.
     """
     if dtype == torch.float32:
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2 if head_dim <= 64 else 1}
+    if target == "cdna":
         return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
     return {"BLOCK_M": 128, "BLOCK_N": 64 if head_dim <= 64 else 32, "num_warps": 8, "num_stages": 2}
 
@@ -166,7 +170,7 @@ def gated_attention(
     if not out.numel():
         return out, lse
     copies, ends = toeplitz(rel_bias, both=False)
-    config = forward_config(D, q.dtype)
+    config = forward_config(D, q.dtype, target(q.device))
     _gated_attention_fwd_kernel[(triton.cdiv(T, config["BLOCK_M"]), B * H)](
         q, k, v, gate, rel_bias, copies, ends, key_lengths, seed, out, lse,
         T, H, copies.shape[-1], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ._dropout import keep, row_keys
+from ._target import target
 from ._toeplitz import far_tiles, row_places, toeplitz
 from .gated_attention import LOG2_E, launch_constants, load_tile
 from .gated_attention_dbias import rel_bias_gradient
@@ -232,11 +233,15 @@ def _gated_attention_bwd_dkv_kernel(
     tl.store(dv_ptr + at, tl.where(valid, dv, 0.0).to(dv_ptr.dtype.element_ty), mask=inside)
 
 
-def backward_config(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tiles and warps of dq: rows are queries. dk and dv take the same with rows for keys."""
-    if dtype == torch.float32 or head_dim > 64:
-        return {"ROWS": 64, "COLUMNS": 32, "num_warps": 4, "num_stages": 1}
-    return {"ROWS": 128, "COLUMNS": 64, "num_warps": 8, "num_stages": 2}
+def backward_config(head_dim: int, dtype: torch.dtype, target: str) -> dict[str, int]:
+    """Tiles and warps of dq: rows are queries. dk and dv take the same with rows for keys. Where products read their
+    operands from registers, three or four products a tile leave room for half the columns.
+    """
+    if dtype == torch.float32:
+        return {"ROWS": 64, "COLUMNS": 32 if head_dim <= 64 else 16, "num_warps": 4, "num_stages": 1}
+    if target == "cdna" or head_dim > 64:
+        return {"ROWS": 64, "COLUMNS": 32, "num_warps": 4, "num_stages": 2 if head_dim <= 64 else 1}
+    return {"ROWS": 128, "COLUMNS": 64 if target == "hopper" else 32, "num_warps": 8, "num_stages": 2}
 
 
 def gated_attention_backward(
@@ -262,7 +267,7 @@ def gated_attention_backward(
         return dq, dk, dv, dgate, torch.zeros_like(rel_bias)
     copies, ends = toeplitz(rel_bias, both=True)
     constants = launch_constants(q, key_lengths, dropout_p)
-    config = backward_config(D, q.dtype)
+    config = backward_config(D, q.dtype, target(q.device))
     rows, columns = config.pop("ROWS"), config.pop("COLUMNS")
     operands = (q, k, v, gate, rel_bias, copies, ends, key_lengths, seed)
     numbers = (

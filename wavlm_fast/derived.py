@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_SAMPLES = 16
+_SAMPLES = 64
 
 _lock = threading.RLock()
 _store: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # first source -> {(kind, ids of the rest): (state, value)}
@@ -39,7 +39,8 @@ def derived(kind: str, sources: tuple[torch.Tensor, ...], build: Callable[[], An
     with _lock:
         entry = _store.setdefault(sources[0], {}).get(key)
         if entry is None or entry[0] != state:
-            with torch.no_grad():
+            # A value built in inference mode could not take part in training later.
+            with torch.inference_mode(False), torch.no_grad():
                 # The sources after the first are held by the entry: an id may not be reused while it stands.
                 entry = (state, build(), sources[1:])
             _store[sources[0]][key] = entry
@@ -75,7 +76,7 @@ def _sample(source: torch.Tensor) -> tuple | None:
     if source.device.type != "cpu" or source.numel() == 0 or not source.is_contiguous():
         return None
     flat = source.detach().view(-1)
-    return tuple(flat[:: max(1, flat.numel() // _SAMPLES)].tolist())
+    return tuple(flat[:: flat.numel() // _SAMPLES | 1].tolist())  # odd, so as not to stay in one column
 
 
 def _tensor_bytes(value: Any) -> int:

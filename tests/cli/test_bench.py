@@ -66,7 +66,7 @@ def test_a_wrong_provider_gets_no_time(results, monkeypatch):
 
 def test_a_provider_that_refuses_says_why(results, monkeypatch):
     refusing = backends.Implementation(lambda *args: None, lambda *args: "it rains")
-    monkeypatch.setitem(backends.load("cpu").TABLE, "position_gate", refusing)
+    monkeypatch.setattr(backends.load("cpu"), "TABLE", {"position_gate": refusing})
     ended, rows = results("--quick")
     assert ended.status == 0  # no error: auto falls back
     row = rows["1 x 2 s", "wavlm_fast cpu"]

@@ -148,7 +148,7 @@ def test_the_linears_that_transformers_can_quantize(form):
     plain = plain_model("WavLMModel", small_config(form))
     ours = fast_like(plain)
     names = {n for n, m in plain.named_modules() if n.endswith(("_dense", "gru_rel_pos_linear", ".projection"))}
-    qconfig = {name: torch.ao.quantization.default_dynamic_qconfig for name in names}
+    qconfig = dict.fromkeys(names, torch.ao.quantization.default_dynamic_qconfig)
     with torch.no_grad():
         got, expected = (
             torch.ao.quantization.quantize_dynamic(m, qconfig)(waveforms()).last_hidden_state for m in (ours, plain)

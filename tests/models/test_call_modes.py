@@ -1,6 +1,6 @@
 """Gradient modes, autocast, and several threads at once."""
 
-from __future__ import annotations
+from __future__ import math
 
 import threading
 
@@ -10,8 +10,8 @@ from wavlm_cases import (
     MODELS,
     SAMPLES,
     assert_close_to_truth,
-    assert_same,
     assert_gradients_close,
+    assert_same,
     fast_like,
     fast_model,
     gradients,
@@ -81,7 +81,7 @@ def test_partly_frozen(form):
         results.append(gradients(model.train(), lambda m, x=x, labels=labels: m(x, **labels).loss))
     expected, got, truth = results
     assert not any("feature_extractor" in n for n in got)
-    assert_gradients_close(got, expected, truth)
+    assert_gradients_close(got, expected, truth, plain)
 
 
 @every_model
@@ -106,24 +106,33 @@ def test_autocast_bfloat16_forward(name, form):
 @every_model
 @both_forms
 def test_autocast_bfloat16_backward(name, form):
-    plain = plain_model(name, small_config(form))
-    results = []
-    for model in (plain, fast_like(plain), truth_of(plain)):
-        x = waveforms().to(next(model.parameters()).dtype)
-        mixed = x.dtype == torch.float32
+    # In bfloat16 one model's error is a draw that all its gradients share: only over several is a factor of two news.
+    ratios = []
+    for seed in range(4):
+        plain = make_sensitive(plain_model(name, small_config(form)), seed=seed)
+        expected, got, truth = (_mixed_gradients(m, name) for m in (plain, fast_like(plain), truth_of(plain)))
+        assert set(got) == set(expected)
+        for key, value in got.items():
+            assert value.dtype == torch.float32 and value.isfinite().all(), key
+        keys = [key for key in got if not key.endswith("k_proj.bias")]  # zero but for rounding
+        errors = [sum(_relative(g[key], truth[key]) for key in keys) for g in (got, expected)]
+        ratios.append(math.log(errors[0] / errors[1]))
+    assert sum(ratios) / len(ratios) <= math.log(2), [math.exp(r) for r in ratios]
 
-        def loss(m, x=x, mixed=mixed):
-            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-                out = m(x, **with_labels(name, m.config))
-            return main_output(out).to(x.dtype).square().mean() if name == "WavLMModel" else out.loss
 
-        results.append(gradients(model.train(), loss))
-    expected, got, truth = results
-    assert set(got) == set(expected)
-    for key, value in got.items():
-        assert value.dtype == torch.float32 and value.isfinite().all(), key
-        err, err_plain = ((g[key].double() - truth[key]).norm() for g in (got, expected))
-        assert err <= 2 * err_plain + 0.02 * truth[key].norm(), key
+def _mixed_gradients(model, name):
+    x = waveforms().to(next(model.parameters()).dtype)
+
+    def loss(m):
+        with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype == torch.float32):
+            out = m(x, **with_labels(name, m.config))
+        return main_output(out).to(x.dtype).square().mean() if name == "WavLMModel" else out.loss
+
+    return gradients(model.train(), loss)
+
+
+def _relative(value, truth):
+    return ((value.double() - truth).norm() / truth.norm()).item() if truth.norm() else 0.0
 
 
 def test_autocast_of_a_bfloat16_model():
@@ -159,7 +168,7 @@ def test_four_threads_give_the_single_thread_answer(grad, form):
                 barrier.wait()
                 for _ in range(3):
                     results[i].append(call(inputs[i]))
-            except Exception as error:  # noqa: BLE001 - shown by the assertion below
+            except Exception as error:
                 errors.append(error)
 
         threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]

@@ -34,7 +34,7 @@ def check_gradients(plain, loss, ours=None):
     """Gradients of every parameter that transformers gives one, by the rule; returns ours."""
     ours = fast_like(plain) if ours is None else ours
     expected, truth, got = (gradients(m, loss) for m in (plain, truth_of(plain), ours))
-    assert_gradients_close(got, expected, truth)
+    assert_gradients_close(got, expected, truth, plain)
     return got
 
 

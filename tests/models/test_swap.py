@@ -16,7 +16,6 @@ from wavlm_cases import (
     SAMPLES,
     assert_same,
     check_forward,
-    main_output,
     ours_only,
     plain_model,
     ragged_mask,

@@ -18,6 +18,8 @@ import torch
 import transformers
 from transformers import WavLMConfig
 
+from wavlm_fast.parity.rule import error_of
+from wavlm_fast.parity.run_models import allowed_gradients
 from wavlm_fast.sensitive import make_sensitive
 
 PLAIN = os.environ.get("WAVLM_FAST_TEST_SUBJECT") == "transformers"
@@ -193,6 +195,25 @@ def assert_tensor_close(name: str, got: torch.Tensor, plain: torch.Tensor, truth
     scale = exact.nan_to_num(0.0, 0.0, 0.0).abs().max().item() if exact.numel() else 0.0
     tiny = 32 * torch.finfo(plain.dtype).eps * scale
     assert err <= 2 * err_plain + tiny, f"{name}: error {err:.3g}, transformers' {err_plain:.3g}, tiny {tiny:.3g}"
+
+
+def assert_gradients_close(
+    got: dict[str, torch.Tensor],
+    plain: dict[str, torch.Tensor],
+    truth: dict[str, torch.Tensor],
+    model: torch.nn.Module,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """The rule for gradients, where parameters of a kind share what is known of transformers' error.
+
+    The harness holds its own cases to the factor two. Here, over any weights and inputs, twice that: all gradients of a
+    model share one draw of rounding noise, and half of all draws are better than transformers' own.
+    """
+    assert set(got) == set(plain)
+    allowed = allowed_gradients(plain, truth, dict(model.named_parameters()), dtype)
+    for name, value in got.items():
+        error, most = error_of(value, truth[name]), 2 * allowed[f"d {name}"]
+        assert error <= most, f"{name}: error {error:.3g}, allowed {most:.3g}"
 
 
 def check_forward(plain: torch.nn.Module, x: torch.Tensor, ours: torch.nn.Module | None = None, **kwargs: Any) -> Any:

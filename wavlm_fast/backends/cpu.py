@@ -138,12 +138,24 @@ def _why_not_product(x: torch.Tensor, weight: torch.Tensor, *rest: object) -> st
     return products.why_not(EXTENSION_PROBLEM, x, weight)
 
 
+def _why_not_strided_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: int,
+    norm_weight: torch.Tensor | None,
+    *rest: object,
+) -> str | None:
+    # The norm is the extension's in both dtypes.
+    return _why_not_product(x, weight) or (None if norm_weight is None else EXTENSION_PROBLEM)
+
+
 TABLE: dict[str, Implementation] = {
     "add_layer_norm": _cpp("add_layer_norm", _why_not_add_layer_norm),
     "add_layer_norm_backward": _cpp("add_layer_norm_backward", _why_not_add_layer_norm_backward),
     "gated_attention": _cpp("gated_attention", _why_not_gated_attention),
     "waveform_conv": Implementation(products.waveform_conv, _why_not_waveform_conv),
     "linear_act": Implementation(products.linear_act, _why_not_product),
-    "strided_conv": Implementation(products.strided_conv, _why_not_product),
+    "strided_conv": Implementation(products.strided_conv, _why_not_strided_conv),
     "tdnn": Implementation(products.tdnn, _why_not_product),
 }

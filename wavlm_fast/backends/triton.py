@@ -54,6 +54,7 @@ def _kernel(op: str, file: str, why_not: Callable[..., str | None]) -> Implement
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_NORM_CHANNELS = 1024  # a row of them and its tile of the weight fit in one program of strided_conv
+_MAX_TAPS = 15  # with a column of ones, the side of waveform_conv's Gram matrix
 _MAX_CHANNELS = 16384  # MAX_CHANNELS of kernels/add_layer_norm.py, known without importing it
 
 
@@ -114,6 +115,20 @@ def _of_frames(op: str) -> dict[str, Implementation]:
     }
 
 
+def _why_not_waveform_conv(waveform: torch.Tensor, weight: torch.Tensor, *rest: Any) -> str | None:
+    channels, _, taps = weight.shape
+    if taps > _MAX_TAPS or channels > _MAX_NORM_CHANNELS:
+        return (
+            f"the Triton waveform_conv takes up to {_MAX_TAPS} taps and {_MAX_NORM_CHANNELS} channels, "
+            f"weight has {taps} and {channels}"
+        )
+    return _why_not_dtype("waveform_conv", waveform)
+
+
+def _why_not_waveform_conv_backward(grad: torch.Tensor, *rest: Any) -> str | None:
+    return _why_not_waveform_conv(*rest)
+
+
 TABLE: dict[str, Implementation] = {
     "add_layer_norm": _kernel("add_layer_norm", "add_layer_norm", _why_not_add_layer_norm),
     "add_layer_norm_backward": _kernel("add_layer_norm_backward", "add_layer_norm", _why_not_add_layer_norm_backward),
@@ -128,4 +143,8 @@ TABLE: dict[str, Implementation] = {
     **_of_frames("linear_act"),
     **_of_frames("stats_pool"),
     **_of_frames("position_gate"),
+    "waveform_conv": _kernel("waveform_conv", "waveform_conv", _why_not_waveform_conv),
+    "waveform_conv_backward": _kernel(
+        "waveform_conv_backward", "waveform_conv_backward", _why_not_waveform_conv_backward
+    ),
 }

@@ -47,7 +47,8 @@ def define(
 
     def dispatch(*args: Any) -> Any:
         check(*args)
-        return backends.choose(name, args).fn(*args)
+        outputs = backends.choose(name, args).fn(*args)
+        return tuple(map(_unaliased, outputs)) if isinstance(outputs, tuple) else _unaliased(outputs)
 
     def checked_fake(*args: Any) -> Any:
         check(*args)
@@ -57,6 +58,11 @@ def define(
     LIBRARY.impl(name, dispatch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _unaliased(output: Tensor) -> Tensor:
+    # Autograd forbids writing into an output that is a view, as SpecAugment does, even when nobody else has its base.
+    return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
 
 
 def differentiate(
@@ -115,27 +121,37 @@ def _reference_gradients(reference: Callable[..., Any], inputs: list, grads: tup
     return result
 
 
-def autocast(name: str, op: torch._ops.OpOverload, lower: tuple[int, ...] = (), raised: tuple[int, ...] = ()) -> None:
-    """Give an op its autocast rule: inputs at the positions `lower` are cast to the autocast dtype, those at `raised`
-    to float32, the others stay. As with torch's own rules, float64 and integer tensors are left alone.
+def autocast(name: str, op: torch._ops.OpOverload, lower: tuple[int, ...] = ()) -> None:
+    """Give an op the usual autocast rule: inputs at the positions `lower` are cast to the autocast dtype, the others
+    stay. As with torch's own rules, float64 and integer tensors are left alone.
     """
 
-    def rule(device_type: str) -> Callable[..., Any]:
+    def rule(device_type: str, *args: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
+        return op(*(_cast(a, dtype) if i in lower else a for i, a in enumerate(args)))
+
+    autocast_by(name, rule)
+
+
+def autocast_by(name: str, rule: Callable[..., Any]) -> None:
+    """Give an op an autocast rule of its own: a function of the device type and the op's inputs, run with autocast off,
+    that calls the op.
+    """
+
+    def on(device_type: str) -> Callable[..., Any]:
         def kernel(*args: Any) -> Any:
-            low = torch.get_autocast_dtype(device_type)
-            args = [_cast(a, low if i in lower else torch.float32 if i in raised else None) for i, a in enumerate(args)]
             with torch.autocast(device_type, enabled=False):
-                return op(*args)
+                return rule(device_type, *args)
 
         return kernel
 
     for key, device_type in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
-        LIBRARY.impl(name, rule(device_type), key)
+        LIBRARY.impl(name, on(device_type), key)
 
 
-def _cast(value: Any, dtype: torch.dtype | None) -> Any:
+def _cast(value: Any, dtype: torch.dtype) -> Any:
     castable = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
-    return value.to(dtype) if dtype is not None and castable else value
+    return value.to(dtype) if castable else value
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _check as check
-from ._define import autocast, define, differentiate
+from ._define import accumulation_dtype, autocast_by, define, differentiate
 
 NAME = "add_layer_norm"
 
@@ -23,8 +23,8 @@ def add_layer_norm(
     Args:
         x: `[..., C]`, floating point.
         residual: the shape and dtype of `x`.
-        weight: `[C]`, the dtype of `x`.
-        bias: `[C]`, the dtype of `x`.
+        weight: `[C]`, the dtype of `x`, or float32 for narrower `x`.
+        bias: `[C]`, the dtype of `weight`.
         eps: added to the variance.
 
     Returns:
@@ -38,7 +38,8 @@ def add_layer_norm(
 
 def reference(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     total = x + residual
-    return total, F.layer_norm(total, total.shape[-1:], weight, bias, eps)
+    # Norm parameters may be wider than the frames under autocast.
+    return total, F.layer_norm(total.to(weight.dtype), total.shape[-1:], weight, bias, eps).to(total.dtype)
 
 
 def _check(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
@@ -46,7 +47,11 @@ def _check(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
     check.shape(NAME, "residual", residual, tuple(x.shape))
     check.shape(NAME, "weight", weight, (x.shape[-1] if x.dim() else "C",))
     check.shape(NAME, "bias", bias, tuple(weight.shape))
-    check.same(NAME, "x", x, residual=residual, weight=weight, bias=bias)
+    check.same(NAME, "x", x, residual=residual)
+    if weight.dtype != accumulation_dtype(x.dtype):
+        check.same(NAME, "x", x, weight=weight)
+    check.same(NAME, "weight", weight, bias=bias)
+    check.same_device(NAME, "x", x, weight=weight)
 
 
 def _fake(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -57,11 +62,12 @@ def _backward_kernel(
     grad_sum: Tensor, grad_normed: Tensor, total: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = list(weight.shape)
-    _, mean, rstd = torch.ops.aten.native_layer_norm(total, shape, None, None, eps)
+    wide = total.to(weight.dtype)
+    _, mean, rstd = torch.ops.aten.native_layer_norm(wide, shape, None, None, eps)
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        grad_normed, total, shape, mean, rstd, weight, weight, [True, True, True]
+        grad_normed.to(weight.dtype), wide, shape, mean, rstd, weight, weight, [True, True, True]
     )
-    return dx.add_(grad_sum), dweight, dbias
+    return dx.to(total.dtype).add_(grad_sum), dweight, dbias
 
 
 def _backward_fake(
@@ -92,4 +98,20 @@ def _backward(grads: tuple, inputs: list, saved: tuple) -> tuple:
 
 
 differentiate(NAME, reference, _backward, save=lambda outputs: outputs[:1])
-autocast(NAME, _op, raised=(0, 1, 2, 3))
+
+
+def _autocast(
+    device_type: str, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    # The sum is of the wider operand's dtype, as torch promotes; layer norm runs in float32 on a GPU and in the dtype
+    # of its input on a CPU, as torch's own rules have it.
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    if device_type == "cpu":
+        wide = torch.promote_types(dtype, weight.dtype)
+        return _op(x.to(dtype), residual.to(dtype), weight.to(wide), bias.to(wide), eps)
+    wide = torch.promote_types(dtype, torch.float32)
+    total, normed = _op(*(t.to(wide) for t in (x, residual, weight, bias)), eps)
+    return total.to(dtype), normed
+
+
+autocast_by(NAME, _autocast)

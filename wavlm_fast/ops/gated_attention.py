@@ -35,7 +35,7 @@ def gated_attention(
         gate: `[B, H, T]` float32 (float64 for float64 q).
         rel_bias: `[H, 2T - 1]`, the dtype of `gate`.
         key_lengths: `[B]` integers in 0..T, the number of valid frames, or None for all. Length 0 gives zeros.
-        dropout_p: probability of dropping an attention weight, 0 <= p < 1.
+        dropout_p: probability of dropping an attention weight, 0 <= p <= 1.
         scale: of the scores; D ** -0.5 when None.
 
     Returns:
@@ -44,6 +44,8 @@ def gated_attention(
     Raises:
         ValueError, TypeError: shapes, strides, devices or dtypes do not fit, or dropout_p is out of range.
     """
+    if dropout_p == 1:
+        return 0 * gated_attention(q, k, v, gate, rel_bias, key_lengths, 0.0, scale)
     seed = None
     if dropout_p > 0:
         seed = torch.randint(2**31 - 1, (1,), device=q.device)

@@ -46,16 +46,14 @@ def tdnn(
 
 
 def _filter(weight: Tensor, kernel_size: int) -> Tensor:
-    return weight.unflatten(1, (kernel_size, -1)).transpose(1, 2).unsqueeze(2)  # [C', C, 1, K]
+    return weight.unflatten(1, (kernel_size, -1)).transpose(1, 2)  # [C', C, K]
 
 
 def reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, kernel_size: int, dilation: int, activation: str
 ) -> Tensor:
-    # As an image of height one, time-major frames are channels-last.
-    image = x.transpose(1, 2).unsqueeze(2)
-    y = F.conv2d(image, _filter(weight, kernel_size), bias, dilation=(1, dilation))
-    return activate(activation, y.squeeze(2).transpose(1, 2).contiguous())
+    y = F.conv1d(x.transpose(1, 2), _filter(weight, kernel_size), bias, dilation=dilation)
+    return activate(activation, y.transpose(1, 2).contiguous())
 
 
 def _check(
@@ -89,11 +87,11 @@ def _backward_kernel(
     if activation == "relu":
         grad = torch.where(out > 0, grad, 0)
     dx, dfilter, dbias = torch.ops.aten.convolution_backward(
-        grad.transpose(1, 2).unsqueeze(2), x.transpose(1, 2).unsqueeze(2), _filter(weight, kernel_size),
-        [weight.shape[0]], [1, 1], [0, 0], [1, dilation], False, [0, 0], 1, [True, True, bias is not None],
+        grad.transpose(1, 2), x.transpose(1, 2), _filter(weight, kernel_size),
+        [weight.shape[0]], [1], [0], [dilation], False, [0], 1, [True, True, bias is not None],
     )  # fmt: skip
-    dweight = dfilter.squeeze(2).transpose(1, 2).reshape(weight.shape)
-    return dx.squeeze(2).transpose(1, 2).contiguous(), dweight, or_empty(dbias, x)
+    dweight = dfilter.transpose(1, 2).reshape(weight.shape)
+    return dx.transpose(1, 2).contiguous(), dweight, or_empty(dbias, x)
 
 
 def _backward_fake(

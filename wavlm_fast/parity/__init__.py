@@ -10,7 +10,7 @@ all this would notice a mistake is tried by `self_test` with those of `mutations
 """
 
 from .command import add_arguments, model_results, op_results, run
+from .mutation_check import self_test
 from .rule import Result
-from .self_test import self_test
 
 __all__ = ["Result", "add_arguments", "model_results", "op_results", "run", "self_test"]

@@ -16,8 +16,8 @@ from ..console import apply_threads, console, device_argument, positive_int, pri
 from ..errors import UserError
 from . import run_checkpoint, run_models, run_ops, table
 from .cases import OPS, cases_of
+from .mutation_check import self_test
 from .rule import DTYPES, FAIL, SKIPPED, Result
-from .self_test import self_test
 
 _DEFAULT_DTYPES = ("float32", "bfloat16", "float16")
 _QUICK_DTYPES = ("float32", "bfloat16")

@@ -178,10 +178,10 @@ def expected(case: ModelCase, dtype: torch.dtype, device: torch.device) -> tuple
     exact = _model(case.model, case.form, torch.float64, torch.device("cpu"), dtype, False)
     truth = _run(exact, case, inputs)
     allowed = {k: allowed_error(usual.outputs[k], t, dtype) for k, t in truth.outputs.items()}
-    return truth, allowed | _allowed_gradients(usual.gradients, truth.gradients, dict(exact.named_parameters()), dtype)
+    return truth, allowed | allowed_gradients(usual.gradients, truth.gradients, dict(exact.named_parameters()), dtype)
 
 
-def _allowed_gradients(
+def allowed_gradients(
     usual: dict[str, Tensor], truth: dict[str, Tensor], parameters: dict[str, Tensor], dtype: torch.dtype
 ) -> dict[str, float]:
     """2 · err(plain) + tiny for every parameter, where parameters of a kind share what is known of plain's error.
@@ -227,7 +227,8 @@ def _natural(gradients: dict[str, Tensor], parameters: dict[str, Tensor]) -> dic
 def _block(name: str) -> str:
     """What a parameter belongs to, layers taken together: "encoder.layers.*.attention", "tdnn.*"."""
     name = re.sub(r"\.\d+(?=\.)", ".*", name)
-    found = re.match(r".*?(attention|feed_forward|conv_layers\.\*|tdnn\.\*|pos_conv_embed)", name)
+    name = name.replace("masked_spec_embed", "feature_projection.masked")  # both make the encoder's input
+    found = re.match(r".*?(attention|feed_forward|conv_layers\.\*|tdnn\.\*|pos_conv_embed|feature_projection)", name)
     return found.group(0) if found else name.rpartition(".")[0]
 
 

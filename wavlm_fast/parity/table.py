@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from ..console import table
+from .mutation_check import Verdict
 from .rule import FAIL, SKIPPED, Result
-from .self_test import Verdict
 
 _COLUMNS = ("what", "computed", "backend", "dtype", "cases", "error", "allowed", "verdict")
 
@@ -44,6 +44,7 @@ def skipped_lines(results: Sequence[Result]) -> list[str]:
     for (backend, reason), group in groups.items():
         names, dtypes = (list(dict.fromkeys(values)) for values in ((r.name for r in group), (r.dtype for r in group)))
         what = ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more"
+        what = f"gradient of {what}" if all(r.quantity == "gradient" for r in group) else what
         lines.append(f"{backend}: {what} in {', '.join(dtypes)}: skipped: {reason}")
     return lines
 

@@ -1,0 +1,42 @@
+"""Which GPU a kernel will run on, as far as its default tiles depend on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+
+import torch
+
+_pretended: ContextVar[str | None] = ContextVar("wavlm_fast_target", default=None)
+
+
+@cache
+def _of_device(index: int) -> str:
+    if torch.version.hip:
+        return "cdna"
+    major = torch.cuda.get_device_capability(index)[0]
+    return "hopper" if major in (9, 10) else "cuda"
+
+
+def target(device: torch.device) -> str:
+    """Products read their operands from shared memory on "hopper" (sm_90, sm_100), from registers on "cuda" (other
+    NVIDIA GPUs) and "cdna" (AMD). Asks the driver once per device, and waits for nothing.
+    """
+    pretended = _pretended.get()
+    if pretended is not None:
+        return pretended
+    if device.type != "cuda":  # the interpreter
+        return "cuda"
+    return _of_device(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@contextmanager
+def pretend(name: str) -> Iterator[None]:
+    """Choose tiles as for another GPU: "hopper", "cuda" or "cdna"."""
+    token = _pretended.set(name)
+    try:
+        yield
+    finally:
+        _pretended.reset(token)

@@ -1,0 +1,195 @@
+"""Backward of the first convolution. One input channel makes recomputing cheap: nothing but the inputs was saved.
+
+Group norm needs two sums over time before any gradient is known, which one
+pass over the incoming gradient adds up; the pass after it forms the gradient dy of the convolution in registers, and
+from it what each window contributes to the weight and what each frame gives back to its window.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._activation import activate_slope
+from .waveform_conv import BLOCK_K, convolve, group_statistics, load_vector
+
+# Programs, each with its own part of the parameters' gradients. Not the number of processors: sums would differ.
+PARTS = 256
+
+
+@triton.jit
+def _waveform_conv_bwd_sums_kernel(
+    grad_ptr, waveform_ptr, taps_ptr, norm_weight_ptr, norm_bias_ptr, centre_ptr, rstd_ptr, offset_ptr,
+    parts_ptr,  # [B, programs, 2, C] fp32
+    S, T, C, tiles_per_program,
+    K: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Sums over time of the normed values' gradient, and of it times the values before gain and shift."""
+    b = tl.program_id(1).to(tl.int64)
+    channel = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = channel < C
+    centre = tl.load(centre_ptr + b)
+    rstd = load_vector(rstd_ptr, b * C + channel, inside, 1.0)
+    offset = load_vector(offset_ptr, b * C + channel, inside, 0.0)
+    gain = load_vector(norm_weight_ptr, channel, inside, 1.0)
+    shift = load_vector(norm_bias_ptr, channel, inside, 0.0)
+    plain = tl.zeros([BLOCK_C], dtype=tl.float32)
+    weighted = tl.zeros([BLOCK_C], dtype=tl.float32)
+    first = tl.program_id(0) * tiles_per_program
+    for tile in range(first, tl.minimum(first + tiles_per_program, tl.cdiv(T, BLOCK_T))):
+        unit = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+        y = convolve(waveform_ptr, taps_ptr, centre, b, tl.minimum(unit, T - 1), channel, S, C, K, STRIDE)
+        hat = y * rstd[None, :] + offset[None, :]
+        mask = (unit < T)[:, None] & inside[None, :]
+        at = (b * T + unit[:, None]) * C + channel[None, :]
+        grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        grad *= activate_slope(hat * gain[None, :] + shift[None, :], ACTIVATION)
+        plain += tl.sum(grad, axis=0)
+        weighted += tl.sum(grad * hat, axis=0)
+    part = parts_ptr + (b * tl.num_programs(0) + tl.program_id(0)) * 2 * C + channel
+    tl.store(part, plain, mask=inside)
+    tl.store(part + C, weighted, mask=inside)
+
+
+@triton.jit
+def _waveform_conv_bwd_kernel(
+    grad_ptr, waveform_ptr, taps_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr,
+    centre_ptr, rstd_ptr, offset_ptr, sums_ptr,  # sums [B, 2, C], over time
+    windows_ptr,  # [tiles of channels, B, T, BLOCK_K] fp32: what each frame gives back to its window
+    dtaps_ptr, vectors_ptr,  # [programs, BLOCK_K, C] and [programs, 3, C] fp32
+    B, S, T, C, eps, tiles_per_program,
+    K: tl.constexpr, STRIDE: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    channel, k = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
+    windows_ptr += tl.program_id(1).to(tl.int64) * B * T * BLOCK_K
+    inside = channel < C
+    gain = load_vector(norm_weight_ptr, channel, inside, 1.0)
+    shift = load_vector(norm_bias_ptr, channel, inside, 0.0)
+    bias = load_vector(bias_ptr, channel, inside, 0.0)
+    taps_at = taps_ptr + k[None, :] * C + channel[:, None]
+    taps = tl.load(taps_at, mask=inside[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)  # [C, K]
+    dtaps = tl.zeros([BLOCK_K, BLOCK_C], dtype=tl.float32)
+    dbias = tl.zeros([BLOCK_C], dtype=tl.float32)
+    dgain = tl.zeros([BLOCK_C], dtype=tl.float32)
+    dshift = tl.zeros([BLOCK_C], dtype=tl.float32)
+    tiles = tl.cdiv(T, BLOCK_T)
+    first = program * tiles_per_program
+    for index in range(first, tl.minimum(first + tiles_per_program, B * tiles)):
+        b = (index // tiles).to(tl.int64)
+        unit = index % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
+        frame = tl.minimum(unit, T - 1)
+        mask = (unit < T)[:, None] & inside[None, :]
+        at = (b * T + unit[:, None]) * C + channel[None, :]
+        grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        centre = 0.0
+        if NORM == "group":
+            centre = tl.load(centre_ptr + b)
+            rstd = load_vector(rstd_ptr, b * C + channel, inside, 1.0)
+            offset = load_vector(offset_ptr, b * C + channel, inside, 0.0)
+            y = convolve(waveform_ptr, taps_ptr, centre, b, frame, channel, S, C, K, STRIDE)
+            hat = y * rstd[None, :] + offset[None, :]
+            plain = tl.load(sums_ptr + b * 2 * C + channel, mask=inside, other=0.0) / T
+            weighted = tl.load(sums_ptr + b * 2 * C + C + channel, mask=inside, other=0.0) / T
+            grad *= activate_slope(hat * gain[None, :] + shift[None, :], ACTIVATION)
+            dy = (grad - plain[None, :] - hat * weighted[None, :]) * (rstd * gain)[None, :]
+        else:
+            y = convolve(waveform_ptr, taps_ptr, 0.0, b, frame, channel, S, C, K, STRIDE) + bias[None, :]
+            if NORM == "layer":
+                centred = tl.where(inside[None, :], y - tl.sum(y, axis=1)[:, None] / C, 0.0)
+                rstd_row = (1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + eps))[:, None]
+                hat = centred * rstd_row
+                grad *= activate_slope(hat * gain[None, :] + shift[None, :], ACTIVATION)
+                dgain += tl.sum(grad * hat, axis=0)
+                dshift += tl.sum(grad, axis=0)
+                g = grad * gain[None, :]
+                along = (tl.sum(g * hat, axis=1) / C)[:, None]
+                dy = rstd_row * (g - (tl.sum(g, axis=1) / C)[:, None] - hat * along)
+            else:
+                dy = grad * activate_slope(y, ACTIVATION)
+        dy = tl.where(mask, dy, 0.0)
+        dbias += tl.sum(dy, axis=0)
+        x_at = waveform_ptr + b * S + frame[None, :] * STRIDE + k[:, None]
+        x = tl.load(x_at, mask=(k < K)[:, None], other=0.0).to(tl.float32) - centre  # [K, T]
+        dtaps = tl.dot(x, dy, dtaps, input_precision="ieee")
+        window = tl.dot(dy, taps, input_precision="ieee")  # [T, K]
+        window_at = windows_ptr + (b * T + unit[:, None]) * BLOCK_K + k[None, :]
+        tl.store(window_at, window, mask=(unit < T)[:, None] & (k < K)[None, :])
+    tl.store(dtaps_ptr + (program * BLOCK_K + k[:, None]) * C + channel[None, :], dtaps, mask=inside[None, :])
+    tl.store(vectors_ptr + program * 3 * C + channel, dbias, mask=inside)
+    tl.store(vectors_ptr + program * 3 * C + C + channel, dgain, mask=inside)
+    tl.store(vectors_ptr + program * 3 * C + 2 * C + channel, dshift, mask=inside)
+
+
+@triton.jit
+def _waveform_conv_bwd_overlap_kernel(
+    windows_ptr, dwaveform_ptr, B, S, T, tiles,
+    K: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Each sample gathers from the windows that it lies in."""
+    b = tl.program_id(1).to(tl.int64)
+    sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for step in tl.static_range((K + STRIDE - 1) // STRIDE):
+        k = sample % STRIDE + step * STRIDE
+        frame = sample // STRIDE - step
+        inside = (k < K) & (frame >= 0) & (frame < T)
+        for tile in range(tiles):
+            at = ((tile * B + b) * T + frame) * BLOCK_K + k
+            total += tl.load(windows_ptr + at, mask=inside, other=0.0)
+    tl.store(dwaveform_ptr + b * S + sample, total.to(dwaveform_ptr.dtype.element_ty), mask=sample < S)
+
+
+def waveform_conv_backward(
+    grad: torch.Tensor,
+    waveform: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: int,
+    norm: str,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    eps: float,
+    activation: str,
+) -> tuple[torch.Tensor, ...]:
+    """The op `waveform_conv_backward`: gradients of waveform, weight, bias, norm_weight and norm_bias."""
+    grad, waveform, weight = grad.contiguous(), waveform.contiguous(), weight.contiguous()
+    (B, S), (C, _, K), T = waveform.shape, weight.shape, grad.shape[1]
+    # Products need sixteen rows. A layer norm needs whole rows of channels, and twice the threads for them.
+    block_c = max(16, triton.next_power_of_2(C) if norm == "layer" else min(64, triton.next_power_of_2(C)))
+    block = {"BLOCK_T": 16, "BLOCK_C": block_c, "num_warps": 4 if block_c < 512 else 8, "num_stages": 1}
+    columns = triton.cdiv(C, block_c)
+    constants = {"K": K, "STRIDE": stride, "ACTIVATION": activation, **block}
+    taps = weight[:, 0].t().contiguous()  # [K, C]
+    statistics, sums = (None, None, None), None
+    if norm == "group":
+        statistics = group_statistics(waveform, weight, stride, T, eps)
+        per_program = triton.cdiv(triton.cdiv(T, 16), triton.cdiv(2 * PARTS, B))
+        programs = triton.cdiv(triton.cdiv(T, 16), per_program)
+        parts = torch.empty(B, programs, 2, C, dtype=torch.float32, device=grad.device)
+        _waveform_conv_bwd_sums_kernel[(programs, B, columns)](
+            grad, waveform, taps, norm_weight, norm_bias, *statistics, parts, S, T, C, per_program, **constants
+        )
+        sums = parts.sum(1)
+    tiles = B * triton.cdiv(T, 16)
+    per_program = triton.cdiv(tiles, PARTS)
+    programs = triton.cdiv(tiles, per_program)
+    windows, dtaps, vectors = (
+        torch.empty(shape, dtype=torch.float32, device=grad.device)
+        for shape in ((columns, B, T, BLOCK_K), (programs, BLOCK_K, C), (programs, 3, C))
+    )
+    _waveform_conv_bwd_kernel[(programs, columns)](
+        grad, waveform, taps, bias, norm_weight, norm_bias, *statistics, sums, windows, dtaps, vectors,
+        B, S, T, C, eps, per_program, NORM=norm, BLOCK_K=BLOCK_K, **constants,
+    )  # fmt: skip
+    dwaveform = torch.empty_like(waveform)
+    _waveform_conv_bwd_overlap_kernel[(triton.cdiv(S, 1024), B)](
+        windows, dwaveform, B, S, T, columns, K=K, STRIDE=stride, BLOCK=1024, BLOCK_K=BLOCK_K
+    )
+    dbias, dgain, dshift = vectors.sum(0)
+    if norm == "group":
+        dshift, dgain = sums.sum(0)
+    dweight = dtaps.sum(0)[:K].t()[:, None].to(weight.dtype, memory_format=torch.contiguous_format)
+    present = (bias, *((None, None) if norm == "none" else (norm_weight, norm_bias)))
+    vectors = zip((dbias, dgain, dshift), present, strict=True)
+    return dwaveform, dweight, *(waveform.new_empty(0) if v is None else g.to(v.dtype) for g, v in vectors)

@@ -1,0 +1,76 @@
+"""waveform_conv and its gradients, against the reference in float64."""
+
+import pytest
+import torch
+from cases import DTYPES, assert_close, kernel, randn, wide
+
+from wavlm_fast.backends.reference import TABLE as REFERENCE
+
+
+def inputs(B, S, C, K, stride, norm, activation, bias=True, dtype=torch.float32):
+    waveform = randn(B, S, dtype=dtype)
+    weight = randn(C, 1, K, dtype=dtype, scale=K**-0.5)
+    vectors = [randn(C, seed=i, dtype=dtype) for i in range(3)]
+    norms = (None, None) if norm == "none" else (vectors[1] + 1, vectors[2])
+    return [waveform, weight, vectors[0] if bias else None, stride, norm, *norms, 1e-5, activation]
+
+
+def check(args, floor=0.0):
+    truth, plain = (REFERENCE["waveform_conv"].fn(*a) for a in (wide(args), args))
+    found = kernel("waveform_conv")(*args)
+    assert_close(found, truth, plain)
+    grad = randn(*found.shape, seed=4, dtype=found.dtype)
+    true, theirs = (REFERENCE["waveform_conv_backward"].fn(*a) for a in (wide([grad, *args]), [grad, *args]))
+    ours = kernel("waveform_conv_backward")(grad, *args)
+    for index, (o, t, p) in enumerate(zip(ours, true, theirs, strict=True)):
+        # Group norm takes the bias away: its gradient is zero but for rounding.
+        cancels = index == 2 and args[4] == "group"
+        try:
+            assert_close(o, t, p, tiny=16, floor=1e-4 if cancels else floor)
+        except AssertionError as error:
+            raise AssertionError(f"gradient {index}: {error}") from None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", ["none", "group", "layer"])
+@pytest.mark.parametrize(
+    ("B", "S", "C", "K", "stride", "activation"),
+    [(2, 200, 32, 10, 5, "gelu"), (1, 10, 16, 10, 5, "gelu"), (2, 97, 40, 7, 3, "relu"), (1, 61, 8, 3, 4, "gelu_tanh")],
+)
+def test_matches_float64(B, S, C, K, stride, norm, activation, dtype):
+    args = inputs(B, S, C, K, stride, norm, activation, dtype=dtype)
+    # A single frame has no variance: its rstd is eps ** -0.5, which multiplies every rounding.
+    single = norm == "group" and K == S
+    check(args, floor=300 * torch.finfo(dtype).eps if single else 0.0)
+
+
+def test_more_than_one_part_of_the_gram_matrix():
+    check(inputs(1, 5 * 600 + 5, 16, 10, 5, "group", "gelu", bias=False))
+
+
+@pytest.mark.parametrize(("gain", "offset"), [(1e3, 0.0), (1e-4, 0.0), (1.0, 100.0), (0.0, 0.0), (0.0, 0.5)])
+def test_group_norm_of_loud_quiet_offset_and_silent_audio(gain, offset):
+    args = inputs(1, 800, 16, 10, 5, "group", "gelu")
+    args[0] = args[0] * gain + offset
+    truth, plain = (REFERENCE["waveform_conv"].fn(*a) for a in (wide(args), args))
+    found = kernel("waveform_conv")(*args)
+    assert_close(found, truth, plain)
+
+
+def test_group_norm_of_smooth_audio_through_a_filter_that_takes_it_away():
+    args = inputs(1, 3000, 16, 10, 5, "group", "gelu")
+    args[0] = torch.sin(torch.arange(3000) * 0.002)[None] + 1e-3 * args[0]
+    args[1] = args[1] - args[1].mean(-1, keepdim=True)
+    truth, plain = (REFERENCE["waveform_conv"].fn(*a) for a in (wide(args), args))
+    assert_close(kernel("waveform_conv")(*args), truth, plain)
+
+
+def test_refusals():
+    from wavlm_fast.backends.triton import TABLE
+
+    refuse = TABLE["waveform_conv"].why_not
+    args = inputs(1, 200, 16, 10, 5, "group", "gelu")
+    assert refuse(*args) is None
+    assert "15 taps" in refuse(*inputs(1, 200, 16, 16, 5, "group", "gelu"))
+    assert "1024 channels" in refuse(*inputs(1, 200, 2048, 10, 5, "none", "gelu"))
+    assert "float64" in refuse(*wide(args))

@@ -1,0 +1,236 @@
+"""Who computes an op: the chooser, its reasons, and the wish for a backend."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import pytest
+import torch
+
+from wavlm_fast import backends, ops, use_backend
+from wavlm_fast.backends import BackendUnavailable, Implementation, choose, current, load
+
+X = torch.ones(2, 3, 4)
+ARGS = (X, None)  # of stats_pool
+needs_no_triton = pytest.mark.skipif(load("triton").why_not() is None, reason="Triton runs here")
+
+
+@pytest.fixture(autouse=True)
+def _no_wish_from_outside(monkeypatch):
+    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def cpu_table(monkeypatch):
+    """The table of the cpu backend without entries, which a test may fill."""
+    table = {}
+    monkeypatch.setattr(load("cpu"), "TABLE", table)
+    return table
+
+
+def in_thread(function):
+    found = []
+
+    def run():
+        try:
+            found.append(function())
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def refusing(sentence):
+    return Implementation(lambda *args: pytest.fail("a refusing kernel ran"), lambda *args: sentence)
+
+
+def test_names():
+    assert backends.names() == ("reference", "cpu", "triton")
+    assert [load(name).NAME for name in backends.names()] == list(backends.names())
+
+
+@pytest.mark.parametrize("name", backends.names())
+def test_tables_hold_known_ops(name):
+    assert set(load(name).TABLE) <= set(load("reference").TABLE)
+    assert all(isinstance(entry, Implementation) for entry in load(name).TABLE.values())
+
+
+def test_the_fastest_comes_first(cpu_table):
+    cpu_table["stats_pool"] = Implementation(lambda x, lengths: "cpu")
+    choice = choose("stats_pool", ARGS)
+    assert (choice.backend, choice.refused) == ("cpu", ())
+    assert choice.fn(*ARGS) == "cpu"
+
+
+def test_no_kernel(cpu_table):
+    choice = choose("stats_pool", ARGS)
+    assert choice.backend == "reference"
+    assert choice.refused == (("cpu", "no cpu kernel for stats_pool"),)
+
+
+def test_a_kernel_refuses(cpu_table):
+    cpu_table["stats_pool"] = refusing("head_dim 80 is not supported")
+    choice = choose("stats_pool", ARGS)
+    assert choice.backend == "reference"
+    assert choice.refused == (("cpu", "head_dim 80 is not supported"),)
+    ops.stats_pool(X)
+
+
+def test_a_backend_refuses_before_its_kernel_is_asked(cpu_table, monkeypatch):
+    monkeypatch.setattr(load("cpu"), "why_not", lambda device=None: "too old a CPU")
+    cpu_table["stats_pool"] = Implementation(lambda *args: None, lambda *args: pytest.fail("asked"))
+    assert choose("stats_pool", ARGS).refused == (("cpu", "too old a CPU"),)
+
+
+def test_refusals_see_the_arguments(cpu_table):
+    def why_not(x, lengths):
+        return None if lengths is None else "lengths are not supported"
+
+    cpu_table["stats_pool"] = Implementation(lambda *args: None, why_not)
+    assert choose("stats_pool", ARGS).backend == "cpu"
+    assert choose("stats_pool", (X, torch.tensor([1, 2]))).backend == "reference"
+
+
+def test_order_follows_the_device():
+    assert choose("stats_pool", (X.to("meta"), None)).backend == "reference"
+
+
+def test_cpu_wants_cpu_tensors():
+    assert load("cpu").why_not(torch.device("cpu")) is None
+    assert load("cpu").why_not(torch.device("cuda")) == "the cpu backend needs tensors on the CPU, these are on cuda"
+
+
+def test_the_reference_never_refuses():
+    assert load("reference").why_not() is None
+    assert load("reference").why_not(torch.device("meta")) is None
+
+
+def test_triton_says_why_not(monkeypatch):
+    triton = load("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setitem(__import__("sys").modules, "triton", None)
+    assert triton.why_not().startswith("Triton cannot be imported (")
+
+
+@needs_no_triton
+def test_a_backend_asked_for_by_name_must_be_usable():
+    with pytest.raises(BackendUnavailable, match=r"^the triton backend cannot be used here: \w"), use_backend("triton"):
+        pytest.fail("entered")
+
+
+def test_by_name(cpu_table):
+    cpu_table["stats_pool"] = Implementation(lambda x, lengths: "cpu")
+    with use_backend("cpu"):
+        assert choose("stats_pool", ARGS).backend == "cpu"
+        without = choose("tdnn", (X,))
+    assert without.backend == "reference"
+    assert without.refused == (("cpu", "the cpu backend has no kernel for tdnn"),)
+    with use_backend("reference"):
+        assert choose("stats_pool", ARGS).backend == "reference"
+
+
+def test_a_refusal_of_a_named_backend_is_an_error(cpu_table):
+    cpu_table["stats_pool"] = refusing("head_dim 80 is not supported")
+    sentence = "^stats_pool cannot run on the cpu backend: head_dim 80 is not supported$"
+    with use_backend("cpu"), pytest.raises(BackendUnavailable, match=sentence):
+        ops.stats_pool(X)
+    assert issubclass(BackendUnavailable, RuntimeError)
+
+
+def test_unknown_name():
+    sentence = "^the backend must be one of 'auto', 'reference', 'cpu', 'triton', got 'gpu'$"
+    with pytest.raises(ValueError, match=sentence), use_backend("gpu"):
+        pytest.fail("entered")
+
+
+def test_nesting():
+    assert current() == "auto"
+    with use_backend("reference"):
+        with use_backend("cpu"):
+            assert current() == "cpu"
+            with use_backend("auto"):
+                assert current() == "auto"
+            assert current() == "cpu"
+        assert current() == "reference"
+    assert current() == "auto"
+
+
+def test_an_error_inside_ends_the_wish():
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    assert current() == "auto"
+
+
+def test_threads_have_their_own_wish():
+    with use_backend("reference"):
+        assert in_thread(current) == "auto"
+
+
+def test_environment(monkeypatch):
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "reference")
+    assert current() == "reference"
+    assert in_thread(current) == "reference"
+    with use_backend("cpu"):
+        assert current() == "cpu"
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "")
+    assert current() == "auto"
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "fast")
+    with pytest.raises(ValueError, match=r"^the environment variable WAVLM_FAST_BACKEND must be .*, got 'fast'$"):
+        ops.stats_pool(X)
+
+
+def test_reasons_are_logged_once(cpu_table, caplog):
+    cpu_table["stats_pool"] = refusing("of a reason that no other test has")
+    with caplog.at_level(logging.INFO, logger="wavlm_fast"):
+        for _ in range(3):
+            ops.stats_pool(X)
+    lines = [r.getMessage() for r in caplog.records if "no other test has" in r.getMessage()]
+    assert lines == ["stats_pool does not run on the cpu backend: of a reason that no other test has"]
+
+
+@pytest.fixture
+def seen(cpu_table):
+    """Which backward kernels run; the cpu backend's are the reference's, recorded."""
+    found = []
+    for op in ("stats_pool", "stats_pool_backward"):
+        right = load("reference").TABLE[op].fn
+        cpu_table[op] = Implementation(lambda *args, op=op, right=right: found.append(op) or right(*args))
+    return found
+
+
+def backward(out):
+    out.sum().backward()
+
+
+@pytest.mark.parametrize("run", [lambda f: f(), in_thread], ids=["this thread", "another thread"])
+def test_the_gradient_follows_the_forward_pass(seen, run):
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    with use_backend("cpu"):
+        out = ops.stats_pool(x)
+    with use_backend("reference"):
+        run(lambda: backward(out))
+    assert seen == ["stats_pool", "stats_pool_backward"]
+    seen.clear()
+    with use_backend("reference"):
+        out = ops.stats_pool(x)
+    run(lambda: backward(out))
+    assert seen == []
+    assert x.grad is not None
+
+
+def test_the_gradient_leaves_no_wish_behind(seen):
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    with use_backend("cpu"):
+        out = ops.stats_pool(x)
+    backward(out)
+    assert current() == "auto"
+
+
+def test_wrong_arguments_are_refused_before_any_backend_is_asked(cpu_table):
+    cpu_table["stats_pool"] = Implementation(lambda *args: None, lambda *args: pytest.fail("asked"))
+    with pytest.raises(ValueError, match="stats_pool wants x of shape"):
+        ops.stats_pool(X[0])
