@@ -62,8 +62,7 @@ def worker(rank, meeting, paths, results):
         results.put((rank, {name: gradients_of(name, how, rank) for name, how in CASES}))
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-        assert plain_model
-    except Exception:
+    except Exception:  # the parent shows it
         results.put((rank, traceback.format_exc()))
 
 

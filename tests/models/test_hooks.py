@@ -145,7 +145,8 @@ def everything_seen(model, name):
 def test_a_pre_hook_changes_the_input(form):
     plain = plain_model("WavLMModel", small_config(form))
     ours, exact = fast_like(plain), truth_of(plain)
-    for path in ("feature_projection.projection", "encoder.layers.1.feed_forward.intermediate_dense", "encoder.dropout"):
+    paths = ("feature_projection.projection", "encoder.layers.1.feed_forward.intermediate_dense", "encoder.dropout")
+    for path in paths:
         handles = [
             model.get_submodule(path).register_forward_pre_hook(lambda m, args: (args[0] * 0.5 + 0.25,))
             for model in (plain, ours, exact)
@@ -289,7 +290,7 @@ def test_accelerate_library_hooks_manage_the_weights():
     accelerate = pytest.importorskip("accelerate")
     ours = fast_model("WavLMForSequenceClassification")
     expected = run(ours, "WavLMForSequenceClassification").logits
-    for path, module in ours.named_modules():
+    for module in ours.modules():
         if isinstance(module, (nn.Linear, nn.LayerNorm)):
             accelerate.hooks.add_hook_to_module(module, accelerate.hooks.ModelHook())
     torch.testing.assert_close(run(ours, "WavLMForSequenceClassification").logits, expected, rtol=1e-4, atol=1e-4)

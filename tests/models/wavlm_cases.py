@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -234,32 +233,6 @@ def assert_same(a: Any, b: Any) -> None:
     for name, value in tensors(a):
         assert torch.equal(value.isnan(), expected[name].isnan()), name
         assert torch.equal(value.nan_to_num(), expected[name].nan_to_num()), name
-
-
-def assert_gradients_close(got: dict, plain: dict, truth: dict) -> None:
-    """The rule for gradients, where parameters of a kind share what is known of transformers' error.
-
-    The gradient of a vector of two values holds two values' worth of rounding noise: one draw says little about the
-    next. And whoever keeps the log-sum-exp of an attention row instead of its weights rounds scores, which are large.
-    """
-    assert set(got) == set(plain)
-
-    def kind(name: str) -> str:
-        return re.sub(r"\.\d+\.", ".N.", name)
-
-    def natural(name: str) -> float:
-        # The keys' bias moves all scores of a row alike: its gradient is what is left of terms that cancel.
-        source = name.replace("k_proj.bias", "k_proj.weight")
-        return max(truth.get(source, truth[name]).abs().max().item(), 1e-30)
-
-    relative: dict[str, float] = {}
-    for name, base in plain.items():
-        error = (base.double() - truth[name]).abs().max().item() / natural(name)
-        relative[kind(name)] = max(error, relative.get(kind(name), 0.0))
-    for name, value in got.items():
-        error = (value.double() - truth[name]).abs().max().item() / natural(name)
-        allowed = 2 * relative[kind(name)] + 512 * torch.finfo(value.dtype).eps
-        assert error <= allowed, f"the gradient of {name}: relative error {error:.3g}, allowed {allowed:.3g}"
 
 
 def gradients(model: torch.nn.Module, loss: Callable[[torch.nn.Module], torch.Tensor]) -> dict[str, torch.Tensor]:
