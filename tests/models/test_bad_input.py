@@ -149,13 +149,8 @@ def test_a_mask_shorter_than_the_receptive_field_is_what_it_is_in_transformers(l
         with pytest.raises(ValueError, match="mask"):
             fast_like(plain)(waveforms(), attention_mask=mask)
         return
-    try:
-        with torch.no_grad():
-            got = fast_like(plain)(waveforms(), attention_mask=mask)
-    except ValueError as error:
-        assert "mask" in str(error)
-    else:
-        assert_close_to_truth(got, expected, truth)
+    with torch.no_grad():
+        assert_close_to_truth(fast_like(plain)(waveforms(), attention_mask=mask), expected, truth)
 
 
 @pytest.mark.parametrize("wrong", [12, 99, *([-1, -7] if TRANSFORMERS_5 else [])])

@@ -66,6 +66,7 @@ def test_compiled_model_sees_new_weights_and_new_lengths():
             assert_close_to_truth(got, expected, truth_of(plain)(waveforms(2, samples).double()))
 
 
+@pytest.mark.slow
 def test_compile_by_inductor():
     config = small_config("large", num_hidden_layers=1, conv_dim=[16, 16], conv_stride=[5, 4], conv_kernel=[10, 3])
     plain = plain_model("WavLMModel", config)

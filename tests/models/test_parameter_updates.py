@@ -79,9 +79,19 @@ def test_load_state_dict(form):
     check_forward(plain, waveforms(), ours)
 
 
-@both_forms
-@pytest.mark.parametrize("how", ["in place", "data in place", "new data", "new parameter", "one element", "no_grad"])
-def test_every_parameter_by_itself(form, how):
+@pytest.mark.parametrize(
+    ("how", "form"),
+    [
+        ("in place", "base"),
+        ("in place", "large"),
+        ("data in place", "base"),
+        ("new data", "large"),
+        ("new parameter", "base"),
+        ("one element", "large"),
+        ("inference mode", "base"),
+    ],
+)
+def test_every_parameter_by_itself(how, form):
     plain = plain_model("WavLMForXVector", small_config(form, conv_bias=True))
     names = [n for n, _ in plain.named_parameters() if not n.startswith("objective")]
     state = {n: p.detach().clone() for n, p in plain.named_parameters()}
@@ -93,7 +103,7 @@ def test_every_parameter_by_itself(form, how):
         if how == "in place":
             with torch.no_grad():
                 p.mul_(1.5).add_(0.1)
-        elif how == "no_grad":
+        elif how == "inference mode":
             with torch.inference_mode():
                 p.copy_(p * 1.5 + 0.1)
         elif how == "data in place":

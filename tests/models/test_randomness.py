@@ -206,7 +206,8 @@ def test_final_dropout_of_ctc(form):
 @pytest.mark.parametrize("which", DROPOUTS)
 def test_a_dropout_of_one_and_of_zero(which):
     plain = plain_model("WavLMModel", small_config(**{which: 1.0}))
-    results = [m.train()(waveforms().to(next(m.parameters()).dtype)) for m in (fast_like(plain), plain, truth_of(plain))]
+    models = (fast_like(plain), plain, truth_of(plain))
+    results = [m.train()(waveforms().to(next(m.parameters()).dtype)) for m in models]
     if which == "attention_dropout":
         # Dropping every weight divides nothing by nothing; what is left is the projections' bias, or NaN.
         assert main_output(results[0]).shape == main_output(results[1]).shape

@@ -54,8 +54,8 @@ def collate(items):
 def trained(model, folder, name, **options):
     arguments = transformers.TrainingArguments(
         output_dir=str(folder), max_steps=2, per_device_train_batch_size=4, use_cpu=True, report_to=[],
-        learning_rate=1e-2, save_strategy="no", logging_steps=1, disable_tqdm=True, seed=7, lr_scheduler_type="constant",
-        **options,
+        learning_rate=1e-2, save_strategy="no", logging_steps=1, disable_tqdm=True, seed=7,
+        lr_scheduler_type="constant", **options,
     )
     trainer = transformers.Trainer(
         model=model, args=arguments, train_dataset=Utterances(name, model.config), data_collator=collate
