@@ -1,6 +1,7 @@
 """Gradient modes, autocast, and several threads at once."""
 
 from __future__ import annotations
+
 import math
 import threading
 
