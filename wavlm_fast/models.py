@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,13 +23,16 @@ from .modules._steps import with_lengths
 from .swap import accelerate
 
 
-def _arguments(forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments by name; the order of positional ones differs between transformers 4 and 5."""
-    return dict(zip(_PARAMETERS[forward], args, strict=False)) | kwargs
+def _named(cls: type, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of the forward of a class here by name; the order of positional ones differs between transformers
+    4 and 5.
+    """
+    return dict(zip(_PARAMETERS[cls.__name__], args, strict=False)) | kwargs
 
 
+# Read now: `install` puts our classes under these names.
 _PARAMETERS = {
-    cls.forward: tuple(inspect.signature(cls.forward).parameters)[1:]
+    cls.__name__: tuple(inspect.signature(cls.forward).parameters)[1:]
     for cls in (hf.WavLMForCTC, hf.WavLMForSequenceClassification, hf.WavLMForXVector)
 }
 
@@ -43,6 +45,11 @@ class _FastModel:
             check_lengths(config, "conv_dim", "conv_stride", "conv_kernel")
         super().__init__(config, *args, **kwargs)
         accelerate(self)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Our classes initialize as transformers' own; transformers 5 treats modules that are not its own otherwise."""
+        return cls.__module__ != __name__ and super().is_custom_code()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -101,7 +108,7 @@ class WavLMForCTC(_FastModel, hf.WavLMForCTC):
 
     @functools.wraps(hf.WavLMForCTC.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = _arguments(hf.WavLMForCTC.forward, args, kwargs)
+        arguments = _named(WavLMForCTC, args, kwargs)
         labels = arguments.get("labels")
         if labels is not None:
             check_ctc_labels(labels, self.config.vocab_size)
@@ -113,7 +120,7 @@ class WavLMForSequenceClassification(_FastModel, hf.WavLMForSequenceClassificati
 
     @functools.wraps(hf.WavLMForSequenceClassification.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = _arguments(hf.WavLMForSequenceClassification.forward, args, kwargs)
+        arguments = _named(WavLMForSequenceClassification, args, kwargs)
         if arguments.get("labels") is not None:
             check_labels(arguments["labels"], self.config.num_labels, len(arguments["input_values"]))
         return super().forward(**arguments)
@@ -142,7 +149,7 @@ class WavLMForXVector(_FastModel, hf.WavLMForXVector):
 
     @functools.wraps(hf.WavLMForXVector.forward)
     def forward(self, *args: Any, **kwargs: Any) -> XVectorOutput | tuple:
-        config, arguments = self.config, _arguments(hf.WavLMForXVector.forward, args, kwargs)
+        config, arguments = self.config, _named(WavLMForXVector, args, kwargs)
         labels = arguments.pop("labels", None)
         if labels is not None:
             check_labels(labels, config.num_labels, len(arguments["input_values"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -118,6 +119,12 @@ def test_a_hook_sees_what_it_sees_in_transformers(name, form):
             # Some heads of version 5 collect hidden states that nobody asked for.
             seen, by_plain[path], by_truth[path] = (
                 [out.last_hidden_state for out in outs] for outs in (seen, by_plain[path], by_truth[path])
+            )
+        # The position bias that layers hand on is one vector per head in ours, a dense matrix in transformers.
+        kept = 1 if re.search(r"layers\.\d+$", path) else 2 if path.endswith(".attention") else None
+        if kept is not None:
+            seen, by_plain[path], by_truth[path] = (
+                [out[:kept] for out in outs] for outs in (seen, by_plain[path], by_truth[path])
             )
         try:
             assert_close_to_truth(seen, by_plain[path], by_truth[path])

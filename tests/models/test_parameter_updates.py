@@ -128,17 +128,22 @@ def warm_output(model):
         return main_output(model(waveforms()))
 
 
-@pytest.mark.parametrize("path", ["encoder.layers.1.feed_forward.intermediate_dense.weight",
-                                  "encoder.layers.1.attention.q_proj.weight",
-                                  "feature_extractor.conv_layers.1.conv.weight",
-                                  "encoder.pos_conv_embed.conv.parametrizations.weight.original1"])
-def test_one_element_through_data(path):
-    # Weight averaging and some optimizers write through `.data`, which leaves no trace in the version counter.
+@pytest.mark.parametrize(
+    "path",
+    [
+        "encoder.layers.1.feed_forward.intermediate_dense.weight",
+        "encoder.layers.1.attention.q_proj.weight",
+        "feature_extractor.conv_layers.1.conv.weight",
+        "encoder.pos_conv_embed.conv.parametrizations.weight.original1",
+    ],
+)
+def test_a_fifth_of_the_elements_through_data(path):
+    # Pruning and weight averaging write through `.data`, which leaves no trace in the version counter.
     plain = plain_model("WavLMModel")
     ours = warm(fast_like(plain))
-    for index in (1, 7, 100):
-        ours.get_parameter(path).data.view(-1)[index] += 3.0
-        assert_fresh(ours, plain)
+    weight = ours.get_parameter(path)
+    weight.data.mul_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(5)) > 0.2)
+    assert_fresh(ours, plain)
 
 
 def test_swapped_values_of_two_layers():

@@ -86,7 +86,7 @@ class FastWavLMPositionalConvEmbedding(FastModule, hf.WavLMPositionalConvEmbeddi
         activation = fused_activation(self.activation)
         options = {"groups": conv.groups, "activation": activation or "none", "residual": False}
         out = ops.positional_conv(hidden_states, weight, conv.bias, **options)
-        return self.activation(out) if activation is None else out
+        return self.activation(out.transpose(1, 2)).transpose(1, 2) if activation is None else out
 
     def added_to(self, hidden_states: Tensor) -> Tensor:
         """`hidden_states + self(hidden_states)`."""
