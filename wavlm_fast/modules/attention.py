@@ -68,7 +68,7 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
     def _why_not_fused(self) -> str | None:
         if any(not _is_capture(hook) for hook in self._forward_hooks.values()):
             return "a forward hook may read the attention weights"
-        return None
+        return self._why_not_rel_bias()
 
     def plan(self) -> Iterator[Plan]:
         yield Plan("linear_act", self._why_not_qkv(), self._example_qkv)
@@ -116,7 +116,7 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
             position bias for the next layer.
         """
         if position_bias is None:
-            position_bias = self.compute_rel_bias(hidden_states.shape[1])
+            position_bias = self._position_bias(*hidden_states.shape[:2])
         q, k, v = self._project(hidden_states)
         gate = self._gate(hidden_states).to(accumulation_dtype(q.dtype))
         lengths = None if attention_mask is None else prefix_lengths(attention_mask)
@@ -128,6 +128,16 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
         else:
             out, weights = self._attend_dense(q, k, v, gate, position_bias, attention_mask)
         return linear(self.out_proj, out.flatten(2)), weights, position_bias
+
+    def _why_not_rel_bias(self) -> str | None:
+        embedding = getattr(self, "rel_attn_embed", None)  # the first layer alone has one
+        return None if embedding is None else named("rel_attn_embed", why_not_plain(embedding, nn.Embedding))
+
+    def _position_bias(self, batch: int, frames: int) -> Tensor:
+        """The compact bias; the dense one where the embedding may answer for every pair of frames on its own."""
+        if self._why_not_rel_bias() is None:
+            return self.compute_rel_bias(frames)
+        return self.compute_bias(frames, frames).repeat(batch, 1, 1)  # [B·H, T, T]
 
     def compute_rel_bias(self, frames: int) -> Tensor:
         """The bias `[H, 2T - 1]` for T frames, entry `j - i + T - 1`, from `rel_attn_embed`."""
