@@ -50,8 +50,8 @@ def _check(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
     check.same(NAME, "x", x, residual=residual)
     if weight.dtype != accumulation_dtype(x.dtype):
         check.same(NAME, "x", x, weight=weight)
-    check.same(NAME, "weight", weight, bias=bias)
     check.same_device(NAME, "x", x, weight=weight)
+    check.same(NAME, "weight", weight, bias=bias)
 
 
 def _fake(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
