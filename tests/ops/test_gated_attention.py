@@ -199,9 +199,24 @@ def test_refusals():
     refused(TypeError, "q of a floating-point dtype, got torch.int64", q=q.long())
     refused(ValueError, "key_lengths of shape [2], got [3]", key_lengths=torch.tensor([1, 2, 3]))
     refused(TypeError, "key_lengths of an integer dtype, got torch.bool", key_lengths=torch.tensor([True, False]))
-    refused(ValueError, "0 <= dropout_p < 1, got 1.0", dropout_p=1.0)
+    refused(ValueError, "0 <= dropout_p < 1, got 1.5", dropout_p=1.5)
+    refused(ValueError, "0 <= dropout_p < 1, got -0.5", dropout_p=-0.5)
     refused(
         ValueError,
         "k with its last dimension contiguous, got strides (48, 12, 6, 2)",
         k=torch.empty(2, 4, 2, 6, dtype=torch.float64)[..., ::2],
     )
+
+
+def test_a_dropout_of_one_leaves_zeros_and_their_gradients():
+    q, k, v, gate, rel_bias = (x.requires_grad_() for x in operands_for_dropout_of_one())
+    out = ops.gated_attention(q, k, v, gate, rel_bias, dropout_p=1.0)
+    assert torch.equal(out, torch.zeros_like(out))
+    out.sum().backward()
+    assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in (q, k, v, gate, rel_bias))
+
+
+def operands_for_dropout_of_one():
+    frames, heads, width = 5, 2, 4
+    qkv = (torch.randn(1, frames, heads, width) for _ in range(3))
+    return *qkv, torch.rand(1, heads, frames), torch.randn(heads, 2 * frames - 1)
