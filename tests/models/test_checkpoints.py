@@ -182,7 +182,7 @@ def test_config_changes_at_loading(tmp_path):
 
 def initialised(state):
     """Without what version 4 leaves in uninitialised memory when a checkpoint lacks it."""
-    forgotten = () if TRANSFORMERS_5 else ("objective.weight", "masked_spec_embed", "gru_rel_pos_const")
+    forgotten = () if TRANSFORMERS_5 else ("objective.weight", "masked_spec_embed", "gru_rel_pos_const", "rel_attn_embed.weight")
     return {name: value for name, value in state.items() if not name.endswith(forgotten)}
 
 
