@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+# transformers 5 takes only -100 for padding: another negative CTC label would reach the loss as a target.
+EVERY_NEGATIVE_CTC_LABEL_PADS = importlib.util.find_spec("transformers.loss.loss_ctc") is None
 SAMPLE_RATE = 16_000  # Hz, of every published WavLM
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -78,18 +81,48 @@ def check_mask(attention_mask: Tensor, input_values: Tensor) -> None:
         )
 
 
-def check_labels(labels: Tensor, classes: int) -> None:
-    """Check class labels, -100 meaning none, on the CPU (elsewhere it would wait for the device).
+def check_labels(labels: Tensor, classes: int, utterances: int | None = None) -> None:
+    """Check class labels, -100 meaning none.
+
+    Args:
+        labels: integers.
+        classes: labels lie in 0..classes - 1; looked at on the CPU only: elsewhere it would wait for the device.
+        utterances: how many labels there must be, where each utterance has one.
 
     Raises:
-        ValueError: a label outside of 0..classes - 1.
+        TypeError: not a tensor of integers.
+        ValueError: a label out of range, or another number of labels.
     """
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be a tensor of integers in 0..{classes - 1}, got {kind}")
+    if utterances is not None and labels.numel() != utterances:
+        raise ValueError(f"labels must hold one label for each of {utterances} utterances, got {labels.numel()}")
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
     wrong = (labels >= classes) | ((labels < 0) & (labels != -100))
     if bool(wrong.any()):
         first = labels[wrong].flatten()[0].item()
         raise ValueError(f"labels must lie in 0..{classes - 1}, or be -100 for none, got {first}")
+
+
+def check_ctc_labels(labels: Tensor, vocabulary: int) -> None:
+    """Check CTC labels as `check_labels` does; transformers 4 takes every negative one for padding."""
+    if EVERY_NEGATIVE_CTC_LABEL_PADS and isinstance(labels, Tensor):
+        labels = labels.clamp(min=0)
+    check_labels(labels, vocabulary)
+
+
+def check_lengths(config: PretrainedConfig, *names: str) -> None:
+    """Check that some tuples of a config describe the same number of layers.
+
+    Raises:
+        ValueError: they do not.
+    """
+    sizes = {name: len(getattr(config, name)) for name in names}
+    if len(set(sizes.values())) > 1:
+        found = ", ".join(f"{name} of {size}" for name, size in sizes.items())
+        raise ValueError(f"the config's {', '.join(names)} must be of one length, got {found}")
 
 
 def check_checkpoint(source: object, options: dict) -> None:
@@ -110,6 +143,8 @@ def check_checkpoint(source: object, options: dict) -> None:
     if looks_like_path and not Path(text).exists():
         raise FileNotFoundError(f"expected a folder with a WavLM checkpoint, got the missing path {text!r}")
     config, _ = PretrainedConfig.get_config_dict(source, **{k: options[k] for k in _HUB_OPTIONS if k in options})
+    if not isinstance(config, dict):
+        raise ValueError(f"expected a config.json that holds an object in {text!r}, got a {type(config).__name__}")
     kind = config.get("model_type", "wavlm")
     if kind != "wavlm":
         raise ValueError(f"expected a WavLM checkpoint (model_type 'wavlm') in {text!r}, got model_type {kind!r}")

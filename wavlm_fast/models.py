@@ -18,10 +18,9 @@ from transformers import WavLMConfig
 from transformers.modeling_outputs import XVectorOutput
 from transformers.models.wavlm import modeling_wavlm as hf
 
-from .inputs import check_checkpoint, check_labels, check_mask
+from .inputs import check_checkpoint, check_ctc_labels, check_labels, check_lengths, check_mask
 from .modules import TWINS, pool_statistics
 from .modules._steps import with_lengths
-from .modules._versions import EVERY_NEGATIVE_CTC_LABEL_PADS
 from .swap import accelerate
 
 
@@ -40,6 +39,8 @@ class _FastModel:
     """Construction and loading, in front of each transformers class."""
 
     def __init__(self, config: WavLMConfig, *args: Any, **kwargs: Any) -> None:
+        if isinstance(config, WavLMConfig):  # what is none, transformers refuses
+            check_lengths(config, "conv_dim", "conv_stride", "conv_kernel")
         super().__init__(config, *args, **kwargs)
         accelerate(self)
 
@@ -103,8 +104,7 @@ class WavLMForCTC(_FastModel, hf.WavLMForCTC):
         arguments = _arguments(hf.WavLMForCTC.forward, args, kwargs)
         labels = arguments.get("labels")
         if labels is not None:
-            padded = labels.clamp(min=0) if EVERY_NEGATIVE_CTC_LABEL_PADS else labels
-            check_labels(padded, self.config.vocab_size)
+            check_ctc_labels(labels, self.config.vocab_size)
         return super().forward(**arguments)
 
 
@@ -115,7 +115,7 @@ class WavLMForSequenceClassification(_FastModel, hf.WavLMForSequenceClassificati
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = _arguments(hf.WavLMForSequenceClassification.forward, args, kwargs)
         if arguments.get("labels") is not None:
-            check_labels(arguments["labels"], self.config.num_labels)
+            check_labels(arguments["labels"], self.config.num_labels, len(arguments["input_values"]))
         return super().forward(**arguments)
 
 
@@ -136,9 +136,8 @@ class WavLMForXVector(_FastModel, hf.WavLMForXVector):
     """transformers' `WavLMForXVector`, fast: pooling does not loop over the batch."""
 
     def __init__(self, config: WavLMConfig, *args: Any, **kwargs: Any) -> None:
-        sizes = {name: len(getattr(config, name)) for name in ("tdnn_dim", "tdnn_kernel", "tdnn_dilation")}
-        if len(set(sizes.values())) > 1:
-            raise ValueError(f"the config's tdnn_dim, tdnn_kernel and tdnn_dilation must be of one length, got {sizes}")
+        if isinstance(config, WavLMConfig):
+            check_lengths(config, "tdnn_dim", "tdnn_kernel", "tdnn_dilation")
         super().__init__(config, *args, **kwargs)
 
     @functools.wraps(hf.WavLMForXVector.forward)
@@ -146,7 +145,7 @@ class WavLMForXVector(_FastModel, hf.WavLMForXVector):
         config, arguments = self.config, _arguments(hf.WavLMForXVector.forward, args, kwargs)
         labels = arguments.pop("labels", None)
         if labels is not None:
-            check_labels(labels, config.num_labels)
+            check_labels(labels, config.num_labels, len(arguments["input_values"]))
         # What the caller leaves open, the config says.
         wishes = {k: arguments.pop(k, None) for k in ("return_dict", "output_hidden_states", "output_attentions")}
         wishes = {k: getattr(config, k) if v is None else v for k, v in wishes.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 
 from transformers.models.wavlm import modeling_wavlm as hf
@@ -12,5 +11,3 @@ ENCODER_COLLECTS = "output_hidden_states" in inspect.signature(hf.WavLMEncoder.f
 LAYERS_RETURN_ATTENTIONS = ENCODER_COLLECTS
 # transformers 4 draws a random number for every layer, 5 only where a layer may be dropped.
 DRAWS_FOR_EVERY_LAYER = ENCODER_COLLECTS
-# transformers 4 takes every negative CTC label for padding, 5 only -100: another one would reach the loss as a target.
-EVERY_NEGATIVE_CTC_LABEL_PADS = importlib.util.find_spec("transformers.loss.loss_ctc") is None
