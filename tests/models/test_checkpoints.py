@@ -180,6 +180,12 @@ def test_config_changes_at_loading(tmp_path):
     assert subject.WavLMForSequenceClassification.from_pretrained(tmp_path, config=config)(waveforms()).hidden_states
 
 
+def initialised(state):
+    """Without what version 4 leaves in uninitialised memory when a checkpoint lacks it."""
+    forgotten = ("objective.weight", "masked_spec_embed", "gru_rel_pos_const", "rel_attn_embed.weight")
+    return {name: value for name, value in state.items() if TRANSFORMERS_5 or not name.endswith(forgotten)}
+
+
 @pytest.mark.parametrize("name", HEADS)
 @both_forms
 def test_a_missing_head_is_initialised_as_in_transformers(name, form, tmp_path):
@@ -191,7 +197,7 @@ def test_a_missing_head_is_initialised_as_in_transformers(name, form, tmp_path):
         states.append(model.state_dict())
         missing.append(info)
     assert set(missing[0]["missing_keys"]) == set(missing[1]["missing_keys"]) != set()
-    assert_same(states[1], states[0])
+    assert_same(initialised(states[1]), initialised(states[0]))
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -217,7 +223,7 @@ def test_a_missing_base_is_initialised_as_in_transformers(tmp_path):
     for module in (transformers, subject):
         torch.manual_seed(22)
         states.append(module.WavLMModel.from_pretrained(tmp_path).state_dict())
-    assert_same(states[1], states[0])
+    assert_same(initialised(states[1]), initialised(states[0]))
 
 
 def test_ignore_mismatched_sizes(tmp_path):
@@ -231,7 +237,8 @@ def test_ignore_mismatched_sizes(tmp_path):
         model, info = cls.from_pretrained(
             tmp_path, num_labels=9, ignore_mismatched_sizes=True, output_loading_info=True
         )
-        assert {entry[0] for entry in info["mismatched_keys"]} == {"classifier.weight", "classifier.bias"}
+        mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+        assert mismatched == {"classifier.weight", "classifier.bias"}
         states.append(model.state_dict())
     assert_same(states[1], states[0])
 

@@ -307,7 +307,7 @@ def output_dtype(model, dtype):
         return main_output(model.eval()(waveforms(dtype=dtype))).dtype
 
 
-def test_frame_counts_agree_with_the_helper_of_transformers():
+def test_frame_counts_are_those_that_transformers_computes():
     model = fast_model("WavLMForCTC")
     for samples in (30, 49, 50, 333, 1000):
         frames = int(model._get_feat_extract_output_lengths(torch.tensor(samples)))

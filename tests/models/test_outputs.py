@@ -49,6 +49,8 @@ def test_ragged_mask(name, form):
     check_forward(
         plain, waveforms(3), attention_mask=mask, output_hidden_states=True, output_attentions=True, **labels
     )
+    # Attention weights come from a path of their own: once more without.
+    check_forward(plain, waveforms(3), attention_mask=mask, output_hidden_states=True)
 
 
 @every_model
