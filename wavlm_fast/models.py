@@ -20,6 +20,7 @@ from transformers.models.wavlm import modeling_wavlm as hf
 from .inputs import check_checkpoint, check_ctc_labels, check_labels, check_lengths, check_mask
 from .modules import TWINS, pool_statistics
 from .modules._steps import with_lengths
+from .modules._versions import ENCODER_COLLECTS
 from .swap import accelerate
 
 
@@ -157,6 +158,8 @@ class WavLMForXVector(_FastModel, hf.WavLMForXVector):
         wishes = {k: arguments.pop(k, None) for k in ("return_dict", "output_hidden_states", "output_attentions")}
         wishes = {k: getattr(config, k) if v is None else v for k, v in wishes.items()}
         returned = wishes["output_hidden_states"]
+        if config.use_weighted_layer_sum and ENCODER_COLLECTS:
+            returned = True  # transformers 4 returns what it needs, asked for or not
         outputs = self.wavlm(
             **arguments,
             output_attentions=wishes["output_attentions"],
