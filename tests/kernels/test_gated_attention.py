@@ -35,10 +35,13 @@ def check(args):
     ours = kernel("gated_attention_backward")(grad, *args[:6], *found, *args[6:])
     # dscores are rounded to the dtype of the values before each product, unlike the reference's, and may cancel.
     eps = torch.finfo(args[0].dtype).eps
+    # The rounding of a saved log-sum-exp is a relative error of its size in every weight of its row, as in the parity
+    # harness; the reference recomputes the sum.
+    saved = truth[1].nan_to_num(0.0, 0.0, 0.0).abs().max().item()
     for name, a, t, p in zip(NAMES, ours, true, theirs, strict=True):
         fine = name in ("dgate", "drel_bias")
         try:
-            assert_close(a, t, p, tiny=32 if fine else 8, floor=4e-6 if fine else 4 * eps)
+            assert_close(a, t, p, tiny=(32 if fine else 8) + saved, floor=4e-6 if fine else 4 * eps)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
 

@@ -70,7 +70,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel_installation):
     assert not wheel.name.endswith("-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-        assert set(json.loads(archive.read("wavlm_fast/_build.json"))) == {"torch", "compiler", "levels"}
+        assert set(json.loads(archive.read("wavlm_fast/_build.json"))) == {"torch", "compiler", "levels", "sources"}
     assert_only_wavlm_fast(names)
     assert {"wavlm_fast/_C.so", "wavlm_fast/kernels/add_layer_norm.py", "wavlm_fast/data/speech.flac"} <= set(names)
 
