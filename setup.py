@@ -49,6 +49,13 @@ words probe(floats x) { return __builtin_convertvector(x, words); }
 bool cpu() { return __builtin_cpu_supports("avx512bf16"); }
 #endif
 """
+# at::parallel_for is a plain loop in what is compiled without OpenMP. The loop then calls into the runtime that torch
+# has loaded, which is GCC's: other compilers would bring a second one, with a second pool of threads.
+OPENMP_PROBE = """
+#if !defined(_OPENMP) || defined(__clang__)
+#error no OpenMP for torch's runtime
+#endif
+"""
 
 
 def main() -> None:
@@ -86,16 +93,16 @@ def reason_not_to_try() -> str | None:
     command = compiler_command()
     if shutil.which(command[0]) is None:
         return f"no C++ compiler found ({command[0]} does not exist)"
-    if not compiles(command, []):
+    if not compiles(command, PROBE, []):
         return f"the C++ compiler {command[0]} lacks the vector extensions of GCC 9 and clang"
     return None
 
 
-def compiles(command: list[str], flags: list[str]) -> bool:
+def compiles(command: list[str], probe: str, flags: list[str]) -> bool:
     """Whether the compiler takes the probe with these flags."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
-        source.write_text(PROBE)
+        source.write_text(probe)
         run = [*command, *flags, "-c", str(source), "-o", str(source.with_suffix(".o"))]
         return subprocess.run(run, capture_output=True, check=False).returncode == 0
 
@@ -104,7 +111,16 @@ def available_levels(command: list[str]) -> dict[str, list[str]]:
     """The levels of LEVELS that exist on this platform and that the compiler knows."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return {"default": []}
-    return {name: flags for name, flags in LEVELS.items() if compiles(command, flags)}
+    return {name: flags for name, flags in LEVELS.items() if compiles(command, PROBE, flags)}
+
+
+def openmp_flags(command: list[str]) -> list[str]:
+    """What makes at::parallel_for use torch's threads; nothing where the two do not share a runtime."""
+    import torch
+
+    flags = ["-fopenmp"]
+    shared = "parallel backend: OpenMP" in torch.__config__.parallel_info() and compiles(command, OPENMP_PROBE, flags)
+    return flags if shared else []
 
 
 def digest_of_sources() -> str:
@@ -167,7 +183,7 @@ def extension_builder() -> type[build_ext]:
             ext.include_dirs += [str(Path("csrc").resolve()), *cpp_extension.include_paths()]
             ext.library_dirs += cpp_extension.library_paths()
             ext.libraries += ["c10", "torch", "torch_cpu"]
-            ext.extra_compile_args += COMPILE_FLAGS
+            ext.extra_compile_args += [*COMPILE_FLAGS, *openmp_flags(compiler_command())]
             ext.extra_compile_args += [f"-DWAVLM_FAST_HAVE_{name.upper()}=1" for name in self.levels]
             for name, flags in self.levels.items():
                 ext.extra_objects += self.compiler.compile(

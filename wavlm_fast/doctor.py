@@ -58,7 +58,10 @@ def extension() -> dict[str, Any]:
     cpu = backends.load("cpu")
     levels = list(cpu.isa_levels())
     problem = cpu.EXTENSION_PROBLEM or torch.ops.wavlm_fast_cpu.isa_problem() or None
-    return {"build": cpu.build_record(), "level": cpu.isa(), "levels": levels, "problem": problem}
+    threads, wanted = cpu.threads(), torch.get_num_threads()
+    if problem is None and threads < wanted:
+        problem = f"compiled without the OpenMP that torch uses: its kernels run on {threads} of {wanted} threads"
+    return {"build": cpu.build_record(), "level": cpu.isa(), "levels": levels, "threads": threads, "problem": problem}
 
 
 def _audio() -> dict[str, Any]:

@@ -26,6 +26,7 @@ for _schema in (
     "isa() -> str",
     "isa_levels() -> str[]",
     "isa_problem() -> str",
+    "threads() -> int",
     "pack_conv(Tensor weight) -> Tensor",
     "packed_conv(Tensor x, Tensor packed, Tensor? bias, int channels, int taps, int stride, int dilation, "
     "str activation) -> Tensor",
@@ -63,6 +64,11 @@ def isa() -> str | None:
 def isa_levels() -> list[str]:
     """The levels that both the extension and this CPU have, slowest first."""
     return [] if EXTENSION_PROBLEM else _native.isa_levels()
+
+
+def threads() -> int | None:
+    """How many threads the C++ kernels run on now; None without the extension."""
+    return None if EXTENSION_PROBLEM else _native.threads()
 
 
 def _digest_of(sources: Path) -> str | None:
