@@ -7,11 +7,17 @@
 #include <algorithm>
 
 #include "dispatch.h"
+#include "norm_act_entry.h"
 #include "packed_conv_entry.h"
 
 namespace wavlm_fast {
 
 WAVLM_FAST_DISPATCH(NormActKernels, norm_act_kernels)
+
+template <>
+NormAct<float>* norm_act_kernel() { return norm_act_kernels().of_float; }
+template <>
+NormAct<bf16>* norm_act_kernel() { return norm_act_kernels().of_bf16; }
 
 namespace {
 

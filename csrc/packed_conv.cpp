@@ -1,8 +1,10 @@
-#include "packed_conv.h"
-
 #include <ATen/Parallel.h>
+#include <ATen/ops/add.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/sub.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -11,6 +13,7 @@
 
 #include "dispatch.h"
 #include "packed_conv_entry.h"
+#include "scratch.h"
 
 namespace wavlm_fast {
 
@@ -22,28 +25,47 @@ using at::Tensor;
 
 // Tasks per thread, so that threads end together.
 constexpr int64_t kTasksPerThread = 6;
-constexpr int64_t kAlignment = 64;
+
+constexpr int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 struct Tasks {
   int64_t frames, per_utterance, groups, group_step, total;
 };
 
 // Tasks are utterance x block of frames x range of column groups, many enough for all threads.
-Tasks split(int64_t B, int64_t T, int64_t channels, const PackedConvKernels& kernels) {
+Tasks split(int64_t B, int64_t T, int64_t channels, bool filtered) {
+  const auto& kernels = packed_conv();
+  const int64_t most = filtered ? kernels.most_filtered : kernels.most_frames;
+  const int64_t tile = filtered ? 3 * kernels.rows : kernels.rows;
   Tasks tasks;
-  const int64_t blocks = (T + kernels.most_frames - 1) / kernels.most_frames;
-  const int64_t frames = (T + blocks - 1) / blocks;
-  tasks.frames = std::min(kernels.most_frames, (frames + kernels.rows - 1) / kernels.rows * kernels.rows);
-  tasks.per_utterance = (T + tasks.frames - 1) / tasks.frames;
-  tasks.groups = (channels + kernels.columns - 1) / kernels.columns;
-  const int64_t wanted = kTasksPerThread * at::get_num_threads(), row_tasks = B * tasks.per_utterance;
-  const int64_t ranges = std::clamp<int64_t>((wanted + row_tasks - 1) / row_tasks, 1, tasks.groups);
-  tasks.group_step = (tasks.groups + ranges - 1) / ranges;
-  tasks.total = row_tasks * ((tasks.groups + tasks.group_step - 1) / tasks.group_step);
+  tasks.frames = std::min(most, divided_up(divided_up(T, divided_up(T, most)), tile) * tile);
+  tasks.per_utterance = divided_up(T, tasks.frames);
+  tasks.groups = divided_up(channels, kernels.columns);
+  const int64_t row_tasks = B * tasks.per_utterance;
+  const int64_t wanted = divided_up(kTasksPerThread * at::get_num_threads(), row_tasks);
+  tasks.group_step = divided_up(tasks.groups, std::clamp<int64_t>(wanted, 1, tasks.groups));
+  tasks.total = row_tasks * divided_up(tasks.groups, tasks.group_step);
   return tasks;
 }
 
+// [channels, 3, C] -> [channels, 5, C] in the order of Tap in packed_conv_kernel.cpp.
+Tensor filter_taps(const Tensor& weight) {
+  const Tensor wide = weight.to(at::kFloat);
+  const Tensor first = wide.select(1, 0), middle = wide.select(1, 1), last = wide.select(1, 2);
+  const Tensor half_sum = first.add(last).mul_(0.5), half_difference = first.sub(last).mul_(0.5);
+  return at::stack({middle, first, last, half_sum, half_difference}, 1).to(weight.scalar_type());
+}
+
 }  // namespace
+
+const PackedConvKernels& packed_conv() { return packed_conv_kernels(); }
+
+template <>
+const PackedConvVariants<float, float>& variants() { return packed_conv().of_float; }
+template <>
+const PackedConvVariants<float, bf16>& variants() { return packed_conv().to_bf16; }
+template <>
+const PackedConvVariants<bf16, bf16>& variants() { return packed_conv().of_bf16; }
 
 int activation_number(const std::string& name) {
   const char* names[] = {"none", "relu", "gelu", "gelu_tanh"};
@@ -53,80 +75,111 @@ int activation_number(const std::string& name) {
   TORCH_CHECK(false, "unknown activation ", name);
 }
 
-// [channels, taps, C] -> the order that the kernel of this process reads, one-dimensional.
-Tensor pack_conv(const Tensor& weight) {
-  TORCH_CHECK(weight.dim() == 3 && weight.scalar_type() == at::kFloat,
-              "pack_conv: expected a float32 weight of [channels, taps, C], got ", weight.scalar_type(), " ",
-              weight.sizes());
-  const auto& kernels = packed_conv_kernels();
-  const int64_t channels = weight.size(0), terms = weight.size(1) * weight.size(2);
-  const int64_t padded = (channels + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
-  const Tensor rows = at::constant_pad_nd(weight.reshape({channels, terms}), {0, 0, 0, padded - channels});
-  const Tensor packed = at::empty({padded * terms}, weight.options());
+int64_t packed_size(int64_t channels, int64_t taps, int64_t C, bool filtered) {
+  return divided_up(channels, packed_conv().lanes) * packed_conv().lanes * (filtered ? 5 : taps) * C;
+}
+
+Tensor pack_conv(const Tensor& weight, bool filtered) {
+  TORCH_CHECK(weight.dim() == 3 && (weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kBFloat16),
+              "pack_conv: expected a float32 or bfloat16 weight of [channels, taps, C], got ", weight.scalar_type(),
+              " ", weight.sizes());
+  TORCH_CHECK(!filtered || weight.size(1) == 3, "pack_conv: expected three taps to filter, got ", weight.size(1));
+  const auto& kernels = packed_conv();
+  const bool pairs = weight.scalar_type() == at::kBFloat16 && kernels.of_bf16.direct && weight.size(2) % 2 == 0;
+  Tensor rows = (filtered ? filter_taps(weight) : weight).flatten(1);
+  if (!pairs) rows = rows.to(at::kFloat);
+  const int64_t depth = pairs ? 2 : 1, channels = rows.size(0), terms = rows.size(1);
+  const int64_t padded = divided_up(channels, kernels.lanes) * kernels.lanes;
+  rows = at::constant_pad_nd(rows, {0, 0, 0, padded - channels});
+  const Tensor packed = at::empty({padded * terms}, rows.options());
   for (int64_t column = 0; column < padded; column += kernels.columns) {
     const int64_t width = std::min(kernels.columns, padded - column);
-    packed.narrow(0, column * terms, width * terms).view({terms, width}).copy_(rows.narrow(0, column, width).t());
+    const Tensor group = rows.narrow(0, column, width).view({width, terms / depth, depth}).transpose(0, 1);
+    packed.narrow(0, column * terms, width * terms).view({terms / depth, width, depth}).copy_(group);
   }
   return packed;
 }
 
-void convolve(const PackedConv& first_call, int64_t B, int64_t utterance_step) {
-  const auto& kernels = packed_conv_kernels();
-  const Tasks tasks = split(B, first_call.T, first_call.channels, kernels);
+template <class In, class Out>
+void convolve(const PackedConv<In, Out>& first_call, bool filtered, int64_t T, int64_t B, int64_t x_step,
+              int64_t out_step) {
+  if (B == 0 || T == 0) return;
+  const Tasks tasks = split(B, T, first_call.channels, filtered);
+  const auto& of_types = variants<In, Out>();
+  const auto forward = filtered ? of_types.filtered : of_types.direct;
+  const size_t scratch_size = packed_conv().scratch_size(first_call.C, filtered) * sizeof(float);
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min<int64_t>(tasks.total, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    const int64_t size = kernels.scratch_size * sizeof(float);
-    const Tensor memory = at::empty({size + kAlignment}, at::kByte);
-    const auto at = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
-    float* scratch = reinterpret_cast<float*>((at + kAlignment - 1) / kAlignment * kAlignment);
+    float* memory = static_cast<float*>(scratch<Scratch::task>(scratch_size));
     const int64_t row_tasks = B * tasks.per_utterance;
     for (int64_t task = next++; task < tasks.total; task = next++) {
       // Blocks of frames change fastest: threads then share a range of weights in the last cache.
       const int64_t b = task % row_tasks / tasks.per_utterance, frame = task % tasks.per_utterance * tasks.frames;
       const int64_t group = task / row_tasks * tasks.group_step;
-      PackedConv call = first_call;
-      call.x += b * utterance_step;
-      call.out += b * call.T * call.channels;
-      kernels.forward(call, frame, std::min(tasks.frames, call.T - frame), group,
-                      std::min(group + tasks.group_step, tasks.groups), scratch);
+      auto call = first_call;
+      call.x += b * x_step;
+      call.out += b * out_step;
+      forward(call, frame, std::min(tasks.frames, T - frame), group, std::min(group + tasks.group_step, tasks.groups),
+              memory);
     }
   });
 }
 
+template void convolve(const PackedConv<float, float>&, bool, int64_t, int64_t, int64_t, int64_t);
+template void convolve(const PackedConv<float, bf16>&, bool, int64_t, int64_t, int64_t, int64_t);
+template void convolve(const PackedConv<bf16, bf16>&, bool, int64_t, int64_t, int64_t, int64_t);
+
 namespace {
 
+template <class In, class Out>
+void run(const Tensor& x, const Tensor& packed, const Tensor& bias, int64_t taps, int64_t stride, int64_t dilation,
+         bool filtered, int activation, const Tensor& out) {
+  const int64_t C = x.size(2);
+  PackedConv<In, Out> call{};
+  call.x = static_cast<const In*>(x.const_data_ptr());
+  call.packed = packed.const_data_ptr();
+  call.bias = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
+  call.out = static_cast<Out*>(out.mutable_data_ptr());
+  call.C = C, call.taps = taps, call.channels = out.size(2);
+  call.row_step = stride * C, call.tap_step = dilation * C;
+  call.activation = activation;
+  convolve(call, filtered, out.size(1), x.size(0), x.size(1) * C, out.size(1) * out.size(2));
+}
+
 // [B, T, C] -> [B, T', channels] with a weight from pack_conv.
-Tensor packed_conv(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t channels,
-                   int64_t taps, int64_t stride, int64_t dilation, const std::string& activation) {
-  TORCH_CHECK(x.dim() == 3 && x.scalar_type() == at::kFloat && packed.scalar_type() == at::kFloat,
-              "packed_conv: expected float32 x of [B, T, C], got ", x.scalar_type(), " ", x.sizes());
-  const auto& kernels = packed_conv_kernels();
+Tensor packed_conv_op(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t channels,
+                      int64_t taps, int64_t stride, int64_t dilation, bool filtered,
+                      const std::string& activation) {
+  TORCH_CHECK(x.dim() == 3 && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16),
+              "packed_conv: expected float32 or bfloat16 x of [B, T, C], got ", x.scalar_type(), " ", x.sizes());
+  const bool pairs = packed.scalar_type() == at::kBFloat16;
+  TORCH_CHECK(pairs ? x.scalar_type() == at::kBFloat16 : packed.scalar_type() == at::kFloat,
+              "packed_conv: expected a weight packed from the dtype of x, got ", packed.scalar_type(), " for ",
+              x.scalar_type());
   const int64_t C = x.size(2), span = (taps - 1) * dilation + 1;
-  const int64_t padded = (channels + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
-  TORCH_CHECK(packed.is_contiguous() && packed.numel() == padded * taps * C && x.size(1) >= span,
+  TORCH_CHECK(!filtered || (taps == 3 && stride == 2 && dilation == 1),
+              "packed_conv: expected three taps at a stride of two to filter, got ", taps, " at ", stride);
+  const int64_t size = packed_size(channels, taps, C, filtered);
+  TORCH_CHECK(packed.is_contiguous() && packed.numel() == size && x.size(1) >= span,
               "packed_conv: expected a weight packed for ", taps, " taps of ", C, " channels, and at least ", span,
               " frames, got ", packed.numel(), " numbers and ", x.size(1), " frames");
-  TORCH_CHECK(!bias || (bias->numel() == channels && bias->scalar_type() == at::kFloat),
-              "packed_conv: expected a float32 bias of [", channels, "]");
-  const Tensor x_ = x.contiguous(), bias_ = bias ? bias->contiguous() : Tensor();
-  const int64_t T = (x.size(1) - span) / stride + 1;
-  const Tensor out = at::empty({x.size(0), T, channels}, x.options());
-  if (out.numel() == 0) return out;
-  PackedConv call{};
-  call.x = x_.const_data_ptr<float>();
-  call.packed = packed.const_data_ptr<float>();
-  call.bias = bias ? bias_.const_data_ptr<float>() : nullptr;
-  call.out = out.mutable_data_ptr<float>();
-  call.T = T, call.C = C, call.taps = taps, call.channels = channels;
-  call.row_step = stride * C, call.tap_step = dilation * C;
-  call.activation = activation_number(activation);
-  convolve(call, x.size(0), x.size(1) * C);
+  TORCH_CHECK(!bias || bias->numel() == channels, "packed_conv: expected a bias of [", channels, "]");
+  const Tensor bias_ = bias ? bias->to(at::kFloat).contiguous() : Tensor();
+  const Tensor out = at::empty({x.size(0), (x.size(1) - span) / stride + 1, channels}, x.options());
+  const int number = activation_number(activation);
+  if (pairs) {
+    run<bf16, bf16>(x.contiguous(), packed, bias_, taps, stride, dilation, filtered, number, out);
+  } else if (x.scalar_type() == at::kFloat) {
+    run<float, float>(x.contiguous(), packed, bias_, taps, stride, dilation, filtered, number, out);
+  } else {
+    run<float, bf16>(x.to(at::kFloat).contiguous(), packed, bias_, taps, stride, dilation, filtered, number, out);
+  }
   return out;
 }
 
 TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) {
   m.impl("pack_conv", &pack_conv);
-  m.impl("packed_conv", &packed_conv);
+  m.impl("packed_conv", &packed_conv_op);
 }
 
 }  // namespace

@@ -4,33 +4,49 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "bf16.h"
+
 namespace wavlm_fast {
 
 // out[t, :] = activation(offset + gain * (bias + sum over taps k of the C numbers at x + t * row_step + k * tap_step,
 // times the weight of tap k)). Rows may overlap. A linear layer has one tap; so has a convolution of the waveform, with a
 // window for C.
+template <class In, class Out>
 struct PackedConv {
-  const float* x;
-  const float* packed;  // [groups of columns][taps][C][columns of the group], the last group narrower
+  const In* x;
+  const void* packed;   // [groups of columns][taps][C][columns of the group], the last group narrower; where In is
+                        // bfloat16, channels in pairs: [C / 2][columns][2]
   const float* bias;    // [channels], or null
   const float* gain;    // [channels], or null: no gain and no offset
   const float* offset;  // [channels]
-  float* out;           // [T, channels]
-  std::int64_t T, C, taps, row_step, tap_step, channels;
+  Out* out;             // [., channels]
+  std::int64_t C, taps, row_step, tap_step, channels;
   int activation;       // as Activation in activation.h
 };
 
 // Output frames first .. first + count - 1 of the groups from group_begin to group_end.
-using PackedConvForward = void(const PackedConv& call, std::int64_t first, std::int64_t count,
+template <class In, class Out>
+using PackedConvForward = void(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t count,
                                std::int64_t group_begin, std::int64_t group_end, float* scratch);
 
+// `filtered` is for three taps at a stride of two, with the weight's five combinations of taps for `packed` (see
+// kernel), row_step = 2 * C and tap_step = C.
+template <class In, class Out>
+struct PackedConvVariants {
+  PackedConvForward<In, Out>* direct;
+  PackedConvForward<In, Out>* filtered;
+};
+
 struct PackedConvKernels {
-  std::int64_t columns;      // of a group
-  std::int64_t lanes;        // what the width of the last group is rounded up to
-  std::int64_t most_frames;  // `count` is at most this, and best a multiple of `rows`
-  std::int64_t rows;
-  std::size_t scratch_size;  // floats, 64-byte aligned
-  PackedConvForward* forward;
+  std::int64_t columns;        // of a group
+  std::int64_t lanes;          // what the width of the last group is rounded up to
+  std::int64_t rows;           // `count` is best a multiple of it
+  std::int64_t most_frames;    // and at most this,
+  std::int64_t most_filtered;  // or this, a multiple of 3
+  std::size_t (*scratch_size)(std::int64_t C, bool filtered);  // floats, 64-byte aligned
+  PackedConvVariants<float, float> of_float;
+  PackedConvVariants<float, bf16> to_bf16;
+  PackedConvVariants<bf16, bf16> of_bf16;  // null where bfloat16 has no products of its own
 };
 
 }  // namespace wavlm_fast

@@ -9,13 +9,25 @@
 
 namespace wavlm_fast {
 
+// The kernels of the level in use.
+const PackedConvKernels& packed_conv();
+
 // The number by which kernels know an activation; an error for an unknown name.
 int activation_number(const std::string& name);
 
-// [channels, taps, C] float32 -> the order that the kernel of this process reads, one-dimensional.
-at::Tensor pack_conv(const at::Tensor& weight);
+// [channels, taps, C] -> the order that the kernel of this process reads, one-dimensional. bfloat16 stays so where it
+// has products of its own, else it becomes float32. `filtered`: for minimal filtering, of three taps at a stride of two.
+at::Tensor pack_conv(const at::Tensor& weight, bool filtered);
 
-// The call is for the first of B utterances; the next one begins utterance_step numbers later. On all threads.
-void convolve(const PackedConv& first_call, int64_t B, int64_t utterance_step);
+// Numbers that a packed weight has.
+int64_t packed_size(int64_t channels, int64_t taps, int64_t C, bool filtered);
+
+template <class In, class Out>
+const PackedConvVariants<In, Out>& variants();
+
+// `T` frames of each of B utterances on all threads; the next utterance begins x_step and out_step numbers later.
+template <class In, class Out>
+void convolve(const PackedConv<In, Out>& first_call, bool filtered, int64_t T, int64_t B, int64_t x_step,
+              int64_t out_step);
 
 }  // namespace wavlm_fast

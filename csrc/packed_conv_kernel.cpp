@@ -1,124 +1,261 @@
 // Products with packed weights: rows of x enter as scalars, weights as vectors of output channels.
 //
-// The sum over channels and taps is cut into runs of kTerms. A run's weights stay in the first cache while all rows
+// The sum over channels and taps is cut into runs of kWords. A run's weights stay in the first cache while all rows
 // of the task pass by, and each run is summed from zero: the rounding error grows with the number of runs only.
 #include "packed_conv.h"
 
 #include "activation.h"
+#include "tile.h"
 #include "vec.h"
 
 namespace wavlm_fast {
 namespace WAVLM_FAST_ISA {
 namespace {
 
-// kRows x kVectors accumulators, one operand of kVectors vectors and a broadcast: as many as there are registers.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRows = 8;
-#else
-constexpr int kRows = 4;
-#endif
-constexpr int kVectors = 3;
-constexpr int kColumns = kVectors * kLanes;
 // 24 KB of weights with 16 lanes, and less than that with fewer.
-constexpr std::int64_t kTerms = kLanes == 16 ? 128 : 192;
+constexpr std::int64_t kWords = kLanes == 16 ? 128 : 192;
 // A task reads its weights once for this many rows.
 constexpr std::int64_t kFrames = 128;
+// Three frames each. A task's combinations of rows and its five sets of sums stay in the second cache.
+constexpr std::int64_t kTriples = 16;
 
-constexpr std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+template <class In>
+struct ElementOf {
+  using Type = Single;
+};
+template <>
+struct ElementOf<bf16> {
+  using Type = OfBf16;
+};
 
-// to[r][n] (+)= sum over terms k of rows[r][k] * weights[k][n].
-template <int N, bool kAdd>
-WAVLM_FAST_INLINE void product(const float* const (&rows)[kRows], const float* weights, std::int64_t terms, float* to) {
-  Floats acc[kRows][N] = {};
-  for (std::int64_t k = 0; k < terms; ++k, weights += N * kLanes) {
-    Floats column[N];
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) column[n] = load(weights + n * kLanes);
+// Rows of C numbers, row_step apart.
+template <class In>
+struct Rows {
+  const In* x;
+  std::int64_t row_step, count, C;
+};
+
+// [row][N * kLanes], rows `step` apart.
+struct Sums {
+  float* at;
+  std::int64_t step;
+  bool add;  // to what is there
+};
+
+// sums[t] (+)= rows[t] * panel for all rows, and done(t) when the kRows rows from t have their sums.
+// Writes a whole number of tiles: sums of rows past the end are left with something that nobody reads.
+template <int N, class In, class Done>
+WAVLM_FAST_INLINE void pass(const Rows<In>& rows, const float* panel, Sums sums, const Done& done) {
+  using Element = typename ElementOf<In>::Type;
+  const std::int64_t words = rows.C / Element::kDepth;
+  for (std::int64_t k = 0; k < words; k += kWords, sums.add = true) {
+    const std::int64_t run = least(kWords, words - k);
+    for (std::int64_t t = 0; t < rows.count; t += kRows) {
+      const Word* row[kRows];
+      for (int r = 0; r < kRows; ++r) {
+        row[r] = reinterpret_cast<const Word*>(rows.x + least(t + r, rows.count - 1) * rows.row_step) + k;
+      }
+      Floats acc[kRows][N] = {};
+      multiply<Element>(row, 1, panel, run, acc);
+      float* to = sums.at + t * sums.step;
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const Floats x = splat(rows[r][k]);
+      for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) acc[r][n] += x * column[n];
+        for (int n = 0; n < N; ++n) {
+          float* at = to + r * sums.step + n * kLanes;
+          store(at, sums.add ? load(at) + acc[r][n] : acc[r][n]);
+        }
+      }
+      if (k + run == words) done(t);
     }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      float* at = to + (r * N + n) * kLanes;
-      store(at, kAdd ? load(at) + acc[r][n] : acc[r][n]);
-    }
+    panel += run * N * kLanes;
   }
 }
 
-template <Activation activation>
-void finish(const PackedConv& call, const float* sums, std::int64_t first, std::int64_t count, std::int64_t column,
-            std::int64_t columns, std::int64_t width) {
-  const float* bias = call.bias ? call.bias + column : nullptr;
-  const float* gain = call.gain ? call.gain + column : nullptr;
-  const float* offset = call.gain ? call.offset + column : nullptr;
-  float* out = call.out + first * call.channels + column;
-  for (std::int64_t t = 0; t < count; ++t, sums += width, out += call.channels) {
-    sweep(columns, [&](std::int64_t i, auto lanes, int) {
-      Floats sum = load(sums + i);
-      if (bias) sum += lanes.load(bias + i);
-      if (gain) sum = sum * lanes.load(gain + i) + lanes.load(offset + i);
+constexpr auto kNothing = [](std::int64_t) {};
+
+// Where the sums of a group of columns go.
+template <class Out>
+struct Columns {
+  const float* bias;
+  const float* gain;
+  const float* offset;
+  Out* out;  // of the first row
+  std::int64_t channels, columns;
+  Activation activation;
+};
+
+template <class In, class Out>
+Columns<Out> columns_of(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t column) {
+  return {call.bias ? call.bias + column : nullptr,
+          call.gain ? call.gain + column : nullptr,
+          call.gain ? call.offset + column : nullptr,
+          call.out + first * call.channels + column,
+          call.channels,
+          least(kColumns, call.channels - column),
+          static_cast<Activation>(call.activation)};
+}
+
+template <Activation activation, class Out, class SumOf>
+void write_activated(const Columns<Out>& to, std::int64_t first, std::int64_t count, const SumOf& sum_of) {
+  Out* out = to.out + first * to.channels;
+  for (std::int64_t t = first; t < first + count; ++t, out += to.channels) {
+    const auto write_from = [&](std::int64_t i, auto lanes) {
+      Floats sum = sum_of(t, i);
+      if (to.bias) sum += lanes.load(to.bias + i);
+      if (to.gain) sum = sum * lanes.load(to.gain + i) + lanes.load(to.offset + i);
       lanes.store(out + i, activate<activation>(sum));
-    });
+    };
+    std::int64_t i = 0;
+    for (; i + kLanes <= to.columns; i += kLanes) write_from(i, All{});
+    if (i < to.columns) write_from(i, First{static_cast<int>(to.columns - i)});
+  }
+}
+
+// Rows first .. first + count - 1; sum_of(row, i) gives the sums of the columns from i.
+template <class Out, class SumOf>
+void write(const Columns<Out>& to, std::int64_t first, std::int64_t count, const SumOf& sum_of) {
+  switch (to.activation) {
+    case Activation::none:
+      return write_activated<Activation::none>(to, first, count, sum_of);
+    case Activation::relu:
+      return write_activated<Activation::relu>(to, first, count, sum_of);
+    case Activation::gelu:
+      return write_activated<Activation::gelu>(to, first, count, sum_of);
+    case Activation::gelu_tanh:
+      return write_activated<Activation::gelu_tanh>(to, first, count, sum_of);
   }
 }
 
 // One group of N vectors of columns.
-template <int N>
-void run(const PackedConv& call, std::int64_t first, std::int64_t count, const float* weights, float* sums) {
-  const float* x = call.x + first * call.row_step;
-  bool add = false;
-  for (std::int64_t tap = 0; tap < call.taps; ++tap, x += call.tap_step) {
-    for (std::int64_t c = 0; c < call.C; c += kTerms, add = true) {
-      const std::int64_t terms = least(kTerms, call.C - c);
-      for (std::int64_t t = 0; t < count; t += kRows) {
-        const float* rows[kRows];
-        // Rows past the end repeat the last one; nobody reads their sums.
-        for (int r = 0; r < kRows; ++r) rows[r] = x + least(t + r, count - 1) * call.row_step + c;
-        float* to = sums + t * N * kLanes;
-        add ? product<N, true>(rows, weights, terms, to) : product<N, false>(rows, weights, terms, to);
-      }
-      weights += terms * N * kLanes;
-    }
+template <int N, class In, class Out>
+void direct_group(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t count, const float* panel,
+                  const Columns<Out>& to, float* sums) {
+  constexpr std::int64_t width = N * kLanes;
+  const std::int64_t panel_size = call.C / ElementOf<In>::Type::kDepth * width;
+  const auto finish = [&](std::int64_t t) {
+    write(to, t, least(kRows, count - t), [&](std::int64_t row, std::int64_t i) { return load(sums + row * width + i); });
+  };
+  Rows<In> rows = {call.x + first * call.row_step, call.row_step, count, call.C};
+  for (std::int64_t tap = 0; tap + 1 < call.taps; ++tap, rows.x += call.tap_step, panel += panel_size) {
+    pass<N>(rows, panel, {sums, width, tap > 0}, kNothing);
+  }
+  pass<N>(rows, panel, {sums, width, call.taps > 1}, finish);
+}
+
+template <class In, class Out, class OfWidth>
+WAVLM_FAST_INLINE void for_groups(const PackedConv<In, Out>& call, std::int64_t taps, std::int64_t begin,
+                                  std::int64_t end, const OfWidth& of_width) {
+  const std::int64_t words = taps * (call.C / ElementOf<In>::Type::kDepth);
+  for (std::int64_t column = begin * kColumns; column < least(end * kColumns, call.channels); column += kColumns) {
+    const float* panel = static_cast<const float*>(call.packed) + column * words;
+    const std::int64_t vectors = (least(kColumns, call.channels - column) + kLanes - 1) / kLanes;
+    if (vectors == 3) of_width(column, panel, Vectors<3>{});
+    if (vectors == 2) of_width(column, panel, Vectors<2>{});
+    if (vectors == 1) of_width(column, panel, Vectors<1>{});
   }
 }
 
-void forward(const PackedConv& call, std::int64_t first, std::int64_t count, std::int64_t group_begin,
-             std::int64_t group_end, float* scratch) {
-  for (std::int64_t group = group_begin; group < group_end; ++group) {
-    const std::int64_t column = group * kColumns, columns = least(kColumns, call.channels - column);
-    const std::int64_t width = (columns + kLanes - 1) / kLanes * kLanes;
-    const float* weights = call.packed + column * call.taps * call.C;
-    if (width == 3 * kLanes) run<3>(call, first, count, weights, scratch);
-    if (width == 2 * kLanes) run<2>(call, first, count, weights, scratch);
-    if (width == 1 * kLanes) run<1>(call, first, count, weights, scratch);
-    switch (static_cast<Activation>(call.activation)) {
-      case Activation::none:
-        finish<Activation::none>(call, scratch, first, count, column, columns, width);
-        break;
-      case Activation::relu:
-        finish<Activation::relu>(call, scratch, first, count, column, columns, width);
-        break;
-      case Activation::gelu:
-        finish<Activation::gelu>(call, scratch, first, count, column, columns, width);
-        break;
-      case Activation::gelu_tanh:
-        finish<Activation::gelu_tanh>(call, scratch, first, count, column, columns, width);
-        break;
-    }
+template <class In, class Out>
+void direct(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t count, std::int64_t group_begin,
+            std::int64_t group_end, float* scratch) {
+  for_groups(call, call.taps, group_begin, group_end, [&](std::int64_t column, const float* panel, auto vectors) {
+    direct_group<vectors.count>(call, first, count, panel, columns_of(call, first, column), scratch);
+  });
+}
+
+// Minimal filtering of three taps at a stride of two. Of the input, odd rows o meet the middle tap only, and even rows e
+// the two outer ones: over three outputs that is a filter of two taps, which needs four products instead of six:
+//   y0 = o0 w1 + (e0 - e2) w0 + p + m        p = (e1 + e2) (w0 + w2) / 2
+//   y1 = o1 w1                + p - m        m = (e2 - e1) (w0 - w2) / 2
+//   y2 = o2 w1 + (e3 - e1) w2 + p + m
+// Seven products instead of nine. Only neighbouring frames are combined: they are of like magnitude, so that a quiet
+// frame does not inherit the rounding errors of a loud one, and errors grow by a tenth.
+enum Tap { kMiddle, kFirst, kLast, kHalfSum, kHalfDifference, kTaps };
+
+// [triples][C] each.
+template <class In>
+struct Combinations {
+  In* of[kTaps];  // kMiddle has none: odd rows are read where they are
+};
+
+// The rows of x are 0 .. last; what the last triple would read beyond belongs to outputs that nobody reads.
+template <class In>
+void combine(const In* x, std::int64_t last, std::int64_t triples, std::int64_t C, const Combinations<In>& to) {
+  for (std::int64_t i = 0; i < triples; ++i) {
+    const In* e[4];
+    for (int k = 0; k < 4; ++k) e[k] = x + least(6 * i + 2 * k, last) * C;
+    sweep(C, [&](std::int64_t c, auto lanes, int) {
+      const Floats e0 = lanes.load(e[0] + c), e1 = lanes.load(e[1] + c);
+      const Floats e2 = lanes.load(e[2] + c), e3 = lanes.load(e[3] + c);
+      const std::int64_t at = i * C + c;
+      lanes.store(to.of[kFirst] + at, e0 - e2);
+      lanes.store(to.of[kLast] + at, e3 - e1);
+      lanes.store(to.of[kHalfSum] + at, e1 + e2);
+      lanes.store(to.of[kHalfDifference] + at, e2 - e1);
+    });
   }
+}
+
+constexpr std::int64_t kSumRows = 3 * kTriples;
+static_assert(kTriples % kRows == 0, "sums are written by whole tiles");
+
+template <int N, class In, class Out>
+void filtered_group(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t count,
+                    const Combinations<In>& rows, const float* panel, const Columns<Out>& to, float* sums) {
+  constexpr std::int64_t width = N * kLanes;
+  const std::int64_t C = call.C, panel_size = C / ElementOf<In>::Type::kDepth * width, triples = (count + 2) / 3;
+  const auto panel_of = [&](Tap tap) { return panel + tap * panel_size; };
+  const auto rows_of = [&](Tap tap) { return Rows<In>{rows.of[tap], C, triples, C}; };
+  float* half_sums = sums + kSumRows * width;
+  float* half_differences = half_sums + kTriples * width;
+  const In* odd = call.x + first * call.row_step + C;
+  pass<N>(Rows<In>{odd, call.row_step, count, C}, panel_of(kMiddle), {sums, width, false}, kNothing);
+  pass<N>(rows_of(kFirst), panel_of(kFirst), {sums, 3 * width, true}, kNothing);
+  pass<N>(rows_of(kLast), panel_of(kLast), {sums + 2 * width, 3 * width, true}, kNothing);
+  pass<N>(rows_of(kHalfSum), panel_of(kHalfSum), {half_sums, width, false}, kNothing);
+  pass<N>(rows_of(kHalfDifference), panel_of(kHalfDifference), {half_differences, width, false}, kNothing);
+  write(to, 0, count, [&](std::int64_t row, std::int64_t i) {
+    const std::int64_t at = row / 3 * width + i;
+    const Floats difference = load(half_differences + at);
+    return load(sums + row * width + i) + (load(half_sums + at) + (row % 3 == 1 ? -difference : difference));
+  });
+}
+
+template <class In, class Out>
+void filtered(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t count, std::int64_t group_begin,
+              std::int64_t group_end, float* scratch) {
+  const std::int64_t triples = (count + 2) / 3;
+  Combinations<In> rows{};
+  float* at = scratch;
+  for (int tap = kFirst; tap < kTaps; ++tap, at += kTriples * rounded_up(call.C, kLanes)) {
+    rows.of[tap] = reinterpret_cast<In*>(at);
+  }
+  combine(call.x + first * call.row_step, 2 * count, triples, call.C, rows);
+  for_groups(call, kTaps, group_begin, group_end, [&](std::int64_t column, const float* panel, auto vectors) {
+    filtered_group<vectors.count>(call, first, count, rows, panel, columns_of(call, first, column), at);
+  });
+}
+
+std::size_t scratch_size(std::int64_t C, bool is_filtered) {
+  if (!is_filtered) return (kFrames + kRows) * kColumns;
+  return 4 * kTriples * rounded_up(C, kLanes) + (kSumRows + 2 * kTriples) * kColumns;
+}
+
+template <class In, class Out>
+constexpr PackedConvVariants<In, Out> variants() {
+  return {direct<In, Out>, filtered<In, Out>};
 }
 
 }  // namespace
 
 const PackedConvKernels& packed_conv_kernels() {
-  static constexpr PackedConvKernels kernels = {kColumns, kLanes, kFrames, kRows, (kFrames + kRows) * kColumns,
-                                                forward};
+  static constexpr PackedConvKernels kernels = {
+      kColumns, kLanes, kRows, kFrames, 3 * kTriples, scratch_size, variants<float, float>(), variants<float, bf16>(),
+#if defined(__AVX512BF16__)
+      variants<bf16, bf16>(),
+#endif
+  };
   return kernels;
 }
 

@@ -21,6 +21,12 @@ constexpr int kRows = 4;
 constexpr int kVectors = 3;
 constexpr int kColumns = kVectors * kLanes;
 
+// How many vectors a group of columns has, as a type: the narrowest group has one.
+template <int N>
+struct Vectors {
+  static constexpr int count = N;
+};
+
 // What one step along the summed axis multiplies, 32 bits: a float, or two neighbouring bfloat16.
 typedef float __attribute__((may_alias, aligned(2))) Word;
 

@@ -1,18 +1,22 @@
-// The first convolution. With group norm the conv output is never needed to know its statistics: mean and variance of
-// a channel follow from the mean and the Gram matrix of the waveform's windows, so the norm becomes a bias, a gain and
-// an offset, and one pass writes the activated frames.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <tuple>
 
-#include "packed_conv_entry.h"
+#include "dispatch.h"
+#include "waveform_conv.h"
+#include "waveform_conv_entry.h"
 
 namespace wavlm_fast {
+
+WAVLM_FAST_DISPATCH(WaveformConvKernels, waveform_conv_kernels)
+
 namespace {
 
 using at::Tensor;
@@ -20,21 +24,12 @@ using at::Tensor;
 // Windows are summed in parts of this many, whatever the number of threads: the result does not depend on it.
 constexpr int64_t kPart = 4096;
 
-// Sums over windows of x[k], and of x[k] * x[l] for l <= k, into [K] and [K, K].
-void add_windows(const float* x, int64_t windows, int64_t stride, int64_t K, double* sums, double* products) {
-  for (int64_t t = 0; t < windows; ++t, x += stride) {
-    for (int64_t k = 0; k < K; ++k) {
-      sums[k] += x[k];
-      for (int64_t l = 0; l <= k; ++l) products[k * K + l] += static_cast<double>(x[k]) * x[l];
-    }
-  }
-}
-
-// Mean [K] and covariance [K, K], its lower half, of the windows of one utterance, in float64.
+// Mean [K] and covariance [K, K] of the windows of one utterance, in float64.
 std::tuple<Tensor, Tensor> window_statistics(const float* x, int64_t windows, int64_t stride, int64_t K) {
   const int64_t parts = (windows + kPart - 1) / kPart;
   const Tensor partial = at::zeros({parts, K + K * K}, at::kDouble);
   double* at_part = partial.mutable_data_ptr<double>();
+  const auto add_windows = waveform_conv_kernels().add_windows;
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       double* sums = at_part + part * (K + K * K);
@@ -50,77 +45,101 @@ std::tuple<Tensor, Tensor> window_statistics(const float* x, int64_t windows, in
     for (int64_t i = 0; i < K * K; ++i) c[i] += sums[K + i] / windows;
   }
   for (int64_t k = 0; k < K; ++k) {
-    for (int64_t l = 0; l <= k; ++l) c[k * K + l] -= m[k] * m[l];
+    for (int64_t l = 0; l < K; ++l) c[k * K + l] -= m[k] * m[l];
   }
   return {mean, covariance};
 }
 
-// The group norm of the convolution with these window statistics, as bias, gain and offset of its channels.
-void fold(const Tensor& window_mean, const Tensor& covariance, const Tensor& weight, const Tensor& norm_weight,
-          const Tensor& norm_bias, double eps, const Tensor& bias, const Tensor& gain, const Tensor& offset) {
-  const int64_t C = weight.size(0), K = weight.size(1);
-  const double *m = window_mean.const_data_ptr<double>(), *c = covariance.const_data_ptr<double>();
-  const float* w = weight.const_data_ptr<float>();
-  const auto entry = [](const Tensor& vector, int64_t i, double absent) {
-    return vector.defined() ? static_cast<double>(vector.const_data_ptr<float>()[i]) : absent;
-  };
-  for (int64_t i = 0; i < C; ++i, w += K) {
-    double mean = 0.0, variance = 0.0;
-    for (int64_t k = 0; k < K; ++k) {
-      mean += w[k] * m[k];
-      for (int64_t l = 0; l <= k; ++l) variance += (k == l ? 1.0 : 2.0) * w[k] * w[l] * c[k * K + l];
-    }
-    // The conv's own bias moves the mean and nothing else, so the norm takes it out again.
-    const double scale = entry(norm_weight, i, 1.0) / std::sqrt(std::max(variance, 0.0) + eps);
-    bias.mutable_data_ptr<float>()[i] = -mean;
-    gain.mutable_data_ptr<float>()[i] = scale;
-    offset.mutable_data_ptr<float>()[i] = entry(norm_bias, i, 0.0);
-  }
-}
-
-Tensor optional_vector(const std::optional<Tensor>& vector) {
+Tensor vector_of(const std::optional<Tensor>& vector) {
   return vector ? vector->to(at::kFloat).contiguous() : Tensor();
 }
 
-// [B, S] float32 -> [B, T, C], with group norm, or without norm. `packed` is the weight [C, 1, K] after pack_conv.
+const float* data_of(const Tensor& vector) { return vector.defined() ? vector.const_data_ptr<float>() : nullptr; }
+
+}  // namespace
+
+FirstConv::FirstConv(const Tensor& weight, const Tensor& packed, const std::optional<Tensor>& bias, int64_t stride,
+                     bool group_norm, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
+                     double eps, const std::string& activation)
+    : packed_(packed),
+      norm_weight_(vector_of(norm_weight)),
+      norm_bias_(vector_of(norm_bias)),
+      stride_(stride),
+      group_norm_(group_norm),
+      eps_(eps),
+      activation_(activation_number(activation)) {
+  TORCH_CHECK(weight.dim() == 3 && weight.size(1) == 1 && weight.scalar_type() == at::kFloat && stride > 0,
+              "waveform_conv: expected a float32 weight of [C, 1, K], got ", weight.scalar_type(), " ", weight.sizes());
+  filters_ = weight.contiguous().view({weight.size(0), weight.size(2)});
+  TORCH_CHECK(packed.is_contiguous() && packed.scalar_type() == at::kFloat &&
+                  packed.numel() == packed_size(channels(), 1, filters_.size(1), false),
+              "waveform_conv: expected the weight packed by pack_conv");
+  bias_ = group_norm ? at::empty({channels()}, filters_.options()) : vector_of(bias);
+  if (!group_norm) return;
+  gain_ = at::empty_like(bias_);
+  offset_ = norm_bias_.defined() ? norm_bias_ : at::zeros_like(bias_);
+}
+
+template <class Out>
+PackedConv<float, Out> FirstConv::on(const float* utterance, int64_t samples) {
+  if (group_norm_) normalise(utterance, frames(samples));
+  PackedConv<float, Out> call{};
+  call.x = utterance;
+  call.packed = packed_.const_data_ptr();
+  call.bias = data_of(bias_), call.gain = data_of(gain_), call.offset = data_of(offset_);
+  call.C = filters_.size(1), call.taps = 1, call.row_step = stride_, call.channels = channels();
+  call.activation = activation_;
+  return call;
+}
+
+template PackedConv<float, float> FirstConv::on(const float*, int64_t);
+template PackedConv<float, bf16> FirstConv::on(const float*, int64_t);
+
+void FirstConv::normalise(const float* utterance, int64_t windows) {
+  const int64_t K = filters_.size(1);
+  const auto [window_mean, covariance] = window_statistics(utterance, windows, stride_, K);
+  const double *m = window_mean.const_data_ptr<double>(), *c = covariance.const_data_ptr<double>();
+  const float *w = filters_.const_data_ptr<float>(), *norm_weight = data_of(norm_weight_);
+  float *bias = bias_.mutable_data_ptr<float>(), *gain = gain_.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < channels(); ++i, w += K) {
+    double mean = 0.0, variance = 0.0;
+    for (int64_t k = 0; k < K; ++k) {
+      mean += w[k] * m[k];
+      for (int64_t l = 0; l < K; ++l) variance += static_cast<double>(w[k]) * w[l] * c[k * K + l];
+    }
+    // The conv's own bias moves the mean and nothing else, so the norm takes it out again.
+    bias[i] = -mean;
+    gain[i] = (norm_weight ? norm_weight[i] : 1.0) / std::sqrt(std::max(variance, 0.0) + eps_);
+    // A single frame is its own mean: what is left of it is rounding, which the gain would blow up.
+    if (windows == 1) gain[i] = 0.0f;
+  }
+}
+
+namespace {
+
+template <class Out>
+void run(FirstConv& conv, const Tensor& waveform, const Tensor& out) {
+  const int64_t S = waveform.size(1), T = out.size(1);
+  for (int64_t b = 0; b < waveform.size(0); ++b) {
+    auto call = conv.on<Out>(waveform.const_data_ptr<float>() + b * S, S);
+    call.out = static_cast<Out*>(out.mutable_data_ptr()) + b * T * call.channels;
+    convolve(call, false, T, 1, 0, 0);
+  }
+}
+
+// [B, S] float32 -> [B, T, C] float32 or bfloat16, with group norm, or without norm.
 Tensor waveform_conv(const Tensor& waveform, const Tensor& weight, const Tensor& packed,
                      const std::optional<Tensor>& bias, int64_t stride, bool group_norm,
                      const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, double eps,
-                     const std::string& activation) {
-  TORCH_CHECK(waveform.dim() == 2 && weight.dim() == 3 && weight.size(1) == 1 && stride > 0 &&
-                  waveform.size(1) >= weight.size(2),
-              "waveform_conv: expected waveform of [B, S] and weight of [C, 1, K] with S >= K, got ", waveform.sizes(),
-              " and ", weight.sizes());
-  TORCH_CHECK(waveform.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat,
-              "waveform_conv: expected float32, got ", waveform.scalar_type(), " and ", weight.scalar_type());
-  const int64_t B = waveform.size(0), S = waveform.size(1), C = weight.size(0), K = weight.size(2);
-  const int64_t T = (S - K) / stride + 1;
-  TORCH_CHECK(packed.is_contiguous() && packed.scalar_type() == at::kFloat && packed.numel() >= C * K,
-              "waveform_conv: expected the weight packed by pack_conv");
-  const Tensor x = waveform.contiguous(), filters = weight.contiguous().view({C, K});
-  const Tensor norm_gain = optional_vector(norm_weight), norm_offset = optional_vector(norm_bias);
-  const Tensor shift = group_norm ? at::empty({C}, x.options()) : optional_vector(bias);
-  const Tensor gain = group_norm ? at::empty({C}, x.options()) : Tensor();
-  const Tensor offset = group_norm ? at::empty({C}, x.options()) : Tensor();
-  const Tensor out = at::empty({B, T, C}, x.options());
-  PackedConv call{};
-  call.packed = packed.const_data_ptr<float>();
-  call.T = T, call.C = K, call.taps = 1, call.row_step = stride, call.channels = C;
-  call.activation = activation_number(activation);
-  call.bias = shift.defined() ? shift.const_data_ptr<float>() : nullptr;
-  call.gain = group_norm ? gain.const_data_ptr<float>() : nullptr;
-  call.offset = group_norm ? offset.const_data_ptr<float>() : nullptr;
-  for (int64_t b = 0; b < B; ++b) {
-    call.x = x.const_data_ptr<float>() + b * S;
-    call.out = out.mutable_data_ptr<float>() + b * T * C;
-    if (group_norm) {
-      const auto [mean, covariance] = window_statistics(call.x, T, stride, K);
-      fold(mean, covariance, filters, norm_gain, norm_offset, eps, shift, gain, offset);
-      // A single frame is its own mean: what is left of it is rounding, which the gain would blow up.
-      if (T == 1) gain.zero_();
-    }
-    convolve(call, 1, 0);
-  }
+                     const std::string& activation, bool to_bf16) {
+  FirstConv conv(weight, packed, bias, stride, group_norm, norm_weight, norm_bias, eps, activation);
+  TORCH_CHECK(waveform.dim() == 2 && waveform.scalar_type() == at::kFloat && waveform.size(1) >= weight.size(2),
+              "waveform_conv: expected a float32 waveform of [B, S] with S >= ", weight.size(2), ", got ",
+              waveform.scalar_type(), " ", waveform.sizes());
+  const Tensor x = waveform.contiguous();
+  const int64_t T = conv.frames(x.size(1));
+  const Tensor out = at::empty({x.size(0), T, conv.channels()}, x.options().dtype(to_bf16 ? at::kBFloat16 : at::kFloat));
+  to_bf16 ? run<bf16>(conv, x, out) : run<float>(conv, x, out);
   return out;
 }
 

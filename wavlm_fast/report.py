@@ -66,9 +66,13 @@ def report(model: nn.Module) -> Report:
     counts: Counter[tuple] = Counter()
     slow: Counter[str] = Counter()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(model.training):
-        for module in model.modules():
+        planned: set[nn.Module] = set()
+        for module in model.modules():  # parents first
+            if module in planned:
+                continue
             if isinstance(module, FastModule):
                 counts.update(_decide(plan) for plan in module.plan())
+                planned.update(module.planned())
             elif isinstance(module, tuple(TWINS)) and not isinstance(module, tuple(TWINS.values())):
                 slow[type(module).__name__] += 1
     first = next(model.parameters(), torch.empty(0))

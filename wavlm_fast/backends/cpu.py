@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..ops import schemas
-from . import Implementation, products
+from . import Implementation, front_end, products
 
 NAME = "cpu"
 
@@ -27,12 +27,15 @@ for _schema in (
     "isa_levels() -> str[]",
     "isa_problem() -> str",
     "threads() -> int",
-    "pack_conv(Tensor weight) -> Tensor",
+    "pack_conv(Tensor weight, bool filtered) -> Tensor",
     "packed_conv(Tensor x, Tensor packed, Tensor? bias, int channels, int taps, int stride, int dilation, "
-    "str activation) -> Tensor",
+    "bool filtered, str activation) -> Tensor",
     "norm_act(Tensor x, Tensor? weight, Tensor? bias, float eps, str activation) -> Tensor",
     "waveform_conv(Tensor waveform, Tensor weight, Tensor packed, Tensor? bias, int stride, bool group_norm, "
-    "Tensor? norm_weight, Tensor? norm_bias, float eps, str activation) -> Tensor",
+    "Tensor? norm_weight, Tensor? norm_bias, float eps, str activation, bool to_bf16) -> Tensor",
+    "feature_encoder(Tensor waveform, Tensor weight, Tensor[] packed, Tensor?[] biases, Tensor?[] norm_weights, "
+    "Tensor?[] norm_biases, int[] taps, int[] strides, int[] channels, bool[] filtered, str norm, float eps, "
+    "str activation) -> Tensor",
 ):
     _library.define(_schema)
 for _name in _KERNELS:
@@ -140,6 +143,10 @@ def _why_not_waveform_conv(waveform: torch.Tensor, *rest: object) -> str | None:
     return EXTENSION_PROBLEM
 
 
+def _why_not_feature_encoder(*args: Any) -> str | None:
+    return front_end.why_not_feature_encoder(EXTENSION_PROBLEM, *args)
+
+
 def _why_not_product(x: torch.Tensor, weight: torch.Tensor, *rest: object) -> str | None:
     return products.why_not(EXTENSION_PROBLEM, x, weight)
 
@@ -160,7 +167,8 @@ TABLE: dict[str, Implementation] = {
     "add_layer_norm": _cpp("add_layer_norm", _why_not_add_layer_norm),
     "add_layer_norm_backward": _cpp("add_layer_norm_backward", _why_not_add_layer_norm_backward),
     "gated_attention": _cpp("gated_attention", _why_not_gated_attention),
-    "waveform_conv": Implementation(products.waveform_conv, _why_not_waveform_conv),
+    "feature_encoder": Implementation(front_end.feature_encoder, _why_not_feature_encoder),
+    "waveform_conv": Implementation(front_end.waveform_conv, _why_not_waveform_conv),
     "linear_act": Implementation(products.linear_act, _why_not_product),
     "strided_conv": Implementation(products.strided_conv, _why_not_strided_conv),
     "tdnn": Implementation(products.tdnn, _why_not_product),

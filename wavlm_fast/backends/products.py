@@ -1,8 +1,9 @@
 """The convolutions and linear layers of the cpu backend, norm, bias and activation fused.
 
 linear_act, strided_conv and tdnn have packed weights. All three are convolutions over time-major frames; a linear layer
-has one tap. float32 runs in C++ (packed_conv.cpp): it is as fast as oneDNN, whose rounding error is more than twice
-that of torch's own linear and conv1d. bfloat16 runs in oneDNN, which uses the matrix units of CPUs that have them.
+has one tap. They run in C++ (packed_conv.cpp), float32 as fast as in oneDNN, whose rounding error is more than twice
+that of torch's own linear and conv1d. bfloat16 runs in oneDNN on CPUs with matrix units (AMX), or for want of the
+extension.
 
 A kernel runs below autograd and cannot see whether a gradient is recorded. While a weight learns it is packed anew at
 each optimizer step, which costs less than the faster product saves; gradients take the weight itself.
@@ -11,6 +12,7 @@ each optimizer step, which costs less than the faster product saves; gradients t
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, 
     rows = x.reshape(-1, x.shape[-1])
     apart = save and activation != "none"
     fused = "none" if apart else activation
-    if x.dtype == torch.bfloat16:
+    if in_onednn(x):
         packed = derived("onednn linear", (weight,), lambda: onednn.pack_linear(weight))
         out = onednn.linear(rows, packed, bias, fused)
     else:
@@ -49,40 +51,14 @@ def strided_conv(
     """The op of that name."""
     apart = save or norm_weight is not None
     fused = "none" if apart else activation
-    out = pre = _convolve(x, weight, lambda: weight.transpose(1, 2), weight.shape[2], bias, stride, 1, fused)
+    filtered = can_filter(weight.shape[2], stride) and not (save and x.dtype == torch.bfloat16)
+    filters = lambda: weight.transpose(1, 2)  # noqa: E731
+    out = pre = _convolve(x, weight, filters, weight.shape[2], bias, stride, 1, fused, filtered)
     if norm_weight is not None:
-        out = _norm_act(pre, norm_weight, norm_bias, eps, activation)
+        out = norm_act(pre, norm_weight, norm_bias, eps, activation)
     elif apart:
         out = activate(activation, out)
     return out, or_empty(pre if save and out is not pre else None, x)
-
-
-def waveform_conv(
-    waveform: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int,
-    norm: str,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    activation: str,
-) -> Tensor:
-    """The op of that name, in float32 inside."""
-    vectors = [None if v is None else v.float() for v in (bias, norm_weight, norm_bias)]
-    fused = "none" if norm == "layer" else activation
-    native = torch.ops.wavlm_fast_cpu
-    packed = derived("packed waveform conv", (weight,), lambda: native.pack_conv(weight.float()))
-    out = native.waveform_conv(
-        waveform.float(), weight.float(), packed, vectors[0], stride, norm == "group", *vectors[1:], eps, fused
-    )
-    if norm == "layer":
-        out = _norm_act(out, *vectors[1:], eps, activation)
-    return out.to(waveform.dtype)
-
-
-def _norm_act(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, activation: str) -> Tensor:
-    return torch.ops.wavlm_fast_cpu.norm_act(x, weight, bias, eps, activation)
 
 
 def tdnn(x: Tensor, weight: Tensor, bias: Tensor | None, kernel_size: int, dilation: int, activation: str) -> Tensor:
@@ -100,14 +76,48 @@ def _convolve(
     stride: int,
     dilation: int,
     activation: str,
+    filtered: bool = False,
 ) -> Tensor:
     """`[B, T, C]` -> `[B, T', C']`; `filters` gives the weight as `[C', K, C]`."""
-    if x.dtype == torch.bfloat16:
+    if in_onednn(x):
         kind = f"onednn conv, {taps} taps, stride {stride}, dilation {dilation}"
         packed = derived(kind, (weight,), lambda: onednn.pack_conv(filters(), stride, dilation))
         return onednn.convolve(x, packed, bias, stride, dilation, activation)
-    packed = derived(f"packed conv, {taps} taps", (weight,), lambda: torch.ops.wavlm_fast_cpu.pack_conv(filters()))
-    return torch.ops.wavlm_fast_cpu.packed_conv(x, packed, bias, weight.shape[0], taps, stride, dilation, activation)
+    packed = pack(weight, filters, taps, filtered)
+    channels = weight.shape[0]
+    native = torch.ops.wavlm_fast_cpu
+    return native.packed_conv(x, packed, bias, channels, taps, stride, dilation, filtered, activation)
+
+
+def pack(weight: Tensor, filters: Callable[[], Tensor], taps: int, filtered: bool) -> Tensor:
+    """`filters()` `[C', K, C]` of a weight in the order of packed_conv.cpp, remembered."""
+    kind = f"packed conv, {taps} taps{', filtered' if filtered else ''}"
+    return derived(kind, (weight,), lambda: torch.ops.wavlm_fast_cpu.pack_conv(filters(), filtered))
+
+
+def can_filter(taps: int, stride: int) -> bool:
+    """Whether minimal filtering (packed_conv_kernel.cpp) does a convolution in 7/9 of the products.
+
+    In bfloat16 it rounds sums of frames and of taps once more. That is no more than what the fused forward saves, but
+    gradients, which have nothing to save, are taken of the direct form.
+    """
+    return taps == 3 and stride == 2
+
+
+def norm_act(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, activation: str) -> Tensor:
+    """Layer norm over channels and activation."""
+    return torch.ops.wavlm_fast_cpu.norm_act(x, weight, bias, eps, activation)
+
+
+def in_onednn(x: Tensor) -> bool:
+    """Whether products of `x` run in oneDNN."""
+    return x.dtype == torch.bfloat16 and _prefers_onednn()
+
+
+@cache
+def _prefers_onednn() -> bool:
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key("wavlm_fast_cpu::packed_conv", "CPU")
+    return onednn.why_not() is None and (torch.cpu._is_amx_tile_supported() or not has_kernel)
 
 
 def why_not(extension_problem: str | None, x: Tensor, weight: Tensor) -> str | None:
@@ -116,4 +126,4 @@ def why_not(extension_problem: str | None, x: Tensor, weight: Tensor) -> str | N
         return f"packed weights are float32 or bfloat16, x is {x.dtype} and the weight {weight.dtype}"
     if x.numel() == 0:
         return "there is nothing to compute"
-    return extension_problem if x.dtype == torch.float32 else onednn.why_not()
+    return None if in_onednn(x) else extension_problem

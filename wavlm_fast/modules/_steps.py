@@ -57,6 +57,10 @@ class FastModule:
         """The ops of one forward."""
         raise NotImplementedError
 
+    def planned(self) -> Iterator[nn.Module]:
+        """Submodules that do not run on their own: the plan speaks for them."""
+        return iter(())
+
 
 def named(name: str, refusal: str | None) -> str | None:
     """A refusal with the submodule's name in front."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.models.wavlm import modeling_wavlm as hf
 
-from .. import ops
+from .. import backends, ops
 from ..inputs import SAMPLE_RATE, check_waveform
-from ._plain import fused_activation, same_dtype, why_not_plain
+from ..ops._define import needs_grad
+from ._plain import fused_activation, has_hooks, same_dtype, why_not_plain
 from ._steps import FastModule, Plan, frames_like, named, why_not_norm
 
 
@@ -32,19 +34,30 @@ class _FastConvLayer(FastModule):
     def _apply_norm(self, frames: Tensor) -> Tensor:
         return frames
 
-    def plan(self) -> Iterator[Plan]:
-        op = "waveform_conv" if self.in_conv_dim == 1 else "strided_conv"
-        refusal = named("conv", _why_not_conv(self.conv))
-        yield Plan(op, refusal, self._example)
+    def _why_not_epilogue(self) -> str | None:
         reason = named("layer_norm", self._why_not_norm())
         if reason is None and fused_activation(self.activation) is None:
-            reason = f"activation is called: {type(self.activation).__name__} is not fused"
+            return f"activation is called: {type(self.activation).__name__} is not fused"
+        return reason
+
+    def why_not_fused(self) -> str | None:
+        """Why the layer is not one op; None when it is."""
+        return named("conv", _why_not_conv(self.conv)) or self._why_not_epilogue()
+
+    def norm_parameters(self) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias of the norm."""
+        return (None, None) if self.norm == "none" else (self.layer_norm.weight, self.layer_norm.bias)
+
+    def plan(self) -> Iterator[Plan]:
+        op = "waveform_conv" if self.in_conv_dim == 1 else "strided_conv"
+        refusal, reason = named("conv", _why_not_conv(self.conv)), self._why_not_epilogue()
+        yield Plan(op, refusal, self._example)
         if refusal is None and reason is not None:
             yield Plan(f"{op} epilogue", reason)
 
     def _example(self) -> tuple:
         conv, norm = self.conv, self.norm if self._why_not_norm() is None else "none"
-        affine = (None, None) if norm == "none" else (self.layer_norm.weight, self.layer_norm.bias)
+        affine = (None, None) if norm == "none" else self.norm_parameters()
         activation = fused_activation(self.activation) or "none"
         if self.in_conv_dim == 1:
             waveform = torch.empty((1, SAMPLE_RATE), device=conv.weight.device, dtype=conv.weight.dtype)
@@ -111,10 +124,57 @@ class FastWavLMGroupNormConvLayer(_FastConvLayer, hf.WavLMGroupNormConvLayer):
 
 
 class FastWavLMFeatureEncoder(FastModule, hf.WavLMFeatureEncoder):
-    """The convolution layers in turn."""
+    """The convolution layers: as one op while no gradient is wanted, else in turn."""
+
+    def _why_not_whole(self) -> str | None:
+        layers = self.conv_layers
+        for index, layer in enumerate(layers):
+            reason = f"it is a {type(layer).__name__}"
+            if isinstance(layer, _FastConvLayer):
+                reason = "it has hooks" if has_hooks(layer) else layer.why_not_fused()
+            if reason is not None:
+                return f"layer {index} is called: {reason}"
+        norms = [layer.layer_norm for layer in layers if layer.norm != "none"]
+        if len({norm.eps for norm in norms}) > 1 or len({fused_activation(layer.activation) for layer in layers}) > 1:
+            return "the layers differ in eps or activation"
+        return None
+
+    def _options(self) -> dict[str, Any]:
+        """What `ops.feature_encoder` takes besides the waveform."""
+        layers = self.conv_layers
+        norm_weights, norm_biases = zip(*(layer.norm_parameters() for layer in layers), strict=True)
+        return {
+            "weights": [layer.conv.weight for layer in layers],
+            "biases": [layer.conv.bias for layer in layers],
+            "strides": [layer.conv.stride[0] for layer in layers],
+            "norm": layers[0].norm,
+            "norm_weights": norm_weights,
+            "norm_biases": norm_biases,
+            "eps": layers[0].layer_norm.eps if layers[0].norm != "none" else 1e-5,
+            "activation": fused_activation(layers[0].activation),
+        }
 
     def plan(self) -> Iterator[Plan]:
-        return iter(())
+        if self._runs_whole():
+            yield Plan("feature_encoder", None, self._example)
+
+    def planned(self) -> Iterator[nn.Module]:
+        return iter(self.conv_layers if self._runs_whole() else ())
+
+    def _runs_whole(self) -> bool:
+        # Where no backend has the op, it is the layers' ops in turn.
+        wants_gradient = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        if wants_gradient or self._why_not_whole() is not None:
+            return False
+        try:
+            return backends.choose("feature_encoder", self._example()).backend != "reference"
+        except backends.BackendUnavailable:
+            return False
+
+    def _example(self) -> tuple:
+        weight = self.conv_layers[0].conv.weight
+        waveform = torch.empty((1, SAMPLE_RATE), device=weight.device, dtype=weight.dtype)
+        return waveform, *(list(x) if isinstance(x, (list, tuple)) else x for x in self._options().values())
 
     def forward(self, input_values: Tensor) -> Tensor:
         """Waveform `[B, S]` to channel-major frames `[B, C, T]`, whose memory is time-major.
@@ -124,6 +184,10 @@ class FastWavLMFeatureEncoder(FastModule, hf.WavLMFeatureEncoder):
         """
         convs = [layer.conv for layer in self.conv_layers]
         check_waveform(input_values, convs)
+        parameters = [p for layer in self.conv_layers for p in layer.parameters()]
+        wants_gradient = needs_grad(input_values, *parameters)
+        if not wants_gradient and self._why_not_whole() is None and same_dtype(input_values, *parameters):
+            return ops.feature_encoder(input_values, **self._options()).transpose(1, 2)
         hidden_states = input_values[:, None]
         checkpointed = any(getattr(layer, "gradient_checkpointing", False) for layer in self.conv_layers)
         if self._requires_grad and self.training and checkpointed and torch.is_grad_enabled():

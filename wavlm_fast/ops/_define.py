@@ -150,6 +150,8 @@ def autocast_by(name: str, rule: Callable[..., Any]) -> None:
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_cast(v, dtype) for v in value]
     castable = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
     return value.to(dtype) if castable else value
 

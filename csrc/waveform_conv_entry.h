@@ -1,0 +1,39 @@
+// The first convolution, for other entries.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string>
+
+#include "packed_conv_entry.h"
+
+namespace wavlm_fast {
+
+// With group norm the conv output is never needed to know its statistics: mean and variance of a channel follow from
+// the mean and the Gram matrix of the waveform's windows, so the norm becomes a bias, a gain and an offset.
+class FirstConv {
+ public:
+  // weight [C, 1, K] and the same packed by pack_conv, both float32; vectors of [C] in any dtype.
+  FirstConv(const at::Tensor& weight, const at::Tensor& packed, const std::optional<at::Tensor>& bias, int64_t stride,
+            bool group_norm, const std::optional<at::Tensor>& norm_weight, const std::optional<at::Tensor>& norm_bias,
+            double eps, const std::string& activation);
+
+  int64_t channels() const { return filters_.size(0); }
+
+  int64_t frames(int64_t samples) const { return (samples - filters_.size(1)) / stride_ + 1; }
+
+  // The call for one utterance, valid until the next one; its output is not set. On all threads.
+  template <class Out>
+  PackedConv<float, Out> on(const float* utterance, int64_t samples);
+
+ private:
+  void normalise(const float* utterance, int64_t windows);
+
+  at::Tensor filters_, packed_, bias_, norm_weight_, norm_bias_, gain_, offset_;
+  int64_t stride_;
+  bool group_norm_;
+  double eps_;
+  int activation_;
+};
+
+}  // namespace wavlm_fast

@@ -1,0 +1,86 @@
+"""The convolutional front end of the cpu backend: the first convolution, and all of them in pieces along time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..derived import derived
+from . import products
+
+
+def waveform_conv(
+    waveform: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    norm: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    """The op of that name, in float32 inside."""
+    fused = "none" if norm == "layer" else activation
+    native = torch.ops.wavlm_fast_cpu
+    wide, packed = derived("packed waveform conv", (weight,), lambda: _wide_and_packed(weight))
+    to_bf16 = waveform.dtype == torch.bfloat16 and norm != "layer"
+    out = native.waveform_conv(
+        waveform.float(), wide, packed, bias, stride, norm == "group", norm_weight, norm_bias, eps, fused, to_bf16
+    )
+    if norm == "layer":
+        out = products.norm_act(out, norm_weight, norm_bias, eps, activation)
+    return out.to(waveform.dtype)
+
+
+def feature_encoder(
+    waveform: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    strides: list[int],
+    norm: str,
+    norm_weights: list[Tensor | None],
+    norm_biases: list[Tensor | None],
+    eps: float,
+    activation: str,
+) -> Tensor:
+    """The op of that name."""
+    wide, first = derived("packed waveform conv", (weights[0],), lambda: _wide_and_packed(weights[0]))
+    taps = [weight.shape[2] for weight in weights]
+    channels = [weight.shape[0] for weight in weights]
+    filtered = [False, *map(products.can_filter, taps[1:], strides[1:])]
+    further = [
+        products.pack(weight, lambda weight=weight: weight.transpose(1, 2), kernel, is_filtered)
+        for weight, kernel, is_filtered in zip(weights[1:], taps[1:], filtered[1:], strict=True)
+    ]
+    out = torch.ops.wavlm_fast_cpu.feature_encoder(
+        waveform.float(), wide, [first, *further], biases, norm_weights, norm_biases, taps, strides, channels,
+        filtered, norm, eps, activation,
+    )  # fmt: skip
+    return out.to(waveform.dtype)
+
+
+def why_not_feature_encoder(
+    extension_problem: str | None,
+    waveform: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    strides: list[int],
+    *rest: object,
+) -> str | None:
+    """Why the front end cannot run as a whole; None when it can."""
+    reason = products.why_not(extension_problem, waveform, weights[0])
+    if reason is not None:
+        return reason
+    if products.in_onednn(waveform):
+        return "bfloat16 convolutions run in oneDNN here, layer by layer"
+    if len(weights) < 2 or any(w.shape[2] < stride for w, stride in zip(weights[1:], strides[1:], strict=True)):
+        return "the C++ feature_encoder takes two layers or more, and no stride beyond the kernel"
+    if waveform.dtype == torch.bfloat16 and any(w.shape[1] % 2 for w in weights[1:]):
+        return "the C++ feature_encoder multiplies pairs of bfloat16 channels, a layer has an odd number"
+    return None
+
+
+def _wide_and_packed(weight: Tensor) -> tuple[Tensor, Tensor]:
+    wide = weight.float()
+    return wide, torch.ops.wavlm_fast_cpu.pack_conv(wide, False)
