@@ -74,12 +74,17 @@ def _attention(m: Model, new: Callable[..., torch.Tensor]) -> Iterator[tuple[str
     yield "gated_attention_backward", (*operands, 0.0, None, D**-0.5), ""
 
 
+def _wanted(*tensors: torch.Tensor | None) -> list[bool]:
+    return [t is not None for t in tensors]
+
+
 def _waveform(m: Model, new: Callable[..., torch.Tensor]) -> Iterator[tuple[str, tuple, str]]:
     waveform, weight, vector = new(BATCH, SAMPLES), new(512, 1, 10), new(512)
     bias = vector if m.conv_bias else None
     args = (waveform, weight, bias, 5, m.norm, vector, vector, 1e-5, "gelu")
     yield "waveform_conv", args, ""
-    yield "waveform_conv_backward", (new(BATCH, (SAMPLES - 10) // 5 + 1, 512), *args), ""
+    wanted = _wanted(waveform, weight, bias, vector, vector)
+    yield "waveform_conv_backward", (new(BATCH, (SAMPLES - 10) // 5 + 1, 512), *args, wanted), ""
 
 
 def _strided(m: Model, new: Callable[..., torch.Tensor]) -> Iterator[tuple[str, tuple, str]]:
@@ -90,21 +95,22 @@ def _strided(m: Model, new: Callable[..., torch.Tensor]) -> Iterator[tuple[str, 
         x, weight, after = new(BATCH, frames, 512), new(512, 512, kernel), (frames - kernel) // 2 + 1
         out, tail = new(BATCH, after, 512), (2, norm, norm, 1e-5, "gelu")
         yield "strided_conv", (x, weight, bias, *tail, False), f"k{kernel} {frames}"
-        yield "strided_conv_backward", (out, x, weight, bias, out, *tail), f"k{kernel} {frames}"
+        args = (out, x, weight, bias, out, *tail, _wanted(x, weight, bias, norm, norm))
+        yield "strided_conv_backward", args, f"k{kernel} {frames}"
         frames = after
 
 
 def _positional(m: Model, new: Callable[..., torch.Tensor]) -> Iterator[tuple[str, tuple, str]]:
     x, weight, bias = new(BATCH, FRAMES, m.channels), new(m.channels, m.channels // 16, 128), new(m.channels)
     yield "positional_conv", (x, weight, bias, 16, "gelu", True, False), ""
-    yield "positional_conv_backward", (x, x, weight, bias, x, 16, "gelu", True), ""
+    yield "positional_conv_backward", (x, x, weight, bias, x, 16, "gelu", True, [True] * 3), ""
 
 
 def _linear(m: Model, new: Callable[..., torch.Tensor]) -> Iterator[tuple[str, tuple, str]]:
     x, weight, bias = new(BATCH, FRAMES, m.channels), new(m.feed_forward, m.channels), new(m.feed_forward)
     out = new(BATCH, FRAMES, m.feed_forward)
     yield "linear_act", (x, weight, bias, "gelu", False), ""
-    yield "linear_act_backward", (out, x, weight, bias, out, "gelu"), ""
+    yield "linear_act_backward", (out, x, weight, bias, out, "gelu", [True] * 3), ""
 
 
 def _norm(m: Model, new: Callable[..., torch.Tensor]) -> Iterator[tuple[str, tuple, str]]:
@@ -127,7 +133,8 @@ def _head(m: Model, new: Callable[..., torch.Tensor]) -> Iterator[tuple[str, tup
         frames -= (kernel - 1) * dilation
         out = new(BATCH, frames, width)
         yield "tdnn", (x, weight, bias, kernel, dilation, "relu"), f"k{kernel} d{dilation} {width}"
-        yield "tdnn_backward", (out, x, weight, bias, out, kernel, dilation, "relu"), f"k{kernel} d{dilation} {width}"
+        args = (out, x, weight, bias, out, kernel, dilation, "relu", [True] * 3)
+        yield "tdnn_backward", args, f"k{kernel} d{dilation} {width}"
         channels = width
     x, lengths = new(BATCH, frames, channels), new(BATCH, dtype=torch.int64)
     yield "stats_pool", (x, lengths), ""

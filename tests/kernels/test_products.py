@@ -21,6 +21,8 @@ def compare(op, args, save=True, floor=0.0):
     saved = 1 if save else 0
     # The gradient is that of what was saved, as it was rounded: the rounding is the forward's error.
     given = [grad, *args[:3], plain[saved], *args[3:]]
+    wanted = [isinstance(a, torch.Tensor) for a in args if a is None or isinstance(a, torch.Tensor)]
+    given.append(wanted)
     true, theirs = (REFERENCE[f"{op}_backward"].fn(*a) for a in (wide(given), given))
     ours = kernel(f"{op}_backward")(*given)
     for index, (o, t, p) in enumerate(zip(ours, true, theirs, strict=True)):

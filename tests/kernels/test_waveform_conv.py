@@ -20,8 +20,9 @@ def check(args, floor=0.0):
     found = kernel("waveform_conv")(*args)
     assert_close(found, truth, plain)
     grad = randn(*found.shape, seed=4, dtype=found.dtype)
-    true, theirs = (REFERENCE["waveform_conv_backward"].fn(*a) for a in (wide([grad, *args]), [grad, *args]))
-    ours = kernel("waveform_conv_backward")(grad, *args)
+    wanted = [args[i] is not None for i in (0, 1, 2, 5, 6)]
+    true, theirs = (REFERENCE["waveform_conv_backward"].fn(*a, wanted) for a in (wide([grad, *args]), [grad, *args]))
+    ours = kernel("waveform_conv_backward")(grad, *args, wanted)
     for index, (o, t, p) in enumerate(zip(ours, true, theirs, strict=True)):
         # Group norm takes the bias away: its gradient is zero but for rounding.
         cancels = index == 2 and args[4] == "group"

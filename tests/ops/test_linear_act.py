@@ -40,8 +40,9 @@ def test_registration(activation):
     contract.check_registration("linear_act", *args, activation, activation != "none")
     x, weight, bias = operands(2, 3, 5, dtype=torch.float32)
     pre = F.linear(x, weight, bias) if activation != "none" else x.new_empty(0)
-    contract.check_registration("linear_act_backward", torch.ones(2, 3, 6), x, weight, bias, pre, activation)
-    contract.check_registration("linear_act_backward", torch.ones(2, 3, 6), x, weight, None, pre, activation)
+    grad = torch.ones(2, 3, 6)
+    contract.check_registration("linear_act_backward", grad, x, weight, bias, pre, activation, [True] * 3)
+    contract.check_registration("linear_act_backward", grad, x, weight, None, pre, activation, [False, True, False])
 
 
 @pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh"])

@@ -38,7 +38,9 @@ def test_registration(activation):
     contract.check_registration("positional_conv", *contract.learning(*args), 2, activation, True, save)
     contract.check_registration("positional_conv", *args[:2], None, 2, activation, False, False)
     pre = torch.ones_like(args[0]) if save else torch.empty(0)
-    contract.check_registration("positional_conv_backward", torch.ones(2, 5, 4), *args, pre, 2, activation, True)
+    grad = torch.ones(2, 5, 4)
+    for wanted in ([True] * 3, [False, True, True]):
+        contract.check_registration("positional_conv_backward", grad, *args, pre, 2, activation, True, wanted)
 
 
 @pytest.mark.parametrize("options", [{}, {"residual": False}, {"activation": "none"}, {"activation": "gelu_tanh"}])

@@ -48,7 +48,9 @@ def test_registration(save):
     contract.check_registration("strided_conv", x, weight, None, 2, None, None, 1e-5, "gelu", save)
     x, weight, bias, gain, shift = args
     grad = pre = torch.ones(2, 4, 4)
-    contract.check_registration("strided_conv_backward", grad, x, weight, bias, pre, 2, gain, shift, 1e-5, "gelu")
+    args = (grad, x, weight, bias, pre, 2, gain, shift, 1e-5, "gelu")
+    contract.check_registration("strided_conv_backward", *args, [True] * 5)
+    contract.check_registration("strided_conv_backward", *args, [True, False, False, True, False])
 
 
 @pytest.mark.parametrize("activation", ["none", "gelu"])

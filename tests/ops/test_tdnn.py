@@ -42,7 +42,8 @@ def test_registration(activation):
     contract.check_registration("tdnn", *contract.learning(*args), 3, 2, activation)
     contract.check_registration("tdnn", *args[:2], None, 3, 2, activation)
     grad = out = torch.ones(2, 5, 4)
-    contract.check_registration("tdnn_backward", grad, *args, out, 3, 2, activation)
+    contract.check_registration("tdnn_backward", grad, *args, out, 3, 2, activation, [True] * 3)
+    contract.check_registration("tdnn_backward", grad, *args, out, 3, 2, activation, [True, False, False])
 
 
 @pytest.mark.parametrize("activation", ["relu", "none"])

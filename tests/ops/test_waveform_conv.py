@@ -60,7 +60,9 @@ def test_registration(norm):
     waveform, weight, bias, gain, shift = args
     grad = torch.ones(2, 9, 4)
     tail = (3, norm, gain, shift, 1e-5, "gelu")
-    contract.check_registration("waveform_conv_backward", grad, waveform, weight, bias, *tail)
+    contract.check_registration("waveform_conv_backward", grad, waveform, weight, bias, *tail, [True] * 5)
+    wanted = [False, True, False, True, True]
+    contract.check_registration("waveform_conv_backward", grad, waveform, weight, bias, *tail, wanted)
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..ops import schemas
-from . import Implementation, front_end, products
+from . import Implementation, front_end, gradients, products
 
 NAME = "cpu"
 
@@ -30,6 +30,7 @@ for _schema in (
     "pack_conv(Tensor weight, bool filtered) -> Tensor",
     "packed_conv(Tensor x, Tensor packed, Tensor? bias, int channels, int taps, int stride, int dilation, "
     "bool filtered, str activation) -> Tensor",
+    "matmul(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()",
     "norm_act(Tensor x, Tensor? weight, Tensor? bias, float eps, str activation) -> Tensor",
     "waveform_conv(Tensor waveform, Tensor weight, Tensor packed, Tensor? bias, int stride, bool group_norm, "
     "Tensor? norm_weight, Tensor? norm_bias, float eps, str activation, bool to_bf16) -> Tensor",
@@ -163,6 +164,10 @@ def _why_not_strided_conv(
     return _why_not_product(x, weight) or (None if norm_weight is None else EXTENSION_PROBLEM)
 
 
+def _why_not_gradient(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *rest: object) -> str | None:
+    return gradients.why_not(EXTENSION_PROBLEM, grad, x, weight)
+
+
 TABLE: dict[str, Implementation] = {
     "add_layer_norm": _cpp("add_layer_norm", _why_not_add_layer_norm),
     "add_layer_norm_backward": _cpp("add_layer_norm_backward", _why_not_add_layer_norm_backward),
@@ -170,6 +175,9 @@ TABLE: dict[str, Implementation] = {
     "feature_encoder": Implementation(front_end.feature_encoder, _why_not_feature_encoder),
     "waveform_conv": Implementation(front_end.waveform_conv, _why_not_waveform_conv),
     "linear_act": Implementation(products.linear_act, _why_not_product),
+    "linear_act_backward": Implementation(gradients.linear_act_backward, _why_not_gradient),
     "strided_conv": Implementation(products.strided_conv, _why_not_strided_conv),
+    "strided_conv_backward": Implementation(gradients.strided_conv_backward, _why_not_gradient),
     "tdnn": Implementation(products.tdnn, _why_not_product),
+    "tdnn_backward": Implementation(gradients.tdnn_backward, _why_not_gradient),
 }

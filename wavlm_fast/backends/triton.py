@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..ops._define import only
 from . import Implementation
 
 NAME = "triton"
@@ -50,6 +51,14 @@ def _kernel(op: str, file: str, why_not: Callable[..., str | None]) -> Implement
         return why_not(*args)
 
     return Implementation(run, refuse)
+
+
+def _all_gradients(op: str, file: str, why_not: Callable[..., str | None]) -> Implementation:
+    """A backward whose last argument says which gradients are wanted; the kernels compute them all."""
+    kernel = _kernel(op, file, why_not)
+    return Implementation(
+        lambda *args: only(args[-1], *kernel.fn(*args[:-1]), like=args[1]), lambda *args: kernel.why_not(*args[:-1])
+    )
 
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -107,11 +116,11 @@ def _why_not_strided_conv_backward(
     return _why_not_strided_conv(x, weight, bias, stride, norm)
 
 
-def _of_frames(op: str) -> dict[str, Implementation]:
+def _of_frames(op: str, backward: Callable[..., Implementation] = _all_gradients) -> dict[str, Implementation]:
     """An op of which x alone decides, and its backward."""
     return {
         op: _kernel(op, op, lambda x, *rest: _why_not_dtype(op, x)),
-        f"{op}_backward": _kernel(f"{op}_backward", op, lambda grad, x, *rest: _why_not_dtype(op, x)),
+        f"{op}_backward": backward(f"{op}_backward", op, lambda grad, x, *rest: _why_not_dtype(op, x)),
     }
 
 
@@ -137,14 +146,14 @@ TABLE: dict[str, Implementation] = {
         "gated_attention_backward", "gated_attention_backward", _why_not_gated_attention_backward
     ),
     "strided_conv": _kernel("strided_conv", "strided_conv", _why_not_strided_conv),
-    "strided_conv_backward": _kernel("strided_conv_backward", "strided_conv", _why_not_strided_conv_backward),
+    "strided_conv_backward": _all_gradients("strided_conv_backward", "strided_conv", _why_not_strided_conv_backward),
     **_of_frames("tdnn"),
     **_of_frames("positional_conv"),
     **_of_frames("linear_act"),
-    **_of_frames("stats_pool"),
-    **_of_frames("position_gate"),
+    **_of_frames("stats_pool", _kernel),
+    **_of_frames("position_gate", _kernel),
     "waveform_conv": _kernel("waveform_conv", "waveform_conv", _why_not_waveform_conv),
-    "waveform_conv_backward": _kernel(
+    "waveform_conv_backward": _all_gradients(
         "waveform_conv_backward", "waveform_conv_backward", _why_not_waveform_conv_backward
     ),
 }

@@ -77,8 +77,8 @@ def differentiate(
         name: op name.
         reference: the op in differentiable plain torch, for the parity harness and for gradients of gradients. Takes
             the op's inputs, less the trailing ones that it has no use for.
-        backward: from (gradients of the outputs, inputs of the op, saved outputs) to one gradient per input of
-            `reference`.
+        backward: from (gradients of the outputs, inputs of the op, saved outputs, which inputs want a gradient) to one
+            gradient per input of `reference`; those of inputs that want none are not looked at.
         save: which of the outputs the backward pass needs.
     """
     references[name] = reference
@@ -97,7 +97,7 @@ def differentiate(
             found = _reference_gradients(reference, inputs[:arity], grads)
         else:
             with backends.resumed(ctx.backend):
-                found = backward(grads, inputs, tuple(saved))
+                found = backward(grads, inputs, tuple(saved), ctx.needs_input_grad)
         return (*found, *[None] * (len(inputs) - len(found)))
 
     torch.library.register_autograd(f"{NAMESPACE}::{name}", run_backward, setup_context=setup_context, lib=LIBRARY)
@@ -164,6 +164,16 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, else float32: the dtype of gates, biases, statistics and sums."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def only(wanted: Sequence[bool], *grads: Tensor | None, like: Tensor) -> tuple[Tensor, ...]:
+    """The gradients that are wanted, and empty tensors for the others."""
+    return tuple(or_empty(g if w else None, like) for w, g in zip(wanted, grads, strict=True))
+
+
+def or_none(wanted: Sequence[bool], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """What `only` gave, as autograd takes it."""
+    return tuple(g if w else None for w, g in zip(wanted, grads, strict=True))
 
 
 def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:

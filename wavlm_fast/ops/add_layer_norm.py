@@ -91,7 +91,7 @@ _backward_op = define(
 )
 
 
-def _backward(grads: tuple, inputs: list, saved: tuple) -> tuple:
+def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
     _, _, weight, _, eps = inputs
     dx, dweight, dbias = _backward_op(*(g.contiguous() for g in grads), *saved, weight, eps)
     return dx, dx, dweight, dbias, None

@@ -238,7 +238,7 @@ _backward_op = define(
 )
 
 
-def _backward(grads: tuple, inputs: list, saved: tuple) -> tuple:
+def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
     *operands, dropout_p, seed, scale = inputs
     return _backward_op(grads[0].contiguous(), *operands, *saved, dropout_p, seed, scale)
 

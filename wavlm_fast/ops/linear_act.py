@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import _check as check
 from ._activation import activate, activate_backward
-from ._define import autocast, define, differentiate, needs_grad, or_empty
+from ._define import autocast, define, differentiate, needs_grad, only, or_empty, or_none
 
 NAME = "linear_act"
 
@@ -58,32 +58,33 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save:
 
 
 def _backward_kernel(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, pre: Tensor, activation: str
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, pre: Tensor, activation: str, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad = activate_backward(activation, grad, pre).reshape(-1, weight.shape[0])
-    dx = (grad @ weight).view(x.shape)
-    dweight = grad.mT @ x.reshape(-1, weight.shape[1])
-    return dx, dweight, or_empty(None if bias is None else grad.sum(0), grad)
+    dx = (grad @ weight).view(x.shape) if wanted[0] else None
+    dweight = grad.mT @ x.reshape(-1, weight.shape[1]) if wanted[1] else None
+    return only(wanted, dx, dweight, grad.sum(0) if wanted[2] else None, like=x)
 
 
 def _backward_fake(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, pre: Tensor, activation: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight), or_empty(None if bias is None else torch.empty_like(bias), x)
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, pre: Tensor, activation: str, wanted: list[bool]
+) -> tuple[Tensor, ...]:
+    return only(wanted, *(None if t is None else torch.empty_like(t) for t in (x, weight, bias)), like=x)
 
 
 _SIGNATURE = "(Tensor x, Tensor weight, Tensor? bias, str activation, bool save) -> (Tensor, Tensor)"
 _BACKWARD_SIGNATURE = (
-    "(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor pre, str activation) -> (Tensor, Tensor, Tensor)"
+    "(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor pre, str activation, bool[] wanted) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 _op = define(NAME, _SIGNATURE, check=_check, fake=_fake, kernel=_kernel)
 _backward_op = define(f"{NAME}_backward", _BACKWARD_SIGNATURE, fake=_backward_fake, kernel=_backward_kernel)
 
 
-def _backward(grads: tuple, inputs: list, saved: tuple) -> tuple:
+def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
     x, weight, bias, activation, _ = inputs
-    dx, dweight, dbias = _backward_op(grads[0].contiguous(), x, weight, bias, *saved, activation)
-    return dx, dweight, None if bias is None else dbias
+    wanted = wanted[:3]
+    return or_none(wanted, _backward_op(grads[0].contiguous(), x, weight, bias, *saved, activation, wanted))
 
 
 differentiate(NAME, reference, _backward, save=lambda outputs: outputs[1:])

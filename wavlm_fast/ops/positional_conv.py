@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import _check as check
 from ._activation import activate, activate_backward
-from ._define import autocast, define, differentiate, needs_grad, or_empty
+from ._define import autocast, define, differentiate, needs_grad, only, or_empty, or_none
 
 NAME = "positional_conv"
 
@@ -96,16 +96,19 @@ def _backward_kernel(
     groups: int,
     activation: str,
     residual: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
     kernel = weight.shape[2]
     dy = activate_backward(activation, grad, pre).transpose(1, 2)
     dy = F.pad(dy, (0, (kernel + 1) % 2))  # the dropped frame has no gradient
     dx, dweight, dbias = torch.ops.aten.convolution_backward(
         dy, x.transpose(1, 2).contiguous(), weight, [weight.shape[0]], [1], [kernel // 2], [1], False, [0], groups,
-        [True, True, bias is not None],
+        wanted,
     )  # fmt: skip
-    dx = dx.transpose(1, 2)
-    return (dx + grad if residual else dx).contiguous(), dweight, or_empty(dbias, x)
+    if wanted[0]:
+        dx = dx.transpose(1, 2)
+        dx = (dx + grad if residual else dx).contiguous()
+    return only(wanted, dx, dweight, dbias, like=x)
 
 
 def _backward_fake(
@@ -117,8 +120,9 @@ def _backward_fake(
     groups: int,
     activation: str,
     residual: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight), or_empty(None if bias is None else torch.empty_like(bias), x)
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    return only(wanted, *(None if t is None else torch.empty_like(t) for t in (x, weight, bias)), like=x)
 
 
 _op = define(
@@ -130,19 +134,18 @@ _op = define(
 )
 _backward_op = define(
     f"{NAME}_backward",
-    "(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor pre, int groups, str activation, bool residual) "
-    "-> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor pre, int groups, str activation, bool residual, "
+    "bool[] wanted) -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     kernel=_backward_kernel,
 )
 
 
-def _backward(grads: tuple, inputs: list, saved: tuple) -> tuple:
+def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
     x, weight, bias, groups, activation, residual, _ = inputs
-    dx, dweight, dbias = _backward_op(
-        grads[0].contiguous(), x, weight, bias, *saved, groups, activation, residual
-    )
-    return dx, dweight, None if bias is None else dbias
+    wanted = wanted[:3]
+    grad = grads[0].contiguous()
+    return or_none(wanted, _backward_op(grad, x, weight, bias, *saved, groups, activation, residual, wanted))
 
 
 differentiate(NAME, reference, _backward, save=lambda outputs: outputs[1:])

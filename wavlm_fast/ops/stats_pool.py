@@ -84,7 +84,7 @@ _backward_op = define(
 )
 
 
-def _backward(grads: tuple, inputs: list, saved: tuple) -> tuple:
+def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
     return _backward_op(grads[0].contiguous(), *inputs, *saved), None
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import _check as check
 from ._activation import activate, activate_backward
-from ._define import autocast, define, differentiate, needs_grad, or_empty
+from ._define import autocast, define, differentiate, needs_grad, only, or_empty, or_none
 
 NAME = "strided_conv"
 
@@ -143,24 +143,39 @@ def _backward_kernel(
     norm_bias: Tensor | None,
     eps: float,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    dpre, dnorm_weight, dnorm_bias = finish_backward(grad, pre, norm_weight, norm_bias, eps, activation)
+    dx, dweight, dbias = torch.ops.aten.convolution_backward(
+        dpre.to(x.dtype).transpose(1, 2), x.transpose(1, 2), weight,
+        [weight.shape[0]], [stride], [0], [1], False, [0], 1, wanted[:3],
+    )  # fmt: skip
+    dx = dx.transpose(1, 2).contiguous() if wanted[0] else None
+    dweight = dweight.contiguous() if wanted[1] else None
+    return only(wanted, dx, dweight, dbias, dnorm_weight, dnorm_bias, like=x)
+
+
+def finish_backward(
+    grad: Tensor,
+    pre: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """From the gradient of the output to those of `pre`, before norm and activation, and of the norm's parameters."""
     aten = torch.ops.aten
     dnorm_weight = dnorm_bias = None
     if norm_weight is None:
         dpre = activate_backward(activation, grad, pre)
     else:
-        wide, shape = pre.to(norm_weight.dtype), [weight.shape[0]]
+        wide, shape = pre.to(norm_weight.dtype), [pre.shape[-1]]
         normed, mean, rstd = aten.native_layer_norm(wide, shape, norm_weight, norm_bias, eps)
         dnormed = activate_backward(activation, grad.to(wide.dtype), normed)
         dpre, dnorm_weight, dnorm_bias = aten.native_layer_norm_backward(
             dnormed, wide, shape, mean, rstd, norm_weight, norm_bias, [True, True, norm_bias is not None]
         )
-    dx, dweight, dbias = aten.convolution_backward(
-        dpre.to(x.dtype).transpose(1, 2), x.transpose(1, 2), weight,
-        [weight.shape[0]], [stride], [0], [1], False, [0], 1, [True, True, bias is not None],
-    )  # fmt: skip
-    vectors = (or_empty(g, x) for g in (dbias, dnorm_weight, dnorm_bias))
-    return dx.transpose(1, 2).contiguous(), dweight.contiguous(), *vectors
+    return dpre, dnorm_weight, dnorm_bias
 
 
 def _backward_fake(
@@ -172,13 +187,12 @@ def _backward_fake(
     stride: int,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    *rest: object,
+    eps: float,
+    activation: str,
+    wanted: list[bool],
 ) -> tuple[Tensor, ...]:
-    return (
-        torch.empty_like(x),
-        weight.new_empty(weight.shape),
-        *(or_empty(None if v is None else torch.empty_like(v), x) for v in (bias, norm_weight, norm_bias)),
-    )
+    vectors = (None if v is None else torch.empty_like(v) for v in (bias, norm_weight, norm_bias))
+    return only(wanted, torch.empty_like(x), weight.new_empty(weight.shape), *vectors, like=x)
 
 
 _TAIL = "int stride, Tensor? norm_weight, Tensor? norm_bias, float eps, str activation"
@@ -191,17 +205,18 @@ _op = define(
 )
 _backward_op = define(
     f"{NAME}_backward",
-    f"(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor pre, {_TAIL}) "
+    f"(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor pre, {_TAIL}, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     kernel=_backward_kernel,
 )
 
 
-def _backward(grads: tuple, inputs: list, saved: tuple) -> tuple:
+def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
     x, weight, bias, *tail, _ = inputs
-    dx, dweight, *vectors = _backward_op(grads[0].contiguous(), x, weight, bias, *saved, *tail)
-    dbias, dnorm_weight, dnorm_bias = (g if g.numel() else None for g in vectors)
+    wanted = (*wanted[:3], *wanted[4:6])
+    found = _backward_op(grads[0].contiguous(), x, weight, bias, *saved, *tail, wanted)
+    dx, dweight, dbias, dnorm_weight, dnorm_bias = or_none(wanted, found)
     return dx, dweight, dbias, None, dnorm_weight, dnorm_bias, None, None
 
 

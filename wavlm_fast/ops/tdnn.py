@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import _check as check
 from ._activation import activate
-from ._define import autocast, define, differentiate, or_empty
+from ._define import autocast, define, differentiate, only, or_none
 
 NAME = "tdnn"
 ACTIVATIONS = ("none", "relu")
@@ -83,22 +83,32 @@ def _backward_kernel(
     kernel_size: int,
     dilation: int,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
     if activation == "relu":
         grad = torch.where(out > 0, grad, 0)
     dx, dfilter, dbias = torch.ops.aten.convolution_backward(
         grad.transpose(1, 2), x.transpose(1, 2), _filter(weight, kernel_size),
-        [weight.shape[0]], [1], [0], [dilation], False, [0], 1, [True, True, bias is not None],
+        [weight.shape[0]], [1], [0], [dilation], False, [0], 1, wanted,
     )  # fmt: skip
-    dweight = dfilter.transpose(1, 2).reshape(weight.shape)
-    return dx.transpose(1, 2).contiguous(), dweight, or_empty(dbias, x)
+    dx = dx.transpose(1, 2).contiguous() if wanted[0] else None
+    dweight = dfilter.transpose(1, 2).reshape(weight.shape) if wanted[1] else None
+    return only(wanted, dx, dweight, dbias, like=x)
 
 
 def _backward_fake(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: object
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    kernel_size: int,
+    dilation: int,
+    activation: str,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
     dbias = None if bias is None else torch.empty_like(bias)
-    return torch.empty_like(x), weight.new_empty(weight.shape), or_empty(dbias, x)
+    return only(wanted, torch.empty_like(x), weight.new_empty(weight.shape), dbias, like=x)
 
 
 _op = define(
@@ -110,19 +120,19 @@ _op = define(
 )
 _backward_op = define(
     f"{NAME}_backward",
-    "(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor out, int kernel_size, int dilation, str activation) "
-    "-> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor out, int kernel_size, int dilation, str activation, "
+    "bool[] wanted) -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     kernel=_backward_kernel,
 )
 
 
-def _backward(grads: tuple, inputs: list, saved: tuple) -> tuple:
+def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
     x, weight, bias, kernel_size, dilation, activation = inputs
-    dx, dweight, dbias = _backward_op(
-        grads[0].contiguous(), x, weight, bias, *saved, kernel_size, dilation, activation
-    )
-    return dx, dweight, None if bias is None else dbias, None, None, None
+    wanted = wanted[:3]
+    grad = grads[0].contiguous()
+    found = _backward_op(grad, x, weight, bias, *saved, kernel_size, dilation, activation, wanted)
+    return *or_none(wanted, found), None, None, None
 
 
 differentiate(NAME, reference, _backward, save=lambda outputs: outputs)

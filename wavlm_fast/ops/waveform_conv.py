@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import _check as check
 from ._activation import activate, activate_backward
-from ._define import autocast, define, differentiate, or_empty
+from ._define import autocast, define, differentiate, only, or_none
 
 NAME = "waveform_conv"
 NORMS = ("none", "group", "layer")
@@ -114,7 +114,8 @@ def _backward_kernel(
     norm_bias: Tensor | None,
     eps: float,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
     aten = torch.ops.aten
     y = F.conv1d(waveform[:, None], weight, bias, stride)  # [B, C, T], recomputed: one channel in makes it cheap
     dtype = y.dtype if norm_weight is None else norm_weight.dtype
@@ -141,9 +142,10 @@ def _backward_kernel(
         dy = dy.transpose(1, 2)
     dwaveform, dweight, dbias = aten.convolution_backward(
         dy.to(waveform.dtype).contiguous(), waveform[:, None], weight, [channels], [stride], [0], [1], False, [0], 1,
-        [True, True, bias is not None],
+        wanted[:3],
     )  # fmt: skip
-    return dwaveform[:, 0], dweight, *(or_empty(g, waveform) for g in (dbias, dnorm_weight, dnorm_bias))
+    dwaveform = dwaveform[:, 0] if wanted[0] else None
+    return only(wanted, dwaveform, dweight, dbias, dnorm_weight, dnorm_bias, like=waveform)
 
 
 def _backward_fake(
@@ -155,14 +157,12 @@ def _backward_fake(
     norm: str,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    *rest: object,
+    eps: float,
+    activation: str,
+    wanted: list[bool],
 ) -> tuple[Tensor, ...]:
-    vectors = (bias, *((None, None) if norm == "none" else (norm_weight, norm_bias)))
-    return (
-        torch.empty_like(waveform),
-        torch.empty_like(weight),
-        *(or_empty(None if v is None else torch.empty_like(v), waveform) for v in vectors),
-    )
+    tensors = (waveform, weight, bias, *((None, None) if norm == "none" else (norm_weight, norm_bias)))
+    return only(wanted, *(None if t is None else torch.empty_like(t) for t in tensors), like=waveform)
 
 
 _OPERANDS = (
@@ -172,16 +172,17 @@ _OPERANDS = (
 _op = define(NAME, f"({_OPERANDS}) -> Tensor", check=_check, fake=_fake, kernel=reference)
 _backward_op = define(
     f"{NAME}_backward",
-    f"(Tensor grad, {_OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad, {_OPERANDS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     kernel=_backward_kernel,
 )
 
 
-def _backward(grads: tuple, inputs: list, saved: tuple) -> tuple:
-    _, _, bias, stride, norm, norm_weight, norm_bias, *_ = inputs
-    dwaveform, dweight, *vectors = _backward_op(grads[0].contiguous(), *inputs)
-    dbias, dnorm_weight, dnorm_bias = (g if g.numel() else None for g in vectors)
+def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
+    norm = inputs[4]
+    wanted = (*wanted[:3], *(w and norm != "none" for w in wanted[5:7]))
+    found = _backward_op(grads[0].contiguous(), *inputs, wanted)
+    dwaveform, dweight, dbias, dnorm_weight, dnorm_bias = or_none(wanted, found)
     return dwaveform, dweight, dbias, None, None, dnorm_weight, dnorm_bias, None, None
 
 

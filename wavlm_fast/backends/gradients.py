@@ -1,0 +1,141 @@
+"""Gradients of the cpu backend's convolutions and linear layers, as products of matrices.
+
+float32 runs in C++ (matmul.cpp), bfloat16 in torch, whose products are oneDNN's. Where frames overlap or are skipped
+the operands are views that say so; nothing is unfolded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops._activation import activate_backward
+from ..ops._define import only
+from ..ops.strided_conv import finish_backward
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """`out = a @ b` or `out += a @ b`."""
+    if a.dtype == torch.float32:
+        torch.ops.wavlm_fast_cpu.matmul(a, b, out, add)
+    elif add:
+        out += a @ b
+    else:
+        out.copy_(a @ b)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    out = a.new_empty(a.shape[0], b.shape[1])
+    _multiply(a, b, out)
+    return out
+
+
+def linear_act_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, pre: Tensor, activation: str, wanted: list[bool]
+) -> tuple[Tensor, ...]:
+    """The op of that name."""
+    dpre = activate_backward(activation, grad, pre).reshape(-1, weight.shape[0])
+    dx = _product(dpre, weight).view(x.shape) if wanted[0] else None
+    dweight = _product(dpre.t(), x.reshape(-1, weight.shape[1])) if wanted[1] else None
+    return only(wanted, dx, dweight, dpre.sum(0) if wanted[2] else None, like=x)
+
+
+def strided_conv_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pre: Tensor,
+    stride: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    activation: str,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    """The op of that name."""
+    dpre, dnorm_weight, dnorm_bias = finish_backward(grad, pre, norm_weight, norm_bias, eps, activation)
+    dpre, taps = dpre.to(x.dtype), weight.permute(2, 0, 1)  # [K, C', C]
+    dx = _of_input(dpre, taps, x, stride, 1) if wanted[0] else None
+    dweight = None
+    if wanted[1]:
+        dweight = _of_filters(dpre, x, len(taps), stride, 1).transpose(1, 2).contiguous()
+    dbias = dpre.sum((0, 1)) if wanted[2] else None
+    return only(wanted, dx, dweight, dbias, dnorm_weight, dnorm_bias, like=x)
+
+
+def tdnn_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    kernel_size: int,
+    dilation: int,
+    activation: str,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    """The op of that name."""
+    dpre = torch.where(out > 0, grad, 0) if activation == "relu" else grad
+    taps = weight.unflatten(1, (kernel_size, -1)).transpose(0, 1)
+    dx = _of_input(dpre, taps, x, 1, dilation) if wanted[0] else None
+    dweight = _of_filters(dpre, x, kernel_size, 1, dilation).flatten(1) if wanted[1] else None
+    return only(wanted, dx, dweight, dpre.sum((0, 1)) if wanted[2] else None, like=x)
+
+
+def _of_filters(dpre: Tensor, x: Tensor, taps: int, stride: int, dilation: int) -> Tensor:
+    """Gradient of the filters, `[C', K, C]`, from that of `[B, T', C']`."""
+    batch, frames, channels = dpre.shape
+    width = x.shape[2]
+    # Sums over utterances in float32, whatever the frames are in.
+    total = dpre.new_empty(channels, taps, width, dtype=torch.float32)
+    for b in range(batch):
+        if dilation == 1:  # the windows of all taps are runs of contiguous numbers
+            windows = x[b].as_strided((frames, taps * width), (stride * width, 1))
+            _multiply(dpre[b].t(), windows, total.flatten(1), b > 0)
+            continue
+        for tap in range(taps):
+            first = tap * dilation
+            seen = x[b, first : first + (frames - 1) * stride + 1 : stride]
+            _multiply(dpre[b].t(), seen, total[:, tap], b > 0)
+    return total.to(x.dtype)
+
+
+def _of_input(dpre: Tensor, taps: Tensor, x: Tensor, stride: int, dilation: int) -> Tensor:
+    """Gradient of `x`, its shape, from that of `[B, T', C']` and the weight as `[K, C', C]`."""
+    dx = torch.empty_like(x)
+    for phase in range(stride):
+        # Frames phase, phase + stride, ... of x meet these taps only, each so many output frames earlier.
+        meeting = [tap for tap in range(len(taps)) if (tap * dilation - phase) % stride == 0]
+        delays = [(tap * dilation - phase) // stride for tap in meeting]
+        for b in range(len(x)):
+            _of_phase(dpre[b], taps, meeting, delays, dx[b, phase::stride])
+    return dx
+
+
+def _of_phase(dpre: Tensor, taps: Tensor, meeting: list[int], delays: list[int], dx: Tensor) -> None:
+    frames, channels = dpre.shape
+    count = len(meeting)
+    if not count or delays != list(range(count)) or frames < count:
+        dx.zero_()
+        for tap, delay in zip(meeting, delays, strict=True):
+            _multiply(dpre, taps[tap].contiguous(), dx[delay : delay + frames], True)
+        return
+    # All taps in one product: a frame's window on dpre ends with the output frame of its own number.
+    weights = torch.cat([taps[tap] for tap in reversed(meeting)])  # [count * C', C]
+    windows = dpre.as_strided((frames - count + 1, count * channels), (channels, 1))
+    _multiply(windows, weights, dx[count - 1 : frames])
+    for edge in range(count - 1):
+        _multiply(windows[:1, : (edge + 1) * channels], weights[-(edge + 1) * channels :], dx[edge : edge + 1])
+        late = dpre[frames - count + 1 + edge :].reshape(1, -1)
+        _multiply(late, weights[: late.shape[1]], dx[frames + edge : frames + edge + 1])
+    dx[frames + count - 1 :].zero_()
+
+
+def why_not(extension_problem: str | None, grad: Tensor, x: Tensor, weight: Tensor) -> str | None:
+    """Why these gradients cannot be computed here; None when they can."""
+    if x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != x.dtype or grad.dtype != x.dtype:
+        return f"products of gradients are float32 or bfloat16, x is {x.dtype} and the weight {weight.dtype}"
+    if grad.numel() == 0 or x.numel() == 0:
+        return "there is nothing to compute"
+    return extension_problem if x.dtype == torch.float32 else None
