@@ -8,8 +8,8 @@
 
 namespace wavlm_fast {
 
-// out[t, :] = activation(offset + gain * (bias + sum over taps k of the C numbers at x + t * row_step + k * tap_step,
-// times the weight of tap k)). Rows may overlap. A linear layer has one tap; so has a convolution of the waveform, with a
+// out[t, :] = residual + activation(offset + gain * (bias + sum over taps k of the C numbers at x + t * row_step +
+// k * tap_step, times the weight of tap k)). Rows may overlap. A linear layer has one tap; so has a convolution of the waveform, with a
 // window for C.
 template <class In, class Out>
 struct PackedConv {
@@ -19,6 +19,7 @@ struct PackedConv {
   const float* bias;    // [channels], or null
   const float* gain;    // [channels], or null: no gain and no offset
   const float* offset;  // [channels]
+  const Out* residual;  // [., channels], or null; may be out
   Out* out;             // [., channels]
   std::int64_t C, taps, row_step, tap_step, channels;
   int activation;       // as Activation in activation.h

@@ -80,7 +80,8 @@ struct Columns {
   const float* bias;
   const float* gain;
   const float* offset;
-  Out* out;  // of the first row
+  const Out* residual;  // of the first row, as out
+  Out* out;
   std::int64_t channels, columns;
   Activation activation;
 };
@@ -90,6 +91,7 @@ Columns<Out> columns_of(const PackedConv<In, Out>& call, std::int64_t first, std
   return {call.bias ? call.bias + column : nullptr,
           call.gain ? call.gain + column : nullptr,
           call.gain ? call.offset + column : nullptr,
+          call.residual ? call.residual + first * call.channels + column : nullptr,
           call.out + first * call.channels + column,
           call.channels,
           least(kColumns, call.channels - column),
@@ -98,13 +100,15 @@ Columns<Out> columns_of(const PackedConv<In, Out>& call, std::int64_t first, std
 
 template <Activation activation, class Out, class SumOf>
 void write_activated(const Columns<Out>& to, std::int64_t first, std::int64_t count, const SumOf& sum_of) {
-  Out* out = to.out + first * to.channels;
-  for (std::int64_t t = first; t < first + count; ++t, out += to.channels) {
+  std::int64_t at = first * to.channels;
+  for (std::int64_t t = first; t < first + count; ++t, at += to.channels) {
     const auto write_from = [&](std::int64_t i, auto lanes) {
       Floats sum = sum_of(t, i);
       if (to.bias) sum += lanes.load(to.bias + i);
       if (to.gain) sum = sum * lanes.load(to.gain + i) + lanes.load(to.offset + i);
-      lanes.store(out + i, activate<activation>(sum));
+      sum = activate<activation>(sum);
+      if (to.residual) sum += lanes.load(to.residual + at + i);
+      lanes.store(to.out + at + i, sum);
     };
     std::int64_t i = 0;
     for (; i + kLanes <= to.columns; i += kLanes) write_from(i, All{});

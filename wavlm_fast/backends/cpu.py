@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..ops import schemas
-from . import Implementation, front_end, gradients, products
+from . import Implementation, encoder, front_end, gradients, products
 
 NAME = "cpu"
 
@@ -30,6 +30,8 @@ for _schema in (
     "pack_conv(Tensor weight, bool filtered) -> Tensor",
     "packed_conv(Tensor x, Tensor packed, Tensor? bias, int channels, int taps, int stride, int dilation, "
     "bool filtered, str activation) -> Tensor",
+    "encoder_layer(Tensor x, Tensor rel_bias, Tensor? key_lengths, Tensor[] packed, Tensor[] biases, Tensor[] gate, "
+    "Tensor[] norms, float[] eps, float scale, str activation, bool norm_first) -> Tensor",
     "matmul(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()",
     "norm_act(Tensor x, Tensor? weight, Tensor? bias, float eps, str activation) -> Tensor",
     "waveform_conv(Tensor waveform, Tensor weight, Tensor packed, Tensor? bias, int stride, bool group_norm, "
@@ -148,6 +150,10 @@ def _why_not_feature_encoder(*args: Any) -> str | None:
     return front_end.why_not_feature_encoder(EXTENSION_PROBLEM, *args)
 
 
+def _why_not_encoder_layer(*args: Any) -> str | None:
+    return encoder.why_not(EXTENSION_PROBLEM, *args)
+
+
 def _why_not_product(x: torch.Tensor, weight: torch.Tensor, *rest: object) -> str | None:
     return products.why_not(EXTENSION_PROBLEM, x, weight)
 
@@ -172,6 +178,7 @@ TABLE: dict[str, Implementation] = {
     "add_layer_norm": _cpp("add_layer_norm", _why_not_add_layer_norm),
     "add_layer_norm_backward": _cpp("add_layer_norm_backward", _why_not_add_layer_norm_backward),
     "gated_attention": _cpp("gated_attention", _why_not_gated_attention),
+    "encoder_layer": Implementation(encoder.encoder_layer, _why_not_encoder_layer),
     "feature_encoder": Implementation(front_end.feature_encoder, _why_not_feature_encoder),
     "waveform_conv": Implementation(front_end.waveform_conv, _why_not_waveform_conv),
     "linear_act": Implementation(products.linear_act, _why_not_product),

@@ -31,16 +31,24 @@ for _name in ("GELUTanh", "PytorchGELUTanh"):
         _FUSED_ACTIVATIONS[getattr(activations, _name)] = "gelu_tanh"
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module runs anything beside its class's forward."""
+def has_hooks(module: nn.Module, but_captures: bool = False) -> bool:
+    """Whether calling the module runs anything beside its class's forward; captures by transformers may not count."""
+    forward_hooks = module._forward_hooks
+    if but_captures and forward_hooks:
+        forward_hooks = [hook for hook in forward_hooks.values() if not is_capture(hook)]
     return bool(
-        module._forward_hooks
+        forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__  # accelerate's hooks replace the bound method
         or any(_GLOBAL_HOOKS)
     )
+
+
+def is_capture(hook: object) -> bool:
+    """Whether a forward hook is one by which transformers 5 collects outputs; it looks away unless asked for them."""
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
 def why_not_plain(module: nn.Module, expected: type[nn.Module]) -> str | None:

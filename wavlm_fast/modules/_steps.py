@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ._plain import same_dtype, why_not_plain
+from .. import backends, ops
+from ._plain import has_hooks, same_dtype, why_not_plain
 
 EXAMPLE_FRAMES = 499  # ten seconds
 
@@ -50,6 +50,14 @@ def plan_add_norm(name: str, module: nn.Module) -> Plan:
     return Plan("add_layer_norm", named(name, why_not_norm(module)), example)
 
 
+def has_kernel(op: str, example: tuple) -> bool:
+    """Whether a backend has `op` as a kernel of its own for such arguments; where none has, it runs as its parts."""
+    try:
+        return backends.choose(op, example).backend != "reference"
+    except backends.BackendUnavailable:
+        return False
+
+
 class FastModule:
     """Mixed into every fast module: lets `report` ask what will run."""
 
@@ -77,6 +85,21 @@ def linear(module: nn.Module, x: Tensor, activation: str = "none") -> Tensor:
 def can_fuse_linear(module: nn.Module, x: Tensor) -> bool:
     """Whether `linear` will run the op, and may be given an activation."""
     return why_not_plain(module, nn.Linear) is None and same_dtype(x, module.weight, module.bias)
+
+
+def why_not_linear(name: str, module: nn.Module) -> str | None:
+    """Why the submodule `name` cannot be fused as a linear layer with a bias; None when it can."""
+    reason = named(name, why_not_plain(module, nn.Linear))
+    if reason is None and module.bias is None:
+        return f"{name} is called: it has no bias"
+    return reason
+
+
+def why_not_dropout(module: nn.Module) -> str | None:
+    """Why a dropout module does something; None when it hands on what it gets."""
+    if type(module) is not nn.Dropout or has_hooks(module):
+        return "it is not plain"
+    return "it is on" if module.training and module.p > 0 else None
 
 
 def why_not_norm(module: nn.Module) -> str | None:

@@ -13,8 +13,18 @@ from .. import ops
 from ..derived import derived
 from ..ops._define import accumulation_dtype
 from ..ops.gated_attention import bias_rows
-from ._plain import same_dtype, why_not_plain
-from ._steps import EXAMPLE_FRAMES, FastModule, Plan, frames_like, linear, named, plan_linear, prefix_lengths
+from ._plain import has_hooks, is_capture, same_dtype, why_not_plain
+from ._steps import (
+    EXAMPLE_FRAMES,
+    FastModule,
+    Plan,
+    frames_like,
+    linear,
+    named,
+    plan_linear,
+    prefix_lengths,
+    why_not_linear,
+)
 
 
 def understands_rel_bias(module: nn.Module) -> bool:
@@ -37,11 +47,6 @@ def bias_for(module: nn.Module, position_bias: Tensor | None, batch: int) -> Ten
     return dense_bias(position_bias, batch)
 
 
-def _is_capture(hook: object) -> bool:
-    # transformers 5 collects attention weights by hooks of its own, which look away unless weights are asked for.
-    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
-
-
 class FastWavLMAttention(FastModule, hf.WavLMAttention):
     """Multi-head attention whose bias stays one vector per head.
 
@@ -51,24 +56,27 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
 
     def _why_not_qkv(self) -> str | None:
         for name in ("q_proj", "k_proj", "v_proj"):
-            projection = getattr(self, name)
-            reason = named(name, why_not_plain(projection, nn.Linear))
-            if reason is None and projection.bias is None:
-                reason = f"{name} is called: it has no bias"
+            reason = why_not_linear(name, getattr(self, name))
             if reason is not None:
                 return reason
         return None
 
     def _why_not_gate(self) -> str | None:
-        reason = named("gru_rel_pos_linear", why_not_plain(self.gru_rel_pos_linear, nn.Linear))
-        if reason is None and self.gru_rel_pos_linear.bias is None:
-            return "gru_rel_pos_linear is called: it has no bias"
-        return reason
+        return why_not_linear("gru_rel_pos_linear", self.gru_rel_pos_linear)
 
     def _why_not_fused(self) -> str | None:
-        if any(not _is_capture(hook) for hook in self._forward_hooks.values()):
+        if any(not is_capture(hook) for hook in self._forward_hooks.values()):
             return "a forward hook may read the attention weights"
         return self._why_not_rel_bias()
+
+    def why_not_fused(self) -> str | None:
+        """Why the attention cannot be a part of its layer's op; None when it can."""
+        if has_hooks(self, but_captures=True):
+            return "it has hooks"
+        if self.training and self.dropout > 0:
+            return "its dropout is on"
+        reason = self._why_not_qkv() or self._why_not_gate() or self._why_not_fused()
+        return reason or why_not_linear("out_proj", self.out_proj)
 
     def plan(self) -> Iterator[Plan]:
         yield Plan("linear_act", self._why_not_qkv(), self._example_qkv)
@@ -116,7 +124,7 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
             position bias for the next layer.
         """
         if position_bias is None:
-            position_bias = self._position_bias(*hidden_states.shape[:2])
+            position_bias = self.position_bias(*hidden_states.shape[:2])
         q, k, v = self._project(hidden_states)
         gate = self._gate(hidden_states).to(accumulation_dtype(q.dtype))
         lengths = None if attention_mask is None else prefix_lengths(attention_mask)
@@ -133,7 +141,7 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
         embedding = getattr(self, "rel_attn_embed", None)  # the first layer alone has one
         return None if embedding is None else named("rel_attn_embed", why_not_plain(embedding, nn.Embedding))
 
-    def _position_bias(self, batch: int, frames: int) -> Tensor:
+    def position_bias(self, batch: int, frames: int) -> Tensor:
         """The compact bias; the dense one where the embedding may answer for every pair of frames on its own."""
         if self._why_not_rel_bias() is None:
             return self.compute_rel_bias(frames)

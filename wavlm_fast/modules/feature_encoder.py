@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers.models.wavlm import modeling_wavlm as hf
 
-from .. import backends, ops
+from .. import ops
 from ..inputs import SAMPLE_RATE, check_waveform
 from ..ops._define import needs_grad
 from ._plain import fused_activation, has_hooks, same_dtype, why_not_plain
-from ._steps import FastModule, Plan, frames_like, named, why_not_norm
+from ._steps import FastModule, Plan, frames_like, has_kernel, named, why_not_norm
 
 
 def _why_not_conv(conv: nn.Module) -> str | None:
@@ -162,14 +162,10 @@ class FastWavLMFeatureEncoder(FastModule, hf.WavLMFeatureEncoder):
         return iter(self.conv_layers if self._runs_whole() else ())
 
     def _runs_whole(self) -> bool:
-        # Where no backend has the op, it is the layers' ops in turn.
         wants_gradient = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         if wants_gradient or self._why_not_whole() is not None:
             return False
-        try:
-            return backends.choose("feature_encoder", self._example()).backend != "reference"
-        except backends.BackendUnavailable:
-            return False
+        return has_kernel("feature_encoder", self._example())
 
     def _example(self) -> tuple:
         weight = self.conv_layers[0].conv.weight

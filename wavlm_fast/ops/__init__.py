@@ -5,6 +5,7 @@
 
 from ._define import references, schemas
 from .add_layer_norm import add_layer_norm
+from .encoder_layer import encoder_layer
 from .feature_encoder import feature_encoder
 from .gated_attention import gated_attention
 from .linear_act import linear_act
@@ -17,6 +18,7 @@ from .waveform_conv import waveform_conv
 
 __all__ = [
     "add_layer_norm",
+    "encoder_layer",
     "feature_encoder",
     "gated_attention",
     "linear_act",

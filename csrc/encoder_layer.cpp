@@ -1,0 +1,158 @@
+// A transformer layer, a group of frames at a time: what each step writes is still in the last cache when the next one
+// reads it, and takes no memory that grows with the batch. Attention alone needs all frames of an utterance at once.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "entries.h"
+#include "norm_act_entry.h"
+#include "packed_conv_entry.h"
+#include "scratch.h"
+
+namespace wavlm_fast {
+namespace {
+
+using at::Tensor;
+
+// Rows of a group. With its four times wider feed-forward frames it fits in the last cache.
+constexpr int64_t kRows = 1024;
+
+constexpr int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// n in equal parts of at most kRows, or a little more so that tasks of whole tiles remain.
+int64_t part_of(int64_t n) { return divided_up(divided_up(n, divided_up(n, kRows)), 16) * 16; }
+
+// A layer norm or a linear layer on rows.
+template <class T>
+struct Norm {
+  Tensor weight, bias;
+  float eps;
+
+  void operator()(const T* x, int64_t rows, T* out) const {
+    const int64_t C = weight.size(0);
+    const auto kernel = norm_act_kernel<T>();
+    const int none = activation_number("none");
+    at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+      kernel(x + begin * C, weight.const_data_ptr<float>(), bias.const_data_ptr<float>(), eps, end - begin, C, none,
+             out + begin * C);
+    });
+  }
+};
+
+template <class T>
+struct Linear {
+  Tensor packed, bias;
+  int64_t C;
+  int activation;
+
+  int64_t channels() const { return bias.size(0); }
+
+  // out = activation(linear(x)), plus the residual if there is one.
+  void operator()(const T* x, int64_t rows, T* out, const T* residual = nullptr) const {
+    PackedConv<T, T> call{};
+    call.x = x, call.packed = packed.const_data_ptr(), call.bias = bias.const_data_ptr<float>();
+    call.residual = residual, call.out = out;
+    call.C = C, call.taps = 1, call.row_step = C, call.channels = channels();
+    call.activation = activation;
+    convolve(call, false, rows, 1, 0, 0);
+  }
+};
+
+template <class T>
+struct Layer {
+  Linear<T> qkv, out, intermediate, output;
+  Norm<T> first_norm, final_norm;
+  bool norm_first;
+
+  // [rows, C] of attended frames and of the layer's input to the layer's output.
+  void finish(const T* attended, const T* x, int64_t rows, T* to) const {
+    const int64_t C = out.channels(), inner = intermediate.channels(), part = part_of(rows);
+    T* sum = static_cast<T*>(scratch<Scratch::call>(part * (2 * C + inner) * sizeof(T)));
+    T* normed = sum + part * C;
+    T* wide = normed + part * C;
+    for (int64_t r = 0; r < rows; r += part, attended += part * C, x += part * C, to += part * C) {
+      const int64_t count = std::min(part, rows - r);
+      out(attended, count, sum, x);
+      (norm_first ? final_norm : first_norm)(sum, count, normed);
+      intermediate(normed, count, wide);
+      output(wide, count, to, norm_first ? sum : normed);
+      if (!norm_first) final_norm(to, count, to);
+    }
+  }
+};
+
+template <class T>
+T* data(const Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); }
+
+template <class T>
+void run(const Layer<T>& layer, const Tensor& x, const Tensor& rel_bias, const std::optional<Tensor>& key_lengths,
+         at::TensorList gate, double scale, const Tensor& out) {
+  const int64_t B = x.size(0), frames = x.size(1), C = x.size(2), H = gate[2].numel();
+  const int64_t group = std::max<int64_t>(1, kRows / frames);
+  for (int64_t b = 0; b < B; b += group) {
+    const int64_t count = std::min(group, B - b), rows = count * frames;
+    const Tensor in = x.narrow(0, b, count);
+    Tensor normed = in;
+    if (layer.norm_first) {
+      normed = at::empty_like(in);
+      layer.first_norm(data<T>(in), rows, data<T>(normed));
+    }
+    const Tensor qkv = at::empty({count, frames, 3, H, C / H}, x.options());
+    layer.qkv(data<T>(normed), rows, data<T>(qkv));
+    const Tensor gates = position_gate(normed, gate[0], gate[1], gate[2]);
+    const auto lengths = key_lengths ? std::optional<Tensor>(key_lengths->narrow(0, b, count)) : std::nullopt;
+    const Tensor attended = std::get<0>(gated_attention(qkv.select(2, 0), qkv.select(2, 1), qkv.select(2, 2), gates,
+                                                        rel_bias, lengths, 0.0, std::nullopt, scale));
+    layer.finish(data<T>(attended), data<T>(in), rows, data<T>(out) + b * frames * C);
+  }
+}
+
+template <class T>
+Layer<T> layer_of(const std::vector<Tensor>& packed, const std::vector<Tensor>& biases,
+                  const std::vector<Tensor>& norms, at::ArrayRef<double> eps, const std::string& activation,
+                  bool norm_first, int64_t C) {
+  const auto wide = [](const Tensor& vector) { return vector.to(at::kFloat).contiguous(); };
+  const int64_t inner = biases[2].numel();
+  const auto linear = [&](int i, int64_t in, const char* name) {
+    TORCH_CHECK(packed[i].element_size() == sizeof(T) && packed[i].is_contiguous() &&
+                    packed[i].numel() == packed_size(biases[i].numel(), 1, in, false),
+                "encoder_layer: expected weights packed by pack_conv from the dtype of x");
+    return Linear<T>{packed[i], wide(biases[i]), in, activation_number(name)};
+  };
+  const auto norm = [&](int i) { return Norm<T>{wide(norms[2 * i]), wide(norms[2 * i + 1]), static_cast<float>(eps[i])}; };
+  return {linear(0, C, "none"), linear(1, C, "none"), linear(2, C, activation.c_str()), linear(3, inner, "none"),
+          norm(0), norm(1), norm_first};
+}
+
+// [B, T, C] float32, or bfloat16 where it has products of its own. Packed weights and biases are of queries, keys and
+// values as one layer, of the attention's output, and of the feed-forward's two layers.
+Tensor encoder_layer(const Tensor& x, const Tensor& rel_bias, const std::optional<Tensor>& key_lengths,
+                     std::vector<Tensor> packed, std::vector<Tensor> biases, std::vector<Tensor> gate,
+                     std::vector<Tensor> norms, at::ArrayRef<double> eps, double scale, std::string activation,
+                     bool norm_first) {
+  TORCH_CHECK(x.dim() == 3 && packed.size() == 4 && biases.size() == 4 && gate.size() == 3 && norms.size() == 4 &&
+                  eps.size() == 2,
+              "encoder_layer: expected x of [B, T, C] and four packed weights, got ", x.sizes(), " and ", packed.size());
+  const int64_t C = x.size(2);
+  TORCH_CHECK(biases[0].numel() == 3 * C && biases[1].numel() == C && biases[3].numel() == C && gate[2].numel() > 0 &&
+                  C % gate[2].numel() == 0,
+              "encoder_layer: expected weights for ", C, " channels");
+  const Tensor in = x.contiguous(), out = at::empty_like(in);
+  if (in.numel() == 0) return out;
+  if (in.scalar_type() == at::kFloat) {
+    run(layer_of<float>(packed, biases, norms, eps, activation, norm_first, C), in, rel_bias, key_lengths, gate, scale, out);
+  } else {
+    TORCH_CHECK(in.scalar_type() == at::kBFloat16, "encoder_layer: expected float32 or bfloat16, got ", in.scalar_type());
+    run(layer_of<bf16>(packed, biases, norms, eps, activation, norm_first, C), in, rel_bias, key_lengths, gate, scale, out);
+  }
+  return out;
+}
+
+TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) { m.impl("encoder_layer", &encoder_layer); }
+
+}  // namespace
+}  // namespace wavlm_fast

@@ -1,0 +1,195 @@
+"""A transformer layer whole, for inference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..derived import derived
+from . import _check as check
+from ._define import accumulation_dtype, autocast, define, references
+from .add_layer_norm import add_layer_norm
+from .add_layer_norm import reference as add_layer_norm_reference
+from .gated_attention import gated_attention
+from .gated_attention import reference as gated_attention_reference
+from .linear_act import linear_act
+from .linear_act import reference as linear_act_reference
+from .position_gate import position_gate
+from .position_gate import reference as position_gate_reference
+
+NAME = "encoder_layer"
+LINEARS = ("q", "k", "v", "out", "intermediate", "output")
+
+
+def encoder_layer(
+    x: Tensor,
+    rel_bias: Tensor,
+    key_lengths: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    gate: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    *,
+    eps: Sequence[float],
+    scale: float,
+    activation: str,
+    norm_first: bool,
+) -> Tensor:
+    """`linear_act`, `position_gate`, `gated_attention` and `add_layer_norm` in the order of a WavLM layer.
+
+    Equivalent to transformers' `WavLMEncoderLayer`, or with `norm_first` to `WavLMEncoderLayerStableLayerNorm`, in
+    inference: it has no dropout and no gradient. What lies between need never exist for all frames at once.
+
+    Args:
+        x: `[B, T, C]` frames.
+        rel_bias: `[H, 2T - 1]` float32 (float64 for float64 frames), as `gated_attention` takes it.
+        key_lengths: `[B]` integers, the number of valid frames, or None for all.
+        weights, biases: of the projections to queries, keys and values `[C, C]`, of the attention's output `[C, C]`, of
+            the feed-forward's two layers `[C', C]` and `[C, C']`; the dtype of `x`.
+        gate: weight `[8, D]`, bias `[8]` and const `[H]` of `position_gate`.
+        norms: weight and bias `[C]` of the attention's norm, then of the final one.
+        eps: of these two.
+        scale: of the attention's scores.
+        activation: of the feed-forward: "none", "gelu" (erf), "gelu_tanh" or "relu".
+        norm_first: whether the norms stand before attention and feed-forward, instead of after the sums.
+
+    Returns:
+        `[B, T, C]`, the dtype of `x`.
+
+    Raises:
+        ValueError, TypeError: shapes, devices or dtypes do not fit.
+        RuntimeError: a gradient is wanted.
+    """
+    tensors = (x, rel_bias, *weights, *biases, *gate, *norms)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise RuntimeError(f"{NAME} has no gradient; run the ops that it is made of, or under torch.no_grad()")
+    return _op(
+        x.contiguous(), rel_bias, key_lengths, list(weights), list(biases), list(gate), list(norms), list(eps), scale,
+        activation, norm_first,
+    )  # fmt: skip
+
+
+def _layer(
+    ops: Sequence,
+    x: Tensor,
+    rel_bias: Tensor,
+    key_lengths: Tensor | None,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    gate: list[Tensor],
+    norms: list[Tensor],
+    eps: list[float],
+    scale: float,
+    activation: str,
+    norm_first: bool,
+) -> Tensor:
+    linear, position, attention, add_norm = ops
+    heads = gate[2].numel()
+    normed = F.layer_norm(x, x.shape[-1:], norms[0], norms[1], eps[0]) if norm_first else x
+    weight = derived("qkv weight", tuple(weights[:3]), lambda: torch.cat(weights[:3]))
+    bias = derived("qkv bias", tuple(biases[:3]), lambda: torch.cat(biases[:3]))
+    q, k, v = linear(normed, weight, bias, "none").unflatten(-1, (3, heads, -1)).unbind(2)
+    attended = attention(q, k, v, position(normed, *gate), rel_bias, key_lengths, scale).flatten(2)
+    attended = linear(attended, weights[3], biases[3], "none")
+    first, second = (norms[:2], eps[0]), (norms[2:], eps[1])
+    (norm_weight, norm_bias), norm_eps = second if norm_first else first
+    total, normed = add_norm(attended, x, norm_weight, norm_bias, norm_eps)
+    fed = linear(linear(normed, weights[4], biases[4], activation), weights[5], biases[5], "none")
+    if norm_first:
+        return total + fed
+    return add_norm(fed, normed, *second[0], second[1])[1]
+
+
+_OPS = (
+    linear_act,
+    position_gate,
+    lambda q, k, v, gate, rel_bias, lengths, scale: gated_attention(q, k, v, gate, rel_bias, lengths, 0.0, scale),
+    add_layer_norm,
+)
+_REFERENCES = (
+    linear_act_reference,
+    position_gate_reference,
+    lambda *args: gated_attention_reference(*args[:6], 0.0, None, args[6]),
+    add_layer_norm_reference,
+)
+
+
+def reference(
+    x: Tensor,
+    rel_bias: Tensor,
+    key_lengths: Tensor | None,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    gate: list[Tensor],
+    norms: list[Tensor],
+    eps: list[float],
+    scale: float,
+    activation: str,
+    norm_first: bool,
+) -> Tensor:
+    parameters = (weights, biases, gate, norms)
+    return _layer(_REFERENCES, x, rel_bias, key_lengths, *parameters, eps, scale, activation, norm_first)
+
+
+def _kernel(*args: object) -> Tensor:
+    # Of the ops, not of their references: a backend without this op may have those.
+    return _layer(_OPS, *args)
+
+
+def _check(
+    x: Tensor,
+    rel_bias: Tensor,
+    key_lengths: Tensor | None,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    gate: list[Tensor],
+    norms: list[Tensor],
+    eps: list[float],
+    scale: float,
+    activation: str,
+    norm_first: bool,
+) -> None:
+    check.floating(NAME, "x", x)
+    check.shape(NAME, "x", x, ("B", "T", "C"))
+    check.activation(NAME, activation)
+    counts = {"weights": (weights, 6), "biases": (biases, 6), "gate": (gate, 3), "norms": (norms, 4), "eps": (eps, 2)}
+    for name, (given, wanted) in counts.items():
+        if len(given) != wanted:
+            raise ValueError(f"{NAME} wants {wanted} {name}, got {len(given)}")
+    channels, inner = x.shape[2], weights[4].shape[0]
+    shapes = [(channels, channels)] * 4 + [(inner, channels), (channels, inner)]
+    for name, weight, bias, shape in zip(LINEARS, weights, biases, shapes, strict=True):
+        check.shape(NAME, f"the {name} weight", weight, shape)
+        check.shape(NAME, f"the {name} bias", bias, shape[:1])
+        check.same(NAME, "x", x, **{f"the {name} weight": weight, f"the {name} bias": bias})
+    for name, vector in zip(("norm weight", "norm bias") * 2, norms, strict=True):
+        check.shape(NAME, f"each {name}", vector, (channels,))
+    check.shape(NAME, "gate const", gate[2], ("H",))
+    heads = gate[2].shape[0]
+    check.shape(NAME, "gate weight", gate[0], (8, channels // max(heads, 1)))
+    check.shape(NAME, "gate bias", gate[1], (8,))
+    check.shape(NAME, "rel_bias", rel_bias, (heads, 2 * x.shape[1] - 1))
+    if rel_bias.dtype != accumulation_dtype(x.dtype):
+        raise TypeError(f"{NAME} wants rel_bias of {accumulation_dtype(x.dtype)}, got {rel_bias.dtype}")
+    if key_lengths is not None:
+        check.shape(NAME, "key_lengths", key_lengths, (x.shape[0],))
+    check.same_device(NAME, "x", x, rel_bias=rel_bias, key_lengths=key_lengths, gate=gate[0], norms=norms[0])
+
+
+def _fake(x: Tensor, *rest: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+_op = define(
+    NAME,
+    "(Tensor x, Tensor rel_bias, Tensor? key_lengths, Tensor[] weights, Tensor[] biases, Tensor[] gate, "
+    "Tensor[] norms, float[] eps, float scale, str activation, bool norm_first) -> Tensor",
+    check=_check,
+    fake=_fake,
+    kernel=_kernel,
+)
+references[NAME] = reference
+autocast(NAME, _op, lower=(0, 3, 4))
