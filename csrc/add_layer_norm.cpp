@@ -1,6 +1,7 @@
 #include "add_layer_norm.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -9,6 +10,7 @@
 #include <tuple>
 
 #include "dispatch.h"
+#include "scratch.h"
 
 namespace wavlm_fast {
 
@@ -46,8 +48,9 @@ void run_forward(AddLayerNormForward<T>* kernel, const Tensor& x, const Tensor& 
   const int64_t C = x.size(-1), rows = x.numel() / C;
   at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / C), [&](int64_t begin, int64_t end) {
     const int64_t at = begin * C;
-    kernel(data<T>(x) + at, data<T>(residual) + at, data<float>(weight), data<float>(bias), eps, end - begin, C,
-           mutable_data<T>(sum) + at, mutable_data<T>(normed) + at);
+    float* row = static_cast<float*>(scratch(C * sizeof(float)));
+    kernel(data<T>(x) + at, data<T>(residual) + at, data<float>(weight), data<float>(bias), eps, end - begin, C, row,
+           sum.numel() ? mutable_data<T>(sum) + at : nullptr, mutable_data<T>(normed) + at);
   });
 }
 
@@ -66,12 +69,12 @@ void run_backward(AddLayerNormBackward<T>* kernel, const Tensor& grad_sum, const
 }
 
 std::tuple<Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
-                                          const Tensor& bias, double eps) {
+                                          const Tensor& bias, double eps, bool keep_sum) {
   check("add_layer_norm", x, residual, "residual", weight);
   check("add_layer_norm", x, residual, "residual", bias);
   const Tensor x_ = x.contiguous(), residual_ = residual.contiguous();
   const Tensor weight_ = weight.to(at::kFloat).contiguous(), bias_ = bias.to(at::kFloat).contiguous();
-  const Tensor sum = at::empty_like(x_), normed = at::empty_like(x_);
+  const Tensor sum = keep_sum ? at::empty_like(x_) : at::empty({0}, x_.options()), normed = at::empty_like(x_);
   const auto& kernels = add_layer_norm_kernels();
   if (x.scalar_type() == at::kFloat) {
     run_forward<float>(kernels.forward_float, x_, residual_, weight_, bias_, eps, sum, normed);

@@ -112,9 +112,7 @@ def _cpp(name: str, why_not: Callable[..., str | None]) -> Implementation:
     return Implementation(getattr(_native, name).default, lambda *args: EXTENSION_PROBLEM or why_not(*args))
 
 
-def _why_not_add_layer_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-) -> str | None:
+def _why_not_add_layer_norm(x: torch.Tensor, residual: torch.Tensor, *rest: object) -> str | None:
     if x.dtype not in _DTYPES or residual.dtype != x.dtype:
         return f"the C++ add_layer_norm takes float32 or bfloat16, x is {x.dtype} and residual {residual.dtype}"
     if x.shape[-1] == 0:
@@ -123,9 +121,9 @@ def _why_not_add_layer_norm(
 
 
 def _why_not_add_layer_norm_backward(
-    grad_sum: torch.Tensor, grad_normed: torch.Tensor, sum: torch.Tensor, weight: torch.Tensor, eps: float
+    grad_sum: torch.Tensor, grad_normed: torch.Tensor, sum: torch.Tensor, *rest: object
 ) -> str | None:
-    return _why_not_add_layer_norm(sum, grad_normed, weight, weight, eps)
+    return _why_not_add_layer_norm(sum, grad_normed)
 
 
 def _why_not_gated_attention(q: torch.Tensor, *rest: object) -> str | None:
