@@ -32,11 +32,9 @@ WAVLM_FAST_INLINE Floats gelu(Floats x) {
   return x * (x < 0.0f ? tail : 1.0f - tail);
 }
 
-// x / (1 + exp(-2 y)) with y = sqrt(2 / pi) * (x + 0.044715 x^3).
+// x * sigmoid(2 y) with y = sqrt(2 / pi) * (x + 0.044715 x^3).
 WAVLM_FAST_INLINE Floats gelu_tanh(Floats x) {
-  const Floats twice_y = x * (x * x * 0.0713548163f + 1.59576912f);
-  const Floats e = exp_of_negative(twice_y < 0.0f ? twice_y : -twice_y);
-  return x * (twice_y < 0.0f ? e : splat(1.0f)) / (1.0f + e);
+  return x * sigmoid(x * (x * x * 0.0713548163f + 1.59576912f));
 }
 
 template <Activation activation>

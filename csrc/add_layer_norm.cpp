@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "dispatch.h"
+#include "parts.h"
 #include "scratch.h"
 
 namespace wavlm_fast {
@@ -22,9 +23,6 @@ using at::Tensor;
 
 // A thread takes at least this many elements: below, waking it up costs more than it saves.
 constexpr int64_t kGrain = 16384;
-// Rows of the backward are cut into at most this many parts, whatever the number of threads, so that the sums
-// over rows are added in the same order on every machine.
-constexpr int64_t kParts = 64;
 
 void check(const char* op, const Tensor& x, const Tensor& other, const char* other_name, const Tensor& weight) {
   TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, op,
@@ -91,15 +89,14 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(const Tensor& grad_su
   const Tensor grad_sum_ = grad_sum.contiguous(), grad_normed_ = grad_normed.contiguous(), sum_ = sum.contiguous();
   const Tensor weight_ = weight.to(at::kFloat).contiguous();
   const Tensor dx = at::empty_like(sum_);
-  const int64_t C = sum.size(-1), parts = std::clamp<int64_t>(sum.numel() / kGrain, 1, kParts);
-  const Tensor partials = at::zeros({parts, 2, C}, weight_.options());
+  const Tensor partials = at::zeros({parts_for(sum.numel()), 2, sum.size(-1)}, weight_.options());
   const auto& kernels = add_layer_norm_kernels();
   if (sum.scalar_type() == at::kFloat) {
     run_backward<float>(kernels.backward_float, grad_sum_, grad_normed_, sum_, weight_, eps, dx, partials);
   } else {
     run_backward<bf16>(kernels.backward_bf16, grad_sum_, grad_normed_, sum_, weight_, eps, dx, partials);
   }
-  const Tensor totals = partials.sum(0).to(weight.scalar_type());
+  const Tensor totals = total_of(partials).to(weight.scalar_type());
   return {dx, totals.select(0, 0).clone(), totals.select(0, 1).clone()};
 }
 

@@ -20,7 +20,13 @@ logger = logging.getLogger("wavlm_fast")
 
 # What csrc/ implements, with the ops' own schemas. A namespace of its own leaves the ops' registration (fake, autograd,
 # autocast) the only one.
-_KERNELS = ("add_layer_norm", "add_layer_norm_backward", "gated_attention")
+_KERNELS = (
+    "add_layer_norm",
+    "add_layer_norm_backward",
+    "gated_attention",
+    "position_gate",
+    "position_gate_backward",
+)
 _library = torch.library.Library("wavlm_fast_cpu", "DEF")
 for _schema in (
     "isa() -> str",
@@ -126,6 +132,14 @@ def _why_not_add_layer_norm_backward(
     return _why_not_add_layer_norm(sum, grad_normed)
 
 
+def _why_not_position_gate(x: torch.Tensor, *rest: object) -> str | None:
+    return None if x.dtype in _DTYPES else f"the C++ position_gate takes float32 or bfloat16, x is {x.dtype}"
+
+
+def _why_not_position_gate_backward(grad: torch.Tensor, x: torch.Tensor, *rest: object) -> str | None:
+    return _why_not_position_gate(x)
+
+
 def _why_not_gated_attention(q: torch.Tensor, *rest: object) -> str | None:
     if q.dtype not in _DTYPES:
         return f"the C++ gated_attention takes float32 or bfloat16, q is {q.dtype}"
@@ -158,6 +172,8 @@ TABLE: dict[str, Implementation] = {
     "add_layer_norm": _cpp("add_layer_norm", _why_not_add_layer_norm),
     "add_layer_norm_backward": _cpp("add_layer_norm_backward", _why_not_add_layer_norm_backward),
     "gated_attention": _cpp("gated_attention", _why_not_gated_attention),
+    "position_gate": _cpp("position_gate", _why_not_position_gate),
+    "position_gate_backward": _cpp("position_gate_backward", _why_not_position_gate_backward),
     "waveform_conv": Implementation(products.waveform_conv, _why_not_waveform_conv),
     "linear_act": Implementation(products.linear_act, _why_not_product),
     "strided_conv": Implementation(products.strided_conv, _why_not_strided_conv),
