@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from wavlm_fast.backends import cpu
+from wavlm_fast.backends.cpu import TABLE
 from wavlm_fast.backends.reference import TABLE as REFERENCE
-
-TABLE = cpu.TABLE
 
 
 def as_tuple(outputs):
@@ -18,25 +16,30 @@ def doubled(args):
     return tuple(a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
 
 
-def assert_no_worse(op, args, floor=0.0):
+def assert_no_worse(name, found, plain, truth, floor=0.0):
     """Each output: err(ours) <= 2 err(plain) + 4 units in the last place of its largest value + `floor`."""
-    found, plain = as_tuple(TABLE[op].fn(*args)), as_tuple(REFERENCE[op].fn(*args))
-    truth = as_tuple(REFERENCE[op].fn(*doubled(args)))
     for n, (ours, theirs, true) in enumerate(zip(found, plain, truth, strict=True)):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
         assert ours.is_contiguous()
         assert torch.equal(ours.isnan(), true.isnan())
         if true.numel() == 0:
             continue
+        unit = max(torch.finfo(ours.dtype).eps, 2**-23)  # float32 inside, whatever a gradient is handed back in
         ours, theirs, true = (x.double().nan_to_num(0.0) for x in (ours, theirs, true))
-        unit = max(torch.finfo(plain[n].dtype).eps, 2**-23)  # float32 inside, whatever a gradient is handed back in
         allowed = 2 * (theirs - true).abs().max() + 4 * unit * true.abs().max() + floor
         error = (ours - true).abs().max()
-        assert error <= allowed, f"output {n} of {op}: error {error:.2e}, allowed {allowed:.2e}"
-    return found
+        assert error <= allowed, f"output {n} of {name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
-def assert_threads_change_nothing(op, args):
+def check(op, *args, floor=0.0):
+    """The outputs of the C++ op, no worse than the reference's."""
+    found, plain = as_tuple(TABLE[op].fn(*args)), as_tuple(REFERENCE[op].fn(*args))
+    assert_no_worse(op, found, plain, as_tuple(REFERENCE[op].fn(*doubled(args))), floor)
+    return found if len(found) > 1 else found[0]
+
+
+def check_threads(op, *args):
+    """The same bits on one, two and three threads."""
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .. import derived
 from ..ops import schemas
 from . import Implementation, products
 
@@ -26,6 +27,8 @@ _KERNELS = (
     "gated_attention",
     "position_gate",
     "position_gate_backward",
+    "stats_pool",
+    "stats_pool_backward",
 )
 _library = torch.library.Library("wavlm_fast_cpu", "DEF")
 for _schema in (
@@ -33,6 +36,8 @@ for _schema in (
     "isa_levels() -> str[]",
     "isa_problem() -> str",
     "threads() -> int",
+    "fingerprint(Tensor x, int samples) -> int",
+    "activation_backward(Tensor grad, Tensor pre, str activation) -> Tensor",
     "pack_conv(Tensor weight) -> Tensor",
     "packed_conv(Tensor x, Tensor packed, Tensor? bias, int channels, int taps, int stride, int dilation, "
     "str activation) -> Tensor",
@@ -110,6 +115,8 @@ def _load_extension(folder: Path) -> str | None:
 
 
 EXTENSION_PROBLEM = _load_extension(_FOLDER)
+if EXTENSION_PROBLEM is None:
+    derived.use_fingerprint(_native.fingerprint.default)
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -132,12 +139,13 @@ def _why_not_add_layer_norm_backward(
     return _why_not_add_layer_norm(sum, grad_normed)
 
 
-def _why_not_position_gate(x: torch.Tensor, *rest: object) -> str | None:
-    return None if x.dtype in _DTYPES else f"the C++ position_gate takes float32 or bfloat16, x is {x.dtype}"
+def _of_frames(op: str) -> dict[str, Implementation]:
+    """An op of which the dtype of x alone decides, and its backward."""
 
+    def why_not(x: torch.Tensor, *rest: object) -> str | None:
+        return None if x.dtype in _DTYPES else f"the C++ {op} takes float32 or bfloat16, x is {x.dtype}"
 
-def _why_not_position_gate_backward(grad: torch.Tensor, x: torch.Tensor, *rest: object) -> str | None:
-    return _why_not_position_gate(x)
+    return {op: _cpp(op, why_not), f"{op}_backward": _cpp(f"{op}_backward", lambda grad, *args: why_not(*args))}
 
 
 def _why_not_gated_attention(q: torch.Tensor, *rest: object) -> str | None:
@@ -172,8 +180,8 @@ TABLE: dict[str, Implementation] = {
     "add_layer_norm": _cpp("add_layer_norm", _why_not_add_layer_norm),
     "add_layer_norm_backward": _cpp("add_layer_norm_backward", _why_not_add_layer_norm_backward),
     "gated_attention": _cpp("gated_attention", _why_not_gated_attention),
-    "position_gate": _cpp("position_gate", _why_not_position_gate),
-    "position_gate_backward": _cpp("position_gate_backward", _why_not_position_gate_backward),
+    **_of_frames("position_gate"),
+    **_of_frames("stats_pool"),
     "waveform_conv": Implementation(products.waveform_conv, _why_not_waveform_conv),
     "linear_act": Implementation(products.linear_act, _why_not_product),
     "strided_conv": Implementation(products.strided_conv, _why_not_strided_conv),
