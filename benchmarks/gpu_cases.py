@@ -115,7 +115,7 @@ def _linear(m: Model, new: Callable[..., torch.Tensor]) -> Iterator[tuple[str, t
 
 def _norm(m: Model, new: Callable[..., torch.Tensor]) -> Iterator[tuple[str, tuple, str]]:
     x, w = new(BATCH, FRAMES, m.channels), new(m.channels)
-    yield "add_layer_norm", (x, x, w, w, 1e-5), ""
+    yield "add_layer_norm", (x, x, w, w, 1e-5, True), ""
     yield "add_layer_norm_backward", (x, x, x, w, 1e-5), ""
 
 

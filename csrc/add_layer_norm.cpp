@@ -1,6 +1,7 @@
 #include "add_layer_norm.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -9,6 +10,8 @@
 #include <tuple>
 
 #include "dispatch.h"
+#include "parts.h"
+#include "scratch.h"
 
 namespace wavlm_fast {
 
@@ -20,9 +23,6 @@ using at::Tensor;
 
 // A thread takes at least this many elements: below, waking it up costs more than it saves.
 constexpr int64_t kGrain = 16384;
-// Rows of the backward are cut into at most this many parts, whatever the number of threads, so that the sums
-// over rows are added in the same order on every machine.
-constexpr int64_t kParts = 64;
 
 void check(const char* op, const Tensor& x, const Tensor& other, const char* other_name, const Tensor& weight) {
   TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, op,
@@ -46,8 +46,9 @@ void run_forward(AddLayerNormForward<T>* kernel, const Tensor& x, const Tensor& 
   const int64_t C = x.size(-1), rows = x.numel() / C;
   at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / C), [&](int64_t begin, int64_t end) {
     const int64_t at = begin * C;
-    kernel(data<T>(x) + at, data<T>(residual) + at, data<float>(weight), data<float>(bias), eps, end - begin, C,
-           mutable_data<T>(sum) + at, mutable_data<T>(normed) + at);
+    float* row = static_cast<float*>(scratch<Scratch::task>(C * sizeof(float)));
+    kernel(data<T>(x) + at, data<T>(residual) + at, data<float>(weight), data<float>(bias), eps, end - begin, C, row,
+           sum.numel() ? mutable_data<T>(sum) + at : nullptr, mutable_data<T>(normed) + at);
   });
 }
 
@@ -66,12 +67,12 @@ void run_backward(AddLayerNormBackward<T>* kernel, const Tensor& grad_sum, const
 }
 
 std::tuple<Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
-                                          const Tensor& bias, double eps) {
+                                          const Tensor& bias, double eps, bool keep_sum) {
   check("add_layer_norm", x, residual, "residual", weight);
   check("add_layer_norm", x, residual, "residual", bias);
   const Tensor x_ = x.contiguous(), residual_ = residual.contiguous();
   const Tensor weight_ = weight.to(at::kFloat).contiguous(), bias_ = bias.to(at::kFloat).contiguous();
-  const Tensor sum = at::empty_like(x_), normed = at::empty_like(x_);
+  const Tensor sum = keep_sum ? at::empty_like(x_) : at::empty({0}, x_.options()), normed = at::empty_like(x_);
   const auto& kernels = add_layer_norm_kernels();
   if (x.scalar_type() == at::kFloat) {
     run_forward<float>(kernels.forward_float, x_, residual_, weight_, bias_, eps, sum, normed);
@@ -88,15 +89,14 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(const Tensor& grad_su
   const Tensor grad_sum_ = grad_sum.contiguous(), grad_normed_ = grad_normed.contiguous(), sum_ = sum.contiguous();
   const Tensor weight_ = weight.to(at::kFloat).contiguous();
   const Tensor dx = at::empty_like(sum_);
-  const int64_t C = sum.size(-1), parts = std::clamp<int64_t>(sum.numel() / kGrain, 1, kParts);
-  const Tensor partials = at::zeros({parts, 2, C}, weight_.options());
+  const Tensor partials = at::zeros({parts_for(sum.numel()), 2, sum.size(-1)}, weight_.options());
   const auto& kernels = add_layer_norm_kernels();
   if (sum.scalar_type() == at::kFloat) {
     run_backward<float>(kernels.backward_float, grad_sum_, grad_normed_, sum_, weight_, eps, dx, partials);
   } else {
     run_backward<bf16>(kernels.backward_bf16, grad_sum_, grad_normed_, sum_, weight_, eps, dx, partials);
   }
-  const Tensor totals = partials.sum(0).to(weight.scalar_type());
+  const Tensor totals = total_of(partials).to(weight.scalar_type());
   return {dx, totals.select(0, 0).clone(), totals.select(0, 1).clone()};
 }
 

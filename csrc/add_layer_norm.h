@@ -7,10 +7,11 @@
 
 namespace wavlm_fast {
 
-// rows x C, row after row. sum = x + residual, rounded to T; normed = layer norm of that sum.
+// rows x C, row after row. sum = x + residual, rounded to T, not written where sum is null; normed = layer norm of that
+// sum. `row` is for C floats to work in.
 template <class T>
 using AddLayerNormForward = void(const T* x, const T* residual, const float* weight, const float* bias, float eps,
-                                 std::int64_t rows, std::int64_t C, T* sum, T* normed);
+                                 std::int64_t rows, std::int64_t C, float* row, T* sum, T* normed);
 
 // dx of rows x C; dweight and dbias [C] are added to.
 template <class T>

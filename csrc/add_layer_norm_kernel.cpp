@@ -9,18 +9,22 @@ namespace {
 
 template <class T>
 void forward(const T* x, const T* residual, const float* weight, const float* bias, float eps, std::int64_t rows,
-             std::int64_t C, T* sum_out, T* normed) {
-  for (std::int64_t row = 0; row < rows; ++row) {
-    sweep(C, [&](std::int64_t i, auto lanes, int) {
-      lanes.store(sum_out + i, lanes.load(x + i) + lanes.load(residual + i));
-    });
+             std::int64_t C, float* row, T* sum_out, T* normed) {
+  for (std::int64_t r = 0; r < rows; ++r, x += C, residual += C, normed += C) {
     // The norm is of the sum as it was rounded, which is what the next layer sees.
-    const auto [mean, rstd] = statistics(sum_out, C, eps);
+    Floats total[kUnroll] = {};
+    sweep(C, [&](std::int64_t i, auto lanes, int u) {
+      const Floats added = rounded<T>(lanes.load(x + i) + lanes.load(residual + i));
+      total[u] += added;
+      lanes.store(row + i, added);
+      if (sum_out) lanes.store(sum_out + i, added);
+    });
+    const auto [mean, rstd] = statistics(row, C, eps, sum(total));
     sweep(C, [&, mean = mean, rstd = rstd](std::int64_t i, auto lanes, int) {
-      const Floats hat = (lanes.load(sum_out + i) - mean) * rstd;
+      const Floats hat = (lanes.load(row + i) - mean) * rstd;
       lanes.store(normed + i, hat * lanes.load(weight + i) + lanes.load(bias + i));
     });
-    x += C, residual += C, sum_out += C, normed += C;
+    if (sum_out) sum_out += C;
   }
 }
 

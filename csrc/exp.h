@@ -29,5 +29,11 @@ WAVLM_FAST_INLINE Floats exp_of_negative(Floats x) {
   return p;
 }
 
+// 1 / (1 + e^-x), within 4 ulp down to e^-30; NaN stays NaN.
+WAVLM_FAST_INLINE Floats sigmoid(Floats x) {
+  const Floats e = exp_of_negative(x < 0.0f ? x : -x);
+  return (x < 0.0f ? e : splat(1.0f)) / (1.0f + e);
+}
+
 }  // namespace WAVLM_FAST_ISA
 }  // namespace wavlm_fast

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "dispatch.h"
+#include "entries.h"
 
 namespace wavlm_fast {
 
@@ -100,6 +101,8 @@ void run(const GatedAttention<T>& call, GatedAttentionForward<T>* kernel, const 
   });
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> gated_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate,
                                            const Tensor& rel_bias, const std::optional<Tensor>& key_lengths,
                                            double dropout_p, const std::optional<Tensor>& seed, double scale) {
@@ -118,6 +121,8 @@ std::tuple<Tensor, Tensor> gated_attention(const Tensor& q, const Tensor& k, con
   }
   return {out, lse};
 }
+
+namespace {
 
 TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) { m.impl("gated_attention", &gated_attention); }
 

@@ -17,7 +17,16 @@ PARTS = 256
 
 @triton.jit
 def _add_layer_norm_fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, sum_ptr, normed_ptr, C, eps, BLOCK_C: tl.constexpr
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    sum_ptr,
+    normed_ptr,
+    C,
+    eps,
+    KEEP_SUM: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * C
     channel = tl.arange(0, BLOCK_C)
@@ -25,8 +34,9 @@ def _add_layer_norm_fwd_kernel(
     x = tl.load(x_ptr + row + channel, mask=inside, other=0.0).to(tl.float32)
     residual = tl.load(residual_ptr + row + channel, mask=inside, other=0.0).to(tl.float32)
     # The norm is of the sum as it was rounded, which is what the next layer sees.
-    rounded = (x + residual).to(sum_ptr.dtype.element_ty)
-    tl.store(sum_ptr + row + channel, rounded, mask=inside)
+    rounded = (x + residual).to(normed_ptr.dtype.element_ty)
+    if KEEP_SUM:
+        tl.store(sum_ptr + row + channel, rounded, mask=inside)
     total = rounded.to(tl.float32)
     centred = tl.where(inside, total - tl.sum(total, axis=0) / C, 0.0)
     hat = centred * (1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / C + eps))
@@ -80,14 +90,16 @@ def _block(C: int) -> dict[str, int]:
 
 
 def add_layer_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, keep_sum: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The op `add_layer_norm`: two tensors `[..., C]` in the dtype of `x`."""
+    """The op `add_layer_norm`: two tensors `[..., C]` in the dtype of `x`, the first empty without `keep_sum`."""
     x, residual, weight, bias = (t.contiguous() for t in (x, residual, weight, bias))
     C = x.shape[-1]
-    total, normed = torch.empty_like(x), torch.empty_like(x)
+    total, normed = torch.empty_like(x) if keep_sum else x.new_empty(0), torch.empty_like(x)
     if x.numel():
-        _add_layer_norm_fwd_kernel[(x.numel() // C,)](x, residual, weight, bias, total, normed, C, eps, **_block(C))
+        _add_layer_norm_fwd_kernel[(x.numel() // C,)](
+            x, residual, weight, bias, total, normed, C, eps, KEEP_SUM=keep_sum, **_block(C)
+        )
     return total, normed
 
 

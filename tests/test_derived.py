@@ -10,7 +10,18 @@ import pytest
 import torch
 from torch import nn
 
+import wavlm_fast.derived
+from wavlm_fast.backends import cpu
 from wavlm_fast.derived import derived, forget, nbytes
+
+
+@pytest.fixture(autouse=True, params=["C++", "Python"])
+def fingerprint(request, monkeypatch):
+    """Changes are seen in two ways, with the extension and without."""
+    if request.param == "Python":
+        monkeypatch.setattr(wavlm_fast.derived, "_fingerprint", None)
+    elif cpu.EXTENSION_PROBLEM is not None:
+        pytest.skip(cpu.EXTENSION_PROBLEM)
 
 
 class Double:
@@ -65,6 +76,35 @@ def test_write_through_data(weight, double):
     assert_rebuilt(double)
     weight.data[1, 2] = -1  # a single value, of few
     assert_rebuilt(double)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128], ids=str
+)
+@pytest.mark.parametrize("size", [1, 63, 64, 127, 128, 4096, 4160])
+def test_write_through_data_of_half_the_elements(dtype, size):
+    weight = torch.arange(2 * size).remainder(100).to(dtype)
+    for part in (weight[:size], weight[size:], weight[::2], weight[1::2]):
+        double = Double(weight)
+        double()
+        part.data.add_(1)
+        assert_rebuilt(double)
+
+
+def test_not_contiguous(weight):
+    double = Double(weight.t())
+    double()
+    assert double() is double()
+    with torch.no_grad():
+        weight.add_(1)
+    assert_rebuilt(double)
+
+
+@pytest.mark.parametrize("view", [lambda x: x.view(3, 2), lambda x: x.view(-1), lambda x: x.view(torch.int32)])
+def test_another_shape_or_dtype_in_the_same_memory(weight, double, view):
+    before = double()
+    weight.data = view(weight.data)
+    assert double() is not before
 
 
 def test_new_data(weight, double):

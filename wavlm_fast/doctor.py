@@ -122,7 +122,7 @@ def _linear_act(new: _Make) -> tuple:
 
 
 def _add_layer_norm(new: _Make) -> tuple:
-    return new(1, _FRAMES, _CHANNELS), new(1, _FRAMES, _CHANNELS), new(_CHANNELS), new(_CHANNELS), 1e-5
+    return new(1, _FRAMES, _CHANNELS), new(1, _FRAMES, _CHANNELS), new(_CHANNELS), new(_CHANNELS), 1e-5, False
 
 
 def _position_gate(new: _Make) -> tuple:

@@ -58,7 +58,7 @@ def test_unloadable_library(tmp_path):
 def test_without_extension_auto_falls_back_and_the_name_raises(monkeypatch):
     monkeypatch.setattr(cpu, "EXTENSION_PROBLEM", "extension not built: no C++ compiler found")
     x, w = torch.randn(2, 8), torch.ones(8)
-    choice = backends.choose("add_layer_norm", (x, x, w, w, 1e-5))
+    choice = backends.choose("add_layer_norm", (x, x, w, w, 1e-5, True))
     assert choice.backend == "reference"
     assert choice.refused == (("cpu", "extension not built: no C++ compiler found"),)
     assert cpu.isa() is None
@@ -67,14 +67,14 @@ def test_without_extension_auto_falls_back_and_the_name_raises(monkeypatch):
         backends.use_backend("cpu"),
         pytest.raises(backends.BackendUnavailable, match="extension not built: no C\\+\\+ compiler found"),
     ):
-        backends.choose("add_layer_norm", (x, x, w, w, 1e-5))
+        backends.choose("add_layer_norm", (x, x, w, w, 1e-5, True))
 
 
 @needs_extension
 def test_the_chooser_takes_cpp():
     x, w = torch.randn(2, 8), torch.ones(8)
-    assert backends.choose("add_layer_norm", (x, x, w, w, 1e-5)).backend == "cpu"
-    double = backends.choose("add_layer_norm", (*(t.double() for t in (x, x, w, w)), 1e-5))
+    assert backends.choose("add_layer_norm", (x, x, w, w, 1e-5, True)).backend == "cpu"
+    double = backends.choose("add_layer_norm", (*(t.double() for t in (x, x, w, w)), 1e-5, True))
     assert double.backend == "reference"
     assert "torch.float64" in double.refused[0][1]
 

@@ -28,9 +28,19 @@ def test_any_rank(shape):
     assert all(o.shape == shape for o in ops.add_layer_norm(x, residual, weight, bias))
 
 
+def test_sum_is_empty_where_it_is_not_wanted():
+    inputs = operands(2, 5, 7)
+    _, wanted = ops.add_layer_norm(*inputs)
+    for mine in (inputs, contract.learning(*inputs)):
+        total, normed = ops.add_layer_norm(*mine, keep_sum=False)
+        assert total.shape == (0,)
+        contract.check_equal(normed.detach(), wanted)
+
+
 def test_registration():
-    args = contract.learning(*operands(2, 3, 5, dtype=torch.float32))
-    contract.check_registration("add_layer_norm", *args, 1e-5)
+    args = operands(2, 3, 5, dtype=torch.float32)
+    contract.check_registration("add_layer_norm", *contract.learning(*args), 1e-5, True)
+    contract.check_registration("add_layer_norm", *args, 1e-5, False)
     x, _, weight, _ = operands(2, 3, 5, dtype=torch.float32)
     contract.check_registration("add_layer_norm_backward", x, x, x, weight, 1e-5)
 
@@ -41,11 +51,13 @@ def test_gradients():
 
 @pytest.mark.parametrize("used", [0, 1])
 def test_gradients_of_one_output(used):
-    contract.check_gradients(lambda *args: ops.add_layer_norm(*args)[used], *operands(2, 3, 5))
+    contract.check_gradients(lambda *args: ops.add_layer_norm(*args, keep_sum=used == 0)[used], *operands(2, 3, 5))
 
 
 def test_compiles():
     contract.check_compiles(ops.add_layer_norm, *operands(2, 3, 8, dtype=torch.float32))
+    normed = lambda *args: ops.add_layer_norm(*args, keep_sum=False)[1]  # noqa: E731
+    contract.check_compiles(normed, *operands(2, 3, 8, dtype=torch.float32))
 
 
 def test_autocast_computes_in_float32():
@@ -55,6 +67,9 @@ def test_autocast_computes_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         assert ops.add_layer_norm(*mixed)[0].dtype == torch.float32
     contract.check_autocast_gradients(ops.add_layer_norm, mixed)
+    with torch.autocast("cpu", torch.bfloat16):
+        normed = ops.add_layer_norm(*mixed, keep_sum=False)[1]
+    torch.testing.assert_close(normed, ops.add_layer_norm(mixed[0].float(), *mixed[1:])[1])
 
 
 def test_strided_inputs():

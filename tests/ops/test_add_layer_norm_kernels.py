@@ -53,13 +53,13 @@ def test_interpreter_refuses_bfloat16(monkeypatch):
     x = torch.randn(2, 8)
     w = torch.ones(8)
     implementation = triton.TABLE["add_layer_norm"]
-    assert implementation.why_not(x, x, w, w, 1e-5) is None
-    assert "bfloat16" in implementation.why_not(*(t.bfloat16() for t in (x, x, w, w)), 1e-5)
+    assert implementation.why_not(x, x, w, w, 1e-5, True) is None
+    assert "bfloat16" in implementation.why_not(*(t.bfloat16() for t in (x, x, w, w)), 1e-5, True)
 
 
 @needs_extension
 class TestCpp:
-    forward = staticmethod(lambda *args: cpu.TABLE["add_layer_norm"].fn(*args, 1e-5))
+    forward = staticmethod(lambda *args: cpu.TABLE["add_layer_norm"].fn(*args, 1e-5, True))
     backward = staticmethod(lambda *args: cpu.TABLE["add_layer_norm_backward"].fn(*args, 1e-5))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

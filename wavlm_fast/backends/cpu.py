@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .. import derived
 from ..ops import schemas
 from . import Implementation, encoder, front_end, gradients, products
 
@@ -20,13 +21,23 @@ logger = logging.getLogger("wavlm_fast")
 
 # What csrc/ implements, with the ops' own schemas. A namespace of its own leaves the ops' registration (fake, autograd,
 # autocast) the only one.
-_KERNELS = ("add_layer_norm", "add_layer_norm_backward", "gated_attention")
+_KERNELS = (
+    "add_layer_norm",
+    "add_layer_norm_backward",
+    "gated_attention",
+    "position_gate",
+    "position_gate_backward",
+    "stats_pool",
+    "stats_pool_backward",
+)
 _library = torch.library.Library("wavlm_fast_cpu", "DEF")
 for _schema in (
     "isa() -> str",
     "isa_levels() -> str[]",
     "isa_problem() -> str",
     "threads() -> int",
+    "fingerprint(Tensor x, int samples) -> int",
+    "activation_backward(Tensor grad, Tensor pre, str activation) -> Tensor",
     "pack_conv(Tensor weight, bool filtered) -> Tensor",
     "packed_conv(Tensor x, Tensor packed, Tensor? bias, int channels, int taps, int stride, int dilation, "
     "bool filtered, str activation) -> Tensor",
@@ -110,6 +121,8 @@ def _load_extension(folder: Path) -> str | None:
 
 
 EXTENSION_PROBLEM = _load_extension(_FOLDER)
+if EXTENSION_PROBLEM is None:
+    derived.use_fingerprint(_native.fingerprint.default)
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -118,9 +131,7 @@ def _cpp(name: str, why_not: Callable[..., str | None]) -> Implementation:
     return Implementation(getattr(_native, name).default, lambda *args: EXTENSION_PROBLEM or why_not(*args))
 
 
-def _why_not_add_layer_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-) -> str | None:
+def _why_not_add_layer_norm(x: torch.Tensor, residual: torch.Tensor, *rest: object) -> str | None:
     if x.dtype not in _DTYPES or residual.dtype != x.dtype:
         return f"the C++ add_layer_norm takes float32 or bfloat16, x is {x.dtype} and residual {residual.dtype}"
     if x.shape[-1] == 0:
@@ -129,9 +140,18 @@ def _why_not_add_layer_norm(
 
 
 def _why_not_add_layer_norm_backward(
-    grad_sum: torch.Tensor, grad_normed: torch.Tensor, sum: torch.Tensor, weight: torch.Tensor, eps: float
+    grad_sum: torch.Tensor, grad_normed: torch.Tensor, sum: torch.Tensor, *rest: object
 ) -> str | None:
-    return _why_not_add_layer_norm(sum, grad_normed, weight, weight, eps)
+    return _why_not_add_layer_norm(sum, grad_normed)
+
+
+def _of_frames(op: str) -> dict[str, Implementation]:
+    """An op of which the dtype of x alone decides, and its backward."""
+
+    def why_not(x: torch.Tensor, *rest: object) -> str | None:
+        return None if x.dtype in _DTYPES else f"the C++ {op} takes float32 or bfloat16, x is {x.dtype}"
+
+    return {op: _cpp(op, why_not), f"{op}_backward": _cpp(f"{op}_backward", lambda grad, *args: why_not(*args))}
 
 
 def _why_not_gated_attention(q: torch.Tensor, *rest: object) -> str | None:
@@ -180,6 +200,8 @@ TABLE: dict[str, Implementation] = {
     "gated_attention": _cpp("gated_attention", _why_not_gated_attention),
     "encoder_layer": Implementation(encoder.encoder_layer, _why_not_encoder_layer),
     "feature_encoder": Implementation(front_end.feature_encoder, _why_not_feature_encoder),
+    **_of_frames("position_gate"),
+    **_of_frames("stats_pool"),
     "waveform_conv": Implementation(front_end.waveform_conv, _why_not_waveform_conv),
     "linear_act": Implementation(products.linear_act, _why_not_product),
     "linear_act_backward": Implementation(gradients.linear_act_backward, _why_not_gradient),

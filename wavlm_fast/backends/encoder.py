@@ -46,7 +46,7 @@ def why_not(
     if products.in_onednn(x):
         return "bfloat16 products run in oneDNN here, one by one"
     if not _multiplies_bfloat16() or any(weight.shape[1] % 2 for weight in weights):
-        return "the C++ encoder_layer takes bfloat16 where the CPU multiplies pairs of it (AVX-512 BF16), and even widths"
+        return "the C++ encoder_layer takes bfloat16 of even width where the CPU multiplies pairs of it (AVX-512 BF16)"
     return None
 
 

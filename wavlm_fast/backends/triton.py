@@ -67,9 +67,7 @@ _MAX_TAPS = 15  # with a column of ones, the side of waveform_conv's Gram matrix
 _MAX_CHANNELS = 16384  # MAX_CHANNELS of kernels/add_layer_norm.py, known without importing it
 
 
-def _why_not_add_layer_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-) -> str | None:
+def _why_not_add_layer_norm(x: torch.Tensor, *rest: Any) -> str | None:
     if x.dtype not in _DTYPES:
         return f"the Triton add_layer_norm takes float32, float16 or bfloat16, x is {x.dtype}"
     if not 0 < x.shape[-1] <= _MAX_CHANNELS:
@@ -78,9 +76,9 @@ def _why_not_add_layer_norm(
 
 
 def _why_not_add_layer_norm_backward(
-    grad_sum: torch.Tensor, grad_normed: torch.Tensor, sum: torch.Tensor, weight: torch.Tensor, eps: float
+    grad_sum: torch.Tensor, grad_normed: torch.Tensor, sum: torch.Tensor, *rest: Any
 ) -> str | None:
-    return _why_not_add_layer_norm(sum, grad_normed, weight, weight, eps)
+    return _why_not_add_layer_norm(sum)
 
 
 def _why_not_gated_attention(q: torch.Tensor, *rest: Any) -> str | None:

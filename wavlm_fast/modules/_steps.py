@@ -45,7 +45,7 @@ def plan_add_norm(name: str, module: nn.Module) -> Plan:
 
     def example() -> tuple:
         x = frames_like(module.weight, *module.normalized_shape)
-        return x, x, module.weight, module.bias, module.eps
+        return x, x, module.weight, module.bias, module.eps, True
 
     return Plan("add_layer_norm", named(name, why_not_norm(module)), example)
 
@@ -110,10 +110,10 @@ def why_not_norm(module: nn.Module) -> str | None:
     return reason
 
 
-def add_norm(x: Tensor, residual: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """`x + residual`, and `norm` of it."""
+def add_norm(x: Tensor, residual: Tensor, norm: nn.Module, keep_sum: bool = True) -> tuple[Tensor, Tensor]:
+    """`x + residual`, of no use without `keep_sum`, and `norm` of it."""
     if why_not_norm(norm) is None and x.shape == residual.shape and same_dtype(x, residual, norm.weight, norm.bias):
-        return ops.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
+        return ops.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, keep_sum)
     total = residual + x
     return total, norm(total)
 

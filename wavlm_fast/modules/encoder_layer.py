@@ -190,8 +190,9 @@ class FastWavLMEncoderLayer(_FastLayer, hf.WavLMEncoderLayer):
         attended, weights, position_bias = self._attend(
             hidden_states, attention_mask, position_bias, output_attentions=output_attentions, index=index
         )
-        _, hidden_states = add_norm(attended, hidden_states, self.layer_norm)
-        _, hidden_states = add_norm(self.feed_forward(hidden_states), hidden_states, self.final_layer_norm)
+        _, hidden_states = add_norm(attended, hidden_states, self.layer_norm, keep_sum=False)
+        fed = self.feed_forward(hidden_states)
+        _, hidden_states = add_norm(fed, hidden_states, self.final_layer_norm, keep_sum=False)
         return _outputs(hidden_states, position_bias, weights, output_attentions)
 
 

@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _check as check
-from ._define import accumulation_dtype, autocast_by, define, differentiate
+from ._define import accumulation_dtype, autocast_by, define, differentiate, needs_grad, or_empty
 
 NAME = "add_layer_norm"
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, keep_sum: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The sum of `x` and `residual`, and its layer norm over channels.
 
@@ -26,14 +26,17 @@ def add_layer_norm(
         weight: `[C]`, the dtype of `x`, or float32 for narrower `x`.
         bias: `[C]`, the dtype of `weight`.
         eps: added to the variance.
+        keep_sum: whether the first output is wanted; False saves writing it.
 
     Returns:
-        Two tensors of the shape and dtype of `x`: the sum, and the sum normed.
+        Two tensors of the shape and dtype of `x`: the sum, or an empty tensor, and the sum normed.
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes do not fit.
     """
-    return _op(x.contiguous(), residual.contiguous(), weight, bias, eps)
+    save = keep_sum or needs_grad(x, residual, weight, bias)  # the gradient is computed from the sum
+    total, normed = _op(x.contiguous(), residual.contiguous(), weight, bias, eps, save)
+    return total if keep_sum else x.new_empty(0), normed
 
 
 def reference(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -42,7 +45,14 @@ def reference(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: fl
     return total, F.layer_norm(total.to(weight.dtype), total.shape[-1:], weight, bias, eps).to(total.dtype)
 
 
-def _check(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+def _kernel(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, keep_sum: bool
+) -> tuple[Tensor, Tensor]:
+    total, normed = reference(x, residual, weight, bias, eps)
+    return or_empty(total if keep_sum else None, x), normed
+
+
+def _check(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, keep_sum: bool) -> None:
     check.floating(NAME, "x", x)
     check.shape(NAME, "residual", residual, tuple(x.shape))
     check.shape(NAME, "weight", weight, (x.shape[-1] if x.dim() else "C",))
@@ -54,8 +64,10 @@ def _check(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
     check.same(NAME, "weight", weight, bias=bias)
 
 
-def _fake(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x)
+def _fake(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, keep_sum: bool
+) -> tuple[Tensor, Tensor]:
+    return or_empty(torch.empty_like(x) if keep_sum else None, x), torch.empty_like(x)
 
 
 def _backward_kernel(
@@ -78,10 +90,10 @@ def _backward_fake(
 
 _op = define(
     NAME,
-    "(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, bool keep_sum) -> (Tensor, Tensor)",
     check=_check,
     fake=_fake,
-    kernel=reference,
+    kernel=_kernel,
 )
 _backward_op = define(
     f"{NAME}_backward",
@@ -92,7 +104,7 @@ _backward_op = define(
 
 
 def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
-    _, _, weight, _, eps = inputs
+    _, _, weight, _, eps, _ = inputs
     dx, dweight, dbias = _backward_op(*(g.contiguous() for g in grads), *saved, weight, eps)
     return dx, dx, dweight, dbias, None
 
@@ -101,16 +113,16 @@ differentiate(NAME, reference, _backward, save=lambda outputs: outputs[:1])
 
 
 def _autocast(
-    device_type: str, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+    device_type: str, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, keep_sum: bool
 ) -> tuple[Tensor, Tensor]:
     # The sum is of the wider operand's dtype, as torch promotes; layer norm runs in float32 on a GPU and in the dtype
     # of its input on a CPU, as torch's own rules have it.
     dtype = torch.promote_types(x.dtype, residual.dtype)
     if device_type == "cpu":
         wide = torch.promote_types(dtype, weight.dtype)
-        return _op(x.to(dtype), residual.to(dtype), weight.to(wide), bias.to(wide), eps)
+        return _op(x.to(dtype), residual.to(dtype), weight.to(wide), bias.to(wide), eps, keep_sum)
     wide = torch.promote_types(dtype, torch.float32)
-    total, normed = _op(*(t.to(wide) for t in (x, residual, weight, bias)), eps)
+    total, normed = _op(*(t.to(wide) for t in (x, residual, weight, bias)), eps, keep_sum)
     return total.to(dtype), normed
 
 

@@ -162,7 +162,7 @@ def _linear(*shape: int, outer: int, bias: bool = True, act: str = "none") -> Bu
     return build
 
 
-def _norm(*shape: int, quiet: bool = False) -> Build:
+def _norm(*shape: int, quiet: bool = False, keep_sum: bool = True) -> Build:
     def build(g: torch.Generator) -> Leaves:
         make = _normal if quiet else _frames
         scale = 3e-3 if quiet else 1
@@ -172,6 +172,7 @@ def _norm(*shape: int, quiet: bool = False) -> Build:
             "weight": _gain(g, shape[-1]),
             "bias": _normal(g, shape[-1], std=0.5),
             "eps": 1e-5,
+            "keep_sum": keep_sum,
         }
 
     return build
@@ -321,6 +322,7 @@ CASES: tuple[Case, ...] = (
     _case("add_layer_norm", "both used", _norm(2, 19, 48), quick=True, **_BOTH),
     _case("add_layer_norm", "normed used", _norm(2, 19, 33), upstream=(1,)),
     _case("add_layer_norm", "sum used", _norm(1, 5, 16), upstream=(0,)),
+    _case("add_layer_norm", "sum not kept", _norm(2, 17, 40, keep_sum=False), quick=True, upstream=(1,)),
     _case("add_layer_norm", "quiet", _norm(2, 21, 40, quiet=True), quick=True, **_BOTH),
     _case("add_layer_norm", "one row", _norm(1, 1, 40), **_BOTH),
     _case("add_layer_norm", "a matrix", _norm(7, 24), **_BOTH),

@@ -83,9 +83,11 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tens
     return activation(act, _affine(torch.einsum("...c,oc->...o", x, weight), None, bias))
 
 
-def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, keep_sum: bool
+) -> tuple[Tensor, Tensor]:
     total = x + residual
-    return total, _affine(_standardise(total, -1, eps), weight, bias)
+    return total if keep_sum else x.new_empty(0), _affine(_standardise(total, -1, eps), weight, bias)
 
 
 def position_gate(x: Tensor, weight: Tensor, bias: Tensor, const: Tensor) -> Tensor:

@@ -79,9 +79,11 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tens
     return _activation(act, F.linear(x, weight, bias))
 
 
-def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, keep_sum: bool
+) -> tuple[Tensor, Tensor]:
     total = residual + x
-    return total, F.layer_norm(total, (total.shape[-1],), weight, bias, eps)
+    return total if keep_sum else x.new_empty(0), F.layer_norm(total, (total.shape[-1],), weight, bias, eps)
 
 
 def position_gate(x: Tensor, weight: Tensor, bias: Tensor, const: Tensor) -> Tensor:
