@@ -27,6 +27,7 @@ for _schema in (
     "isa_levels() -> str[]",
     "isa_problem() -> str",
     "threads() -> int",
+    "peak(str dtype) -> float",
     "pack_conv(Tensor weight) -> Tensor",
     "packed_conv(Tensor x, Tensor packed, Tensor? bias, int channels, int taps, int stride, int dilation, "
     "str activation) -> Tensor",
