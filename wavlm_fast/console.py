@@ -102,6 +102,14 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def rounds(text: str) -> int:
+    """The argparse type of --rounds."""
+    value = positive_int(text)
+    if value < 5:
+        raise argparse.ArgumentTypeError(f"at least 5 rounds are wanted for a median, got {text}")
+    return value
+
+
 def positive_seconds(text: str) -> float:
     """The argparse type of durations."""
     try:
