@@ -40,16 +40,18 @@ def table(*columns: str, text: int = 1) -> Table:
 
 def print_table(out: Console, title: str, shown: Table) -> None:
     """A titled table; off a terminal without rich's blank lines and trailing blanks."""
-    out.print(f"[bold]{title}[/]")
+    if title:
+        out.print(f"[bold]{title}[/]")
+    # Where there is too little room for it the lines wrap; rich would cut the numbers.
+    width = out.width
+    out.width = max(width, out.measure(shown, options=out.options.update(max_width=4 * _PLAIN_WIDTH)).maximum)
     if out.is_terminal:
-        # A terminal too narrow wraps the lines; rich would cut the numbers.
-        width = out.width
-        out.width = max(width, out.measure(shown, options=out.options.update(max_width=4 * _PLAIN_WIDTH)).maximum)
         out.print(shown)
         out.width = width
         return
     with out.capture() as captured:
         out.print(shown)
+    out.width = width
     lines = [line.rstrip() for line in captured.get().splitlines() if line.strip()]
     out.print("\n".join(lines) + "\n", markup=False, soft_wrap=True)
 
