@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from wavlm_fast import measure
+
 from .flops import STAGES
 
+Call = Callable[[], Any]
 OTHER_OPS, REST = "other torch ops", "rest"
 # What an op works for shows in the parameters that it gets; the first pattern that fits a parameter's name.
 _BY_PARAMETER = (
@@ -83,7 +86,7 @@ class Clock(TorchDispatchMode):
         """The stage that a call belongs to; for an op of ours that tells nothing of it, the op's name."""
         namespace, _, name = op._schema.name.partition("::")
         found = {_BY_OP.get(name)}
-        for tensor in args:
+        for tensor in (x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,))):
             if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
                 found.add("qkv" if tensor.shape == self._merged else self._stages.get(tensor.data_ptr()))
         found.discard(None)
@@ -98,30 +101,31 @@ def _stage_of(parameter: str) -> str | None:
     return next((stage for stage, pattern in _BY_PARAMETER if re.search(pattern, parameter)), None)
 
 
-def breakdown(module: nn.Module, call: Callable[[], Any], operations: Mapping[str, float], rounds: int) -> list[Stage]:
+def breakdown(module: nn.Module, call: Call, brief: Call, operations: Mapping[str, float], rounds: int) -> list[Stage]:
     """Time the stages of a forward.
 
     Args:
         module: the fast model that `call` runs, wrapped in `cases.Output`.
         call: the forward; it has run before.
+        brief: the same on little audio, which shows what the clock itself takes.
         operations: of each of `flops.STAGES`.
-        rounds: forwards with the clock, and as many without; every stage's time is its median.
+        rounds: forwards; every stage's time is its median.
 
     Returns:
-        The stages in the order the signal meets them, ops of no stage, torch's other ops, and the rest of a forward
-        without the clock: Python, dispatch, freeing of memory.
+        The stages in the order the signal meets them, ops of no stage, torch's other ops, and the rest of a forward:
+        Python, dispatch, freeing of memory. What the clock itself takes is left out.
     """
-    totals, seconds = [], defaultdict(list)
+    own = _cost_of_clock(module, brief, rounds)
+    seconds: defaultdict[str, list[float]] = defaultdict(list)
     for _ in range(rounds):
         start = time.perf_counter()
-        call()
-        totals.append(time.perf_counter() - start)
         with Clock(module) as clock:
             call()
+        total = time.perf_counter() - start - own
+        clock.seconds[REST] = total - sum(clock.seconds.values())
         for stage, took in clock.seconds.items():
             seconds[stage].append(took)
     medians = {stage: statistics.median(found) for stage, found in seconds.items()}
-    medians[REST] = max(0.0, statistics.median(totals) - sum(medians.values()))
     shared = Counter(part for stage in medians for part in stage.split(" + "))
     rows = []
     for stage in sorted(medians, key=_order):
@@ -131,6 +135,17 @@ def breakdown(module: nn.Module, call: Callable[[], Any], operations: Mapping[st
         count = sum(operations[part] for part in parts) if told and parts else None
         rows.append(Stage(stage, ops, medians[stage], count))
     return rows
+
+
+def _cost_of_clock(module: nn.Module, call: Call, rounds: int) -> float:
+    """Seconds that the clock adds to a forward, whatever the length: it dispatches as many ops."""
+
+    def clocked() -> None:
+        with Clock(module):
+            call()
+
+    found = measure.interleave({"plain": call, "clocked": clocked}, 3 * rounds)
+    return statistics.median(c - p for c, p in zip(found["clocked"], found["plain"], strict=True))
 
 
 def _order(stage: str) -> tuple[int, str]:
