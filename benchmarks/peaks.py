@@ -25,6 +25,12 @@ class Peaks:
     def of(self, dtype: torch.dtype) -> float | None:
         return self.fp32 if dtype == torch.float32 else self.bf16
 
+    def best(self, other: Peaks) -> Peaks:
+        """The higher of each: nothing but another process's work makes a machine look slower than it is."""
+        pairs = ((self.fp32, other.fp32), (self.bf16, other.bf16))
+        fp32, bf16 = (max((p for p in pair if p is not None), default=None) for pair in pairs)
+        return Peaks(fp32, bf16, self.how)
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -41,7 +41,7 @@ class Row:
     seconds: measure.Timing | None = None
     factor: float | None = None  # seconds of audio per second
     gflops: float | None = None
-    peak_gflops: float | None = None  # of this machine in this dtype, measured just before
+    peak_gflops: float | None = None  # of this machine in this dtype, measured before and after
     share: float | None = None  # of that peak
     ours_faster: measure.Timing | None = None  # ours in the same dtype over this, round by round
 
@@ -62,7 +62,12 @@ class Meter:
 
 
 def run_case(
-    case: Case, subject: Subject, providers: Mapping[str, Provider], peaks: Peaks, rounds: int, meter: Meter
+    case: Case,
+    subject: Subject,
+    providers: Mapping[str, Provider],
+    peaks: Callable[[], Peaks],
+    rounds: int,
+    meter: Meter,
 ) -> Iterator[list[Row]]:
     """Verify and time every provider.
 
@@ -71,7 +76,7 @@ def run_case(
         subject: its model and inputs.
         providers: by name; a training step is for those of them that train, in float32. Whoever fails gets a row
             that says why.
-        peaks: of the machine, measured now.
+        peaks: measures the machine's, which is done before and after every timing.
         rounds: timed runs of each.
         meter: told of every run.
 
@@ -102,12 +107,14 @@ def run_case(
                 calls[name] = call
         ours |= {name: call for name, call in calls.items() if providers[name].ours}
         meter.doing(f"{case.name}: timing {len(calls)} providers in turn")
+        before = peaks()
         between = partial(_between, case, subject, meter)
         found = measure.interleave(calls, rounds, warm_up=case.warms_up, between=between)
         _compare(rows, providers, found)
+        peak = before.best(peaks())
         for name, times in found.items():
             seconds[name] += times
-            _fill(rows[name], seconds[name], peaks.of(providers[name].dtype))
+            _fill(rows[name], seconds[name], peak.of(providers[name].dtype))
         yield list(rows.values())
         del calls, call
         memory.give_back_freed()

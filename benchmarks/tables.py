@@ -58,24 +58,24 @@ def of_case(case: Case, rows: Sequence[Row]) -> Table:
     return table
 
 
-def of_stages(case: str, dtype: str, stages: Sequence[Stage], peak: float | None) -> Table:
+def of_stages(case: str, dtype: str, stages: Sequence[Stage], peak_gflops: float | None) -> Table:
     """Where the time of ours goes in one case."""
     columns = ("stage", "ops", "ms", "of time", "GFLOP", "GFLOP/s", "of peak")
     table = Table(f"{case}, ours in {dtype}, stage by stage", columns, text=2)
     total, known = sum(s.seconds for s in stages), 0.0
     for stage in stages:
         known += stage.operations or 0.0
-        table.rows.append((stage.name, stage.ops, *_rates(stage.seconds, total, stage.operations, peak)))
-    table.rows.append(("total", "", *_rates(total, total, known, peak)))
+        table.rows.append((stage.name, stage.ops, *_rates(stage.seconds, total, stage.operations, peak_gflops)))
+    table.rows.append(("total", "", *_rates(total, total, known, peak_gflops)))
     return table
 
 
-def _rates(seconds: float, total: float, operations: float | None, peak: float | None) -> tuple[str, ...]:
+def _rates(seconds: float, total: float, operations: float | None, peak_gflops: float | None) -> tuple[str, ...]:
     times = (f"{1e3 * seconds:.1f}", _percent(seconds / total))
     if not operations or not seconds:
         return (*times, "-", "-", "-")
-    rate = operations / seconds
-    return (*times, f"{operations / 1e9:.2f}", f"{rate / 1e9:.0f}", _percent(rate / peak if peak else None))
+    rate = operations / seconds / 1e9
+    return (*times, f"{operations / 1e9:.2f}", f"{rate:.0f}", _percent(rate / peak_gflops if peak_gflops else None))
 
 
 def of_memory(found: Iterable[dict]) -> Table:
