@@ -2,6 +2,7 @@
 #
 #   make demo    the main job on a speech clip        make test         lint and every test
 #   make bench   benchmarks                           make test-compat  the tests with transformers 4.57
+#   make bench-cpu      benchmarks against ONNX Runtime and OpenVINO, which are installed for it
 #   make lint    ruff                                 make clean        remove everything made here
 #   make test-kernels   the Triton kernels emulated, with races, bounds and unwritten memory checked (Python 3.12 or 3.13)
 #   make test-gpu       the Triton kernels on this machine's GPU
@@ -21,7 +22,7 @@ BUILT_FROM := pyproject.toml setup.py MANIFEST.in constraints-common.txt $(wildc
 # Tests run side by side: one thread each keeps them from waiting for each other.
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(1)/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
-.PHONY: demo test test-compat test-kernels test-gpu bench lint clean
+.PHONY: demo test test-compat test-kernels test-gpu bench bench-cpu lint clean
 .NOTPARALLEL:
 
 demo: $(VENV)/installed
@@ -55,6 +56,9 @@ test-gpu: $(VENV)/installed
 bench: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks $(ARGS)
 
+bench-cpu: $(VENV)/peers
+	$(VENV)/bin/python -m benchmarks.cpu $(ARGS)
+
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 
@@ -65,6 +69,11 @@ clean:
 
 $(VENV)/installed: constraints.txt $(BUILT_FROM)
 	$(call INSTALL,$(VENV),constraints.txt)
+
+# The extra "peers" by its names: as an extra it would build this package again.
+$(VENV)/peers: $(VENV)/installed
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt onnx onnxruntime openvino
+	touch $@
 
 $(COMPAT_VENV)/installed: constraints-compat.txt $(BUILT_FROM)
 	$(call INSTALL,$(COMPAT_VENV),constraints-compat.txt)

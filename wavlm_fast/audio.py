@@ -15,6 +15,7 @@ from .errors import UserError
 from .inputs import SAMPLE_RATE as RATE
 
 RECEPTIVE_FIELD = 400  # samples that make the first frame, with the conv stack of every published WavLM
+_SHIFT = 1600  # samples by which the utterances of a batch are shifted against each other, so that none are alike
 _BLOCK_SECONDS = 30  # read, mixed down and resampled at a time: long files never exist at their own rate in memory
 
 
@@ -96,6 +97,12 @@ def fit(waveform: torch.Tensor, samples: int) -> torch.Tensor:
     """[S] -> [samples]: repeated as often as it takes, then cut."""
     times = -(-samples // len(waveform))
     return waveform.repeat(times)[:samples]
+
+
+def utterances(batch: int, samples: int) -> torch.Tensor:
+    """[B, S] of real speech: the clip, shifted from one to the next, repeated to the length."""
+    speech, _ = load(clip())
+    return torch.stack([fit(speech.roll(-_SHIFT * index), samples) for index in range(batch)])
 
 
 def _check_path(path: Path) -> None:

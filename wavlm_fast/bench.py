@@ -22,12 +22,12 @@ from .console import (
     positive_int,
     positive_seconds,
     print_table,
+    rounds,
     table,
     write_json,
 )
 
 BASELINE = "transformers eager"
-_SHIFT = 1600  # samples by which the utterances of a batch are shifted against each other, so that none are alike
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", type=positive_int, nargs="+", default=[1], metavar="B", help="default: 1")
     parser.add_argument(
-        "--rounds", type=_rounds, default=7, metavar="N", help="timed runs of each, 5 or more (default: 7)"
+        "--rounds", type=rounds, default=7, metavar="N", help="timed runs of each, 5 or more (default: 7)"
     )
     parser.add_argument("--quick", action="store_true", help="two seconds of audio, batch 1, 5 rounds")
     parser.add_argument("--json", metavar="FILE", help='write the results to FILE ("-": standard output)')
-
-
-def _rounds(text: str) -> int:
-    rounds = positive_int(text)
-    if rounds < 5:
-        raise argparse.ArgumentTypeError(f"at least 5 rounds are wanted for a median, got {text}")
-    return rounds
 
 
 def run(args: argparse.Namespace) -> int:
@@ -117,10 +110,8 @@ def _backend(name: str) -> Callable[[], AbstractContextManager]:
 
 def _utterances(batch: int, samples: int, normalise: bool, model: nn.Module) -> torch.Tensor:
     """[B, S] of real speech, repeated to the length, in the model's dtype."""
-    speech, _ = audio.load(audio.clip())
-    samples = max(samples, checkpoint.receptive_field(model))
-    shifted = [audio.fit(speech.roll(-_SHIFT * index), samples) for index in range(batch)]
-    prepared = torch.cat([checkpoint.prepare(waveform, normalise) for waveform in shifted])
+    waveforms = audio.utterances(batch, max(samples, checkpoint.receptive_field(model)))
+    prepared = torch.cat([checkpoint.prepare(waveform, normalise) for waveform in waveforms])
     return prepared.to(next(model.parameters()).dtype)
 
 

@@ -40,16 +40,18 @@ def table(*columns: str, text: int = 1) -> Table:
 
 def print_table(out: Console, title: str, shown: Table) -> None:
     """A titled table; off a terminal without rich's blank lines and trailing blanks."""
-    out.print(f"[bold]{title}[/]")
+    if title:
+        out.print(f"[bold]{title}[/]")
+    # Where there is too little room for it the lines wrap; rich would cut the numbers.
+    width = out.width
+    out.width = max(width, out.measure(shown, options=out.options.update(max_width=4 * _PLAIN_WIDTH)).maximum)
     if out.is_terminal:
-        # A terminal too narrow wraps the lines; rich would cut the numbers.
-        width = out.width
-        out.width = max(width, out.measure(shown, options=out.options.update(max_width=4 * _PLAIN_WIDTH)).maximum)
         out.print(shown)
         out.width = width
         return
     with out.capture() as captured:
         out.print(shown)
+    out.width = width
     lines = [line.rstrip() for line in captured.get().splitlines() if line.strip()]
     out.print("\n".join(lines) + "\n", markup=False, soft_wrap=True)
 
@@ -100,6 +102,14 @@ def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"a whole number of at least 1 is wanted, got {text!r}")
     return int(text)
+
+
+def rounds(text: str) -> int:
+    """The argparse type of --rounds."""
+    value = positive_int(text)
+    if value < 5:
+        raise argparse.ArgumentTypeError(f"at least 5 rounds are wanted for a median, got {text}")
+    return value
 
 
 def positive_seconds(text: str) -> float:

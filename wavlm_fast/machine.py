@@ -49,10 +49,10 @@ VARIABLES = (
 )
 
 
-def versions() -> dict[str, str | None]:
-    """Version of Python and of each package; None where it is not installed."""
+def versions(more: tuple[str, ...] = ()) -> dict[str, str | None]:
+    """Version of Python and of each package, with `more` of them; None where it is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *more):
         found[package] = _version(package)
     return found
 

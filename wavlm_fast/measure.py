@@ -123,22 +123,30 @@ def percentile(values: list[float], percent: float) -> float:
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device | str = "cpu", budget: float = math.inf
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    device: torch.device | str = "cpu",
+    budget: float = math.inf,
+    warm_up: bool = True,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
     """Time callables in turn, in alternating order, so that drift of the machine meets all of them alike.
 
     Args:
-        calls: name -> the call; each runs once untimed first.
+        calls: name -> the call.
         rounds: timed runs of each.
         device: waited for before the clock is read.
         budget: seconds after which no further round starts, once there are three.
+        warm_up: whether each runs once untimed first.
+        between: called after every run, off the clock.
 
     Returns:
         name -> seconds of each round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
+    for call in calls.values() if warm_up else ():
         call()
+        between()
     begin = time.perf_counter()
     for index in range(rounds):
         if index >= 3 and time.perf_counter() - begin > budget:
@@ -146,6 +154,7 @@ def interleave(
         order = list(calls) if index % 2 == 0 else list(reversed(calls))
         for name in order:
             seconds[name].append(_clock(calls[name], device))
+            between()
     return seconds
 
 

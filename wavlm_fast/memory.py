@@ -107,7 +107,7 @@ def _on_gpu(call: Callable[[], Any]) -> Peak:
 
 def _on_cpu(call: Callable[[], Any]) -> Peak:
     """Loading the model may have needed more than the forward pass does: forget that peak first where Linux lets us."""
-    _give_back_freed()
+    give_back_freed()
     forgotten = _forget_peak()
     before = _status("VmRSS") if forgotten else _highest()
     call()
@@ -115,8 +115,8 @@ def _on_cpu(call: Callable[[], Any]) -> Peak:
     return Peak(peak, peak - before)
 
 
-def _give_back_freed() -> None:
-    """Pages that the allocator keeps from loading would hide that much of what the forward pass needs."""
+def give_back_freed() -> None:
+    """Make the allocator return its free pages, that from loading would hide as much of what a forward pass needs."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL(None).malloc_trim(0)

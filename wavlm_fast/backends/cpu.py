@@ -39,6 +39,7 @@ for _schema in (
     "fingerprint(Tensor x, int samples) -> int",
     "activation_backward(Tensor grad, Tensor pre, str activation) -> Tensor",
     "pack_conv(Tensor weight, bool filtered) -> Tensor",
+    "peak(str dtype) -> float",
     "packed_conv(Tensor x, Tensor packed, Tensor? bias, int channels, int taps, int stride, int dilation, "
     "bool filtered, str activation) -> Tensor",
     "encoder_layer(Tensor x, Tensor rel_bias, Tensor? key_lengths, Tensor[] packed, Tensor[] biases, Tensor[] gate, "

@@ -1,0 +1,74 @@
+"""A model of thousands of weights, in the place of those that take minutes."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from tiny_models import SIZES
+
+from benchmarks import cases, cpu, peaks
+
+PEAKS = peaks.Peaks(2e11, 4e11, "made up")
+OURS_AND_THEIRS = ("--provider", "transformers", "wavlm_fast")
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Put cases of a tiny model in place of all others: tiny() -> the model `Output`, transformers' own."""
+    random = cases.MODELS["train"].options
+    models = {
+        "base": cases.Spec(options=SIZES),
+        "xvector": cases.Spec("WavLMForXVector", SIZES, "embeddings"),
+        "train": cases.Spec(options={**SIZES, **random}),
+    }
+    made = [
+        cases.Case("base", (0.5,), stages=True),
+        cases.Case("base", (0.5, 0.3), ragged="ragged"),
+        cases.Case("xvector", (0.6,)),
+        cases.Case("train", (0.5,), train=True),
+        cases.Case("base", (1.0,), alone=True),
+    ]
+    for name, found in (("MODELS", models), ("CASES", {case.name: case for case in made})):
+        getattr(cases, name).clear()
+        getattr(cases, name).update(found)
+    monkeypatch.setattr(cpu, "peaks", lambda: PEAKS)
+    return lambda name="base": cases.Output(models[name].build(), models[name].output)
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    """Whatever a test does to the cases and to torch's threads is undone."""
+    before = dict(cases.MODELS), dict(cases.CASES), torch.get_num_threads()
+    yield
+    for table, content in zip((cases.MODELS, cases.CASES), before):
+        table.clear()
+        table.update(content)
+    torch.set_num_threads(before[2])
+
+
+@dataclass
+class Ended:
+    """How the command ended, what it said, and its JSON."""
+
+    status: int
+    out: str
+    err: str
+    found: dict
+
+    @property
+    def rows(self):
+        return {(row["case"], row["provider"]): row for row in self.found["rows"]}
+
+
+@pytest.fixture
+def bench(tiny, capsys, tmp_path):
+    """Calls the command: bench("--case", "base 1x0.5") -> Ended."""
+
+    def call(*arguments, only=OURS_AND_THEIRS):
+        path = tmp_path / "found.json"
+        status = cpu.main(["--threads", "1", "--rounds", "5", "--json", str(path), *only, *arguments])
+        said = capsys.readouterr()
+        return Ended(status, said.out, said.err, json.loads(path.read_text()) if path.exists() else {})
+
+    return call

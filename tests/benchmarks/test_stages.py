@@ -1,0 +1,69 @@
+"""Every op of a forward is in the breakdown, whatever its name."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import cases, flops, rounds, stages
+from benchmarks.providers import Subject
+
+
+@pytest.fixture
+def subject(tiny):
+    case = cases.CASES["base 1x0.5"]
+    return Subject(tiny(), case.inputs(), None, 1)
+
+
+def op(name, namespace="wavlm_fast"):
+    return SimpleNamespace(_schema=SimpleNamespace(name=f"{namespace}::{name}"))
+
+
+def test_breakdown(subject):
+    case = cases.CASES["base 1x0.5"]
+    found = {stage.name: stage for stage in rounds.run_stages(case, subject, torch.float32)}
+    assert list(found)[: len(flops.STAGES) - 1] == [stage for stage in flops.STAGES if stage != "head"]
+    assert list(found)[-2:] == [stages.OTHER_OPS, stages.REST]
+    assert found["attention"].ops.startswith("2 gated_attention")
+    assert found["qkv"].ops == "2 linear_act"
+    assert found["feature encoder"].ops == "6 strided_conv"
+    counted = sum(stage.operations or 0 for stage in found.values())
+    assert counted == pytest.approx(sum(case.operations().values()))
+    assert all(stage.seconds > 0 for name, stage in found.items() if name != stages.REST)
+
+
+def test_no_op_of_ours_is_missed(subject, monkeypatch):
+    """Counted once more where the backend is chosen."""
+    from wavlm_fast import backends
+
+    module = subject.module.copy(fast=True)
+    call = cases.bound(module, subject.inputs)
+    call()
+    chosen, choose = [], backends.choose
+    monkeypatch.setattr(backends, "choose", lambda name, args: chosen.append(name) or choose(name, args))
+    with stages.Clock(module) as clock:
+        call()
+    counted = sum(count for ops in clock.ops.values() for name, count in ops.items() if name in set(chosen))
+    assert counted == len(chosen) > 20
+
+
+def test_ops_to_come(subject):
+    module = subject.module.copy(fast=True)
+    clock = stages.Clock(module)
+    layer = module.model.encoder.layers[1]
+    x = torch.ones(1, 3, 32)
+    weight, norm = layer.attention.out_proj.weight, layer.final_layer_norm.weight
+    assert clock.stage(op("new_op"), (x,)) == "new_op"
+    assert clock.stage(op("new_op"), (x, weight, norm)) == "out proj + norms"
+    assert clock.stage(op("new_op"), (x, [weight, norm])) == "out proj + norms"
+    assert clock.stage(op("new_op"), (x, torch.ones(96, 32))) == "qkv"
+    assert clock.stage(op("gated_attention"), (x,)) == "attention"
+    assert clock.stage(op("add", "aten"), (x,)) == stages.OTHER_OPS
+
+
+def test_operations_of_a_stage_that_is_spread_over_ops_are_not_guessed(subject, monkeypatch):
+    """Where the work of a stage is in two rows, neither is credited with it."""
+    monkeypatch.setattr(stages.Clock, "stage", lambda self, op, args: "qkv" if op.is_view else "qkv + gate")
+    case = cases.CASES["base 1x0.5"]
+    found = {stage.name: stage for stage in rounds.run_stages(case, subject, torch.float32)}
+    assert found["qkv"].operations is found["qkv + gate"].operations is None

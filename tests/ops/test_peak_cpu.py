@@ -1,0 +1,24 @@
+"""The measured peak, which benchmarks divide by."""
+
+import math
+
+import pytest
+import torch
+
+from wavlm_fast.backends import cpu
+
+pytestmark = pytest.mark.skipif(cpu.EXTENSION_PROBLEM is not None, reason=str(cpu.EXTENSION_PROBLEM))
+
+
+def test_peaks():
+    single, half = (torch.ops.wavlm_fast_cpu.peak(dtype) for dtype in ("float32", "bfloat16"))
+    assert 1e8 < single < 1e14
+    if cpu.isa() == "avx512_bf16":
+        assert half > 1.5 * single  # the instruction does twice the work in at most the time of two
+    else:
+        assert math.isnan(half)
+
+
+def test_other_dtypes_are_refused():
+    with pytest.raises(RuntimeError, match="expected float32 or bfloat16, got float64"):
+        torch.ops.wavlm_fast_cpu.peak("float64")
