@@ -82,7 +82,7 @@ def use_fingerprint(function: Callable[[torch.Tensor, int], int]) -> None:
 
 
 def _state(source: torch.Tensor) -> tuple | int:
-    if _fingerprint is not None and source.is_cpu:
+    if _fingerprint is not None and source.is_cpu and not torch.jit.is_tracing():  # which takes no op for a number
         return _fingerprint(source, _SAMPLES)
     return (source.data_ptr(), source._version, source.dtype, source.device, source.shape, _sample(source))
 

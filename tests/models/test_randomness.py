@@ -35,20 +35,40 @@ MASKING = {"mask_time_prob": 0.4, "mask_time_length": 3, "mask_time_min_masks": 
 FEATURES = {"mask_feature_prob": 0.3, "mask_feature_length": 4}
 
 
-def check_training(plain, seed=0, **kwargs):
-    """The same draws in both: training outputs and gradients as in transformers."""
-    results = []
-    for model in (plain, truth_of(plain), fast_like(plain)):
-        x = waveforms().to(next(model.parameters()).dtype)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-        out = model.train()(x, output_hidden_states=True, **kwargs)
-        grads = gradients(model, lambda m, out=out: out.last_hidden_state.square().mean())
-        results.append((out, grads))
-    (expected, expected_grads), (truth, truth_grads), (got, got_grads) = results
-    assert_close_to_truth(got, expected, truth)
-    assert_gradients_close(got_grads, expected_grads, truth_grads, plain)
-    return got
+# Frames of which SpecAugment leaves little are normed up a thousandfold, and with them whatever rounding left there:
+# how far that goes is luck, for transformers (1e-5 to 1e-2) as for ours. Several draws are judged together.
+DRAWS = range(6)
+
+
+def check_training(plain, seeds=(0,), **kwargs):
+    """The same draws in both: training outputs as in transformers, and gradients with the first seed, whose outputs are
+    returned.
+    """
+    runs = []
+    for seed in seeds:
+        results = []
+        for model in (plain, truth_of(plain), fast_like(plain)):
+            x = waveforms().to(next(model.parameters()).dtype)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+            out = model.train()(x, output_hidden_states=True, **kwargs)
+            grads = gradients(model, lambda m, out=out: out.last_hidden_state.square().mean())
+            results.append((out, grads))
+        (expected, expected_grads), (truth, truth_grads), (got, got_grads) = results
+        if not runs:
+            assert_gradients_close(got_grads, expected_grads, truth_grads, plain)
+        runs.append((got, expected, truth))
+    assert_close_together(runs)
+    return runs[0][0]
+
+
+def assert_close_together(runs):
+    """`assert_close_to_truth` of the outputs of several runs as one."""
+    assert_close_to_truth(*(pooled([dict(tensors(out)) for out in outs]) for outs in zip(*runs, strict=True)))
+
+
+def pooled(outs):
+    return {name: torch.stack([out[name] for out in outs]) for name in outs[0]}
 
 
 @both_forms
@@ -57,7 +77,7 @@ def test_spec_augment_over_time(form, masked):
     plain = plain_model("WavLMModel", small_config(form, **MASKING))
     kwargs = {"attention_mask": ragged_mask(SAMPLES, 400)} if masked else {}
     got = check_training(plain, **kwargs)
-    other = check_training(plain, seed=1, **kwargs)
+    other = check_training(plain, seeds=(1,), **kwargs)
     assert not torch.allclose(got.last_hidden_state, other.last_hidden_state)
 
 
@@ -68,8 +88,8 @@ def test_spec_augment_over_features(form, time, masked):
     # transformers reads `mask_feature_min_masks`, which its own config class lacks: there only if the user sets it.
     plain = plain_model("WavLMModel", small_config(form, mask_feature_min_masks=2, **FEATURES, **time))
     kwargs = {"attention_mask": ragged_mask(SAMPLES, 400)} if masked else {}
-    got = check_training(plain, **kwargs)
-    assert not torch.allclose(got.last_hidden_state, check_training(plain, seed=1, **kwargs).last_hidden_state)
+    got, other = (check_training(plain, seeds=seeds, **kwargs) for seeds in (DRAWS, (*DRAWS[1:], 0)))
+    assert not torch.allclose(got.last_hidden_state, other.last_hidden_state)
 
 
 @ours_only
@@ -81,13 +101,15 @@ def test_spec_augment_over_features_without_a_minimum(form, time):
     ours = fast_like(plain).train()
     plain.config.mask_feature_min_masks = 0
     mask = ragged_mask(SAMPLES, 400)
-    for seed in range(3):
+    runs = []
+    for seed in DRAWS:
         results = []
         for model in (ours, plain.train(), truth_of(plain).train()):
             np.random.seed(seed)
             results.append(model(waveforms().to(next(model.parameters()).dtype), attention_mask=mask))
-        assert_close_to_truth(*results)
-    results[0].last_hidden_state.sum().backward()
+        runs.append(results)
+    assert_close_together(runs)
+    runs[0][0].last_hidden_state.sum().backward()
 
 
 @both_forms

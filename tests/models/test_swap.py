@@ -25,6 +25,8 @@ from wavlm_cases import (
     with_labels,
 )
 
+from wavlm_fast.backends import cpu
+
 pytestmark = ours_only
 
 all_forms = pytest.mark.parametrize("form", list(FORMS))
@@ -355,10 +357,16 @@ def test_other_architectures_are_untouched_by_install(installed):
 
 @pytest.mark.parametrize("name", HEADS)
 def test_report_names_every_op_of_a_head(name):
-    model = subject.accelerate(plain_model(name))
+    model = subject.accelerate(plain_model(name)).train()
     report = subject.report(model)
     ops = {row.op for row in report.rows}
     assert {"waveform_conv", "strided_conv", "positional_conv", "linear_act", "gated_attention"} <= ops
+    assert not {"feature_encoder", "encoder_layer"} & ops
+    if cpu.EXTENSION_PROBLEM is None:
+        counts = {row.op: row.count for row in subject.report(model.eval()).rows}
+        assert counts["feature_encoder"] == 1
+        assert counts["encoder_layer"] == model.config.num_hidden_layers
+        assert not {"waveform_conv", "strided_conv", "gated_attention", "add_layer_norm"} & counts.keys()
     assert ("tdnn" in ops) == (name == "WavLMForXVector")
     assert all(row.count > 0 and row.backend for row in report.rows)
     for op in ops:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..derived import derived
+from ..ops.feature_encoder import per_layer
 from . import products
 
 
@@ -36,11 +37,11 @@ def waveform_conv(
 def feature_encoder(
     waveform: Tensor,
     weights: list[Tensor],
-    biases: list[Tensor | None],
+    biases: list[Tensor],
     strides: list[int],
     norm: str,
-    norm_weights: list[Tensor | None],
-    norm_biases: list[Tensor | None],
+    norm_weights: list[Tensor],
+    norm_biases: list[Tensor],
     eps: float,
     activation: str,
 ) -> Tensor:
@@ -53,9 +54,9 @@ def feature_encoder(
         products.pack(weight, lambda weight=weight: weight.transpose(1, 2), kernel, is_filtered)
         for weight, kernel, is_filtered in zip(weights[1:], taps[1:], filtered[1:], strict=True)
     ]
+    vectors = (per_layer(v, len(weights)) for v in (biases, norm_weights, norm_biases))
     out = torch.ops.wavlm_fast_cpu.feature_encoder(
-        waveform.float(), wide, [first, *further], biases, norm_weights, norm_biases, taps, strides, channels,
-        filtered, norm, eps, activation,
+        waveform.float(), wide, [first, *further], *vectors, taps, strides, channels, filtered, norm, eps, activation,
     )  # fmt: skip
     return out.to(waveform.dtype)
 
@@ -64,7 +65,7 @@ def why_not_feature_encoder(
     extension_problem: str | None,
     waveform: Tensor,
     weights: list[Tensor],
-    biases: list[Tensor | None],
+    biases: list[Tensor],
     strides: list[int],
     *rest: object,
 ) -> str | None:

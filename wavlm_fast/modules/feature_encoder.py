@@ -137,20 +137,22 @@ class FastWavLMFeatureEncoder(FastModule, hf.WavLMFeatureEncoder):
         norms = [layer.layer_norm for layer in layers if layer.norm != "none"]
         if len({norm.eps for norm in norms}) > 1 or len({fused_activation(layer.activation) for layer in layers}) > 1:
             return "the layers differ in eps or activation"
+        if len({layer.conv.bias is None for layer in layers}) > 1:
+            return "some layers have a bias and some have none"
         return None
 
     def _options(self) -> dict[str, Any]:
         """What `ops.feature_encoder` takes besides the waveform."""
         layers = self.conv_layers
-        norm_weights, norm_biases = zip(*(layer.norm_parameters() for layer in layers), strict=True)
+        norms = [layer.layer_norm for layer in layers if layer.norm != "none"]
         return {
             "weights": [layer.conv.weight for layer in layers],
-            "biases": [layer.conv.bias for layer in layers],
+            "biases": [layer.conv.bias for layer in layers if layer.conv.bias is not None],
             "strides": [layer.conv.stride[0] for layer in layers],
             "norm": layers[0].norm,
-            "norm_weights": norm_weights,
-            "norm_biases": norm_biases,
-            "eps": layers[0].layer_norm.eps if layers[0].norm != "none" else 1e-5,
+            "norm_weights": [norm.weight for norm in norms],
+            "norm_biases": [norm.bias for norm in norms],
+            "eps": norms[0].eps if norms else 1e-5,
             "activation": fused_activation(layers[0].activation),
         }
 
@@ -170,7 +172,7 @@ class FastWavLMFeatureEncoder(FastModule, hf.WavLMFeatureEncoder):
     def _example(self) -> tuple:
         weight = self.conv_layers[0].conv.weight
         waveform = torch.empty((1, SAMPLE_RATE), device=weight.device, dtype=weight.dtype)
-        return waveform, *(list(x) if isinstance(x, (list, tuple)) else x for x in self._options().values())
+        return waveform, *self._options().values()
 
     def forward(self, input_values: Tensor) -> Tensor:
         """Waveform `[B, S]` to channel-major frames `[B, C, T]`, whose memory is time-major.

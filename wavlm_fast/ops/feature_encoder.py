@@ -19,27 +19,27 @@ NAME = "feature_encoder"
 def feature_encoder(
     waveform: Tensor,
     weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
+    biases: Sequence[Tensor] = (),
     *,
     strides: Sequence[int],
     norm: str,
-    norm_weights: Sequence[Tensor | None],
-    norm_biases: Sequence[Tensor | None],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
     eps: float = 1e-5,
     activation: str = "gelu",
 ) -> Tensor:
     """`waveform_conv`, then one `strided_conv` after the other; what lies between need never exist as a whole.
 
-    Equivalent to transformers' `WavLMFeatureEncoder`, its output time-major. Everything but the waveform is given per
-    layer. Where gradients are wanted the layers run as the ops that they are.
+    Equivalent to transformers' `WavLMFeatureEncoder`, its output time-major. Where gradients are wanted the layers run
+    as the ops that they are.
 
     Args:
         waveform: `[B, S]` samples.
-        weights: `[C, 1, K]`, then `[C', C, K]` each, the dtype of `waveform`.
-        biases: `[C']` or None.
-        strides: in samples, then in frames of the layer before.
+        weights: of the layers, `[C, 1, K]`, then `[C', C, K]` each, the dtype of `waveform`.
+        biases: `[C']` of every layer, or nothing.
+        strides: of the layers, in samples, then in frames of the layer before.
         norm: "group" (in the first layer only), "layer" (in every layer) or "none".
-        norm_weights, norm_biases: `[C']`, or None where a layer has none.
+        norm_weights, norm_biases: `[C']` of every layer that has a norm.
         eps: added to the variances.
         activation: "none", "gelu" (erf), "gelu_tanh" or "relu".
 
@@ -56,34 +56,41 @@ def feature_encoder(
     return _op(*args)
 
 
+def per_layer(vectors: list[Tensor], layers: int) -> list[Tensor | None]:
+    """Vectors of the first layers, or of all or none, with None for the others."""
+    return [*vectors, *[None] * (layers - len(vectors))]
+
+
 def _in_turn(
     first: Callable[..., Tensor],
     further: Callable[..., Tensor],
     waveform: Tensor,
     weights: list[Tensor],
-    biases: list[Tensor | None],
+    biases: list[Tensor],
     strides: list[int],
     norm: str,
-    norm_weights: list[Tensor | None],
-    norm_biases: list[Tensor | None],
+    norm_weights: list[Tensor],
+    norm_biases: list[Tensor],
     eps: float,
     activation: str,
 ) -> Tensor:
-    vectors = list(zip(norm_weights, norm_biases, strict=True))
-    x = first(waveform, weights[0], biases[0], strides[0], norm, *vectors[0], eps, activation)
-    for layer in range(1, len(weights)):
-        x = further(x, weights[layer], biases[layer], strides[layer], *vectors[layer], eps, activation)
+    vectors = (per_layer(v, len(weights)) for v in (biases, norm_weights, norm_biases))
+    layers = list(zip(weights, strides, *vectors, strict=True))
+    weight, stride, bias, norm_weight, norm_bias = layers[0]
+    x = first(waveform, weight, bias, stride, norm, norm_weight, norm_bias, eps, activation)
+    for weight, stride, bias, norm_weight, norm_bias in layers[1:]:
+        x = further(x, weight, bias, stride, norm_weight, norm_bias, eps, activation)
     return x
 
 
 def reference(
     waveform: Tensor,
     weights: list[Tensor],
-    biases: list[Tensor | None],
+    biases: list[Tensor],
     strides: list[int],
     norm: str,
-    norm_weights: list[Tensor | None],
-    norm_biases: list[Tensor | None],
+    norm_weights: list[Tensor],
+    norm_biases: list[Tensor],
     eps: float,
     activation: str,
 ) -> Tensor:
@@ -114,11 +121,11 @@ def _kernel(*args: object) -> Tensor:
 def _check(
     waveform: Tensor,
     weights: list[Tensor],
-    biases: list[Tensor | None],
+    biases: list[Tensor],
     strides: list[int],
     norm: str,
-    norm_weights: list[Tensor | None],
-    norm_biases: list[Tensor | None],
+    norm_weights: list[Tensor],
+    norm_biases: list[Tensor],
     eps: float,
     activation: str,
 ) -> None:
@@ -127,21 +134,26 @@ def _check(
     if norm not in NORMS:
         raise ValueError(f"{NAME} wants a norm of {NORMS}, got {norm!r}")
     check.activation(NAME, activation)
-    sizes = [len(x) for x in (weights, biases, strides, norm_weights, norm_biases)]
-    if len(set(sizes)) > 1 or not weights:
-        raise ValueError(f"{NAME} wants weights, biases, strides and norms of the same layers, got {sizes} of them")
+    layers = len(weights)
+    if not layers:
+        raise ValueError(f"{NAME} wants one layer or more, got no weights")
+    normed = {"none": 0, "group": 1, "layer": layers}[norm]
+    counts = {"strides": (strides, (layers,)), "biases": (biases, (0, layers))}
+    counts |= {"norm_weights": (norm_weights, (normed,)), "norm_biases": (norm_biases, (normed,))}
+    for name, (given, wanted) in counts.items():
+        if len(given) not in wanted:
+            raise ValueError(f"{NAME} wants {' or '.join(map(str, wanted))} {name} here, got {len(given)}")
     channels = 1
     for i, weight in enumerate(weights):
-        vectors = (biases[i], norm_weights[i], norm_biases[i])
         check.shape(NAME, f"weights[{i}]", weight, ("C'", channels, "K"))
-        check.same(NAME, "waveform", waveform, **{f"weights[{i}]": weight, f"biases[{i}]": vectors[0]})
+        check.same(NAME, "waveform", waveform, **{f"weights[{i}]": weight})
         channels = weight.shape[0]
-        for name, vector in zip(("biases", "norm_weights", "norm_biases"), vectors, strict=True):
-            if vector is not None:
-                check.shape(NAME, f"{name}[{i}]", vector, (channels,))
-                check.same_device(NAME, "waveform", waveform, **{f"{name}[{i}]": vector})
-        if (vectors[1] is not None) != (norm == "layer" or (norm == "group" and i == 0)):
-            raise ValueError(f"{NAME} wants a norm weight in the layers that have a norm, not so in layer {i}")
+        for name, vectors in (("biases", biases), ("norm_weights", norm_weights), ("norm_biases", norm_biases)):
+            if i < len(vectors):
+                check.shape(NAME, f"{name}[{i}]", vectors[i], (channels,))
+                check.same_device(NAME, "waveform", waveform, **{f"{name}[{i}]": vectors[i]})
+    for i, bias in enumerate(biases):
+        check.same(NAME, "waveform", waveform, **{f"biases[{i}]": bias})
     check.frames(NAME, waveform.shape[1], _samples(weights, strides), "samples")
 
 
@@ -153,7 +165,7 @@ def _samples(weights: list[Tensor], strides: list[int]) -> int:
 
 
 def _fake(
-    waveform: Tensor, weights: list[Tensor], biases: list[Tensor | None], strides: list[int], *rest: object
+    waveform: Tensor, weights: list[Tensor], biases: list[Tensor], strides: list[int], *rest: object
 ) -> Tensor:
     frames = waveform.shape[1]
     for weight, stride in zip(weights, strides, strict=True):
@@ -163,8 +175,8 @@ def _fake(
 
 _op = define(
     NAME,
-    "(Tensor waveform, Tensor[] weights, Tensor?[] biases, int[] strides, str norm, Tensor?[] norm_weights, "
-    "Tensor?[] norm_biases, float eps, str activation) -> Tensor",
+    "(Tensor waveform, Tensor[] weights, Tensor[] biases, int[] strides, str norm, Tensor[] norm_weights, "
+    "Tensor[] norm_biases, float eps, str activation) -> Tensor",
     check=_check,
     fake=_fake,
     kernel=_kernel,

@@ -6,17 +6,18 @@ truth is computed, so that the rounding of inputs is nobody's error.
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-OUTLIER = 50.0
+from .composed import arrange_layer, arrange_stack, layer, stack
+from .values import OUTLIER, Build, Leaves, frames, gain, matrix, normal, optional, uniform
+
 OPS = (
+    "feature_encoder",
     "waveform_conv",
     "strided_conv",
     "positional_conv",
@@ -24,11 +25,10 @@ OPS = (
     "add_layer_norm",
     "position_gate",
     "gated_attention",
+    "encoder_layer",
     "tdnn",
     "stats_pool",
 )
-Leaves = dict[str, Any]
-Build = Callable[[torch.Generator], Leaves]
 
 
 def _in_order(leaves: Leaves) -> tuple:
@@ -65,48 +65,23 @@ class Case:
         return self.build(torch.Generator().manual_seed(seed))
 
 
-def _normal(g: torch.Generator, *shape: int, std: float = 1.0) -> Tensor:
-    return torch.randn(shape, generator=g, dtype=torch.float64) * std
-
-
-def _frames(g: torch.Generator, *shape: int) -> Tensor:
-    """Hidden states, two of their channels at the magnitude that trained checkpoints show."""
-    x = _normal(g, *shape)
-    if shape[-1] >= 8:
-        x[..., 3] += OUTLIER
-        x[..., shape[-1] // 2 + 1] -= OUTLIER
-    return x
-
-
-def _matrix(g: torch.Generator, *shape: int) -> Tensor:
-    return _normal(g, *shape, std=math.prod(shape[1:]) ** -0.5)
-
-
-def _optional(g: torch.Generator, size: int, present: bool) -> Tensor | None:
-    return _normal(g, size, std=0.5) if present else None
-
-
-def _gain(g: torch.Generator, size: int) -> Tensor:
-    return 1 + _normal(g, size, std=0.3)
-
-
 def _waveform(
     batch: int, samples: int, channels: int, kernel: int = 10, stride: int = 5, *, norm: str = "group",
     bias: bool = False, affine: bool = True, act: str = "gelu", quiet: bool = False,
 ) -> Build:  # fmt: skip
     def build(g: torch.Generator) -> Leaves:
-        waveform = _normal(g, batch, samples)
+        waveform = normal(g, batch, samples)
         # Speech does not stay at one loudness, and a hum plus an offset make windows correlated.
         time = torch.arange(samples, dtype=torch.float64)
         waveform = waveform * (0.1 + torch.linspace(0, 2, batch)[:, None]) + torch.sin(time / 7) + 0.5
         return {
             "waveform": waveform * (3e-3 if quiet else 1),
-            "weight": _matrix(g, channels, 1, kernel),
-            "bias": _optional(g, channels, bias),
+            "weight": matrix(g, channels, 1, kernel),
+            "bias": optional(g, channels, bias),
             "stride": stride,
             "norm": norm,
-            "norm_weight": _gain(g, channels) if affine and norm != "none" else None,
-            "norm_bias": _optional(g, channels, affine and norm != "none"),
+            "norm_weight": gain(g, channels) if affine and norm != "none" else None,
+            "norm_bias": optional(g, channels, affine and norm != "none"),
             "eps": 1e-5,
             "activation": act,
         }
@@ -120,12 +95,12 @@ def _strided(
 ) -> Build:  # fmt: skip
     def build(g: torch.Generator) -> Leaves:
         return {
-            "x": _normal(g, batch, frames, inner) * 3e-3 if quiet else _frames(g, batch, frames, inner),
-            "weight": _matrix(g, outer, inner, kernel),
-            "bias": _optional(g, outer, bias),
+            "x": normal(g, batch, frames, inner) * 3e-3 if quiet else frames(g, batch, frames, inner),
+            "weight": matrix(g, outer, inner, kernel),
+            "bias": optional(g, outer, bias),
             "stride": stride,
-            "norm_weight": _gain(g, outer) if norm else None,
-            "norm_bias": _optional(g, outer, norm),
+            "norm_weight": gain(g, outer) if norm else None,
+            "norm_bias": optional(g, outer, norm),
             "eps": 1e-5,
             "activation": act,
         }
@@ -139,9 +114,9 @@ def _positional(
 ) -> Build:  # fmt: skip
     def build(g: torch.Generator) -> Leaves:
         return {
-            "x": _frames(g, batch, frames, channels),
-            "weight": _matrix(g, channels, channels // groups, kernel) * 2,
-            "bias": _optional(g, channels, bias),
+            "x": frames(g, batch, frames, channels),
+            "weight": matrix(g, channels, channels // groups, kernel) * 2,
+            "bias": optional(g, channels, bias),
             "groups": groups,
             "activation": act,
             "residual": residual,
@@ -153,9 +128,9 @@ def _positional(
 def _linear(*shape: int, outer: int, bias: bool = True, act: str = "none") -> Build:
     def build(g: torch.Generator) -> Leaves:
         return {
-            "x": _frames(g, *shape),
-            "weight": _matrix(g, outer, shape[-1]),
-            "bias": _optional(g, outer, bias),
+            "x": frames(g, *shape),
+            "weight": matrix(g, outer, shape[-1]),
+            "bias": optional(g, outer, bias),
             "activation": act,
         }
 
@@ -164,13 +139,13 @@ def _linear(*shape: int, outer: int, bias: bool = True, act: str = "none") -> Bu
 
 def _norm(*shape: int, quiet: bool = False, keep_sum: bool = True) -> Build:
     def build(g: torch.Generator) -> Leaves:
-        make = _normal if quiet else _frames
+        make = normal if quiet else frames
         scale = 3e-3 if quiet else 1
         return {
             "x": make(g, *shape) * scale,
-            "residual": _normal(g, *shape) * scale,
-            "weight": _gain(g, shape[-1]),
-            "bias": _normal(g, shape[-1], std=0.5),
+            "residual": normal(g, *shape) * scale,
+            "weight": gain(g, shape[-1]),
+            "bias": normal(g, shape[-1], std=0.5),
             "eps": 1e-5,
             "keep_sum": keep_sum,
         }
@@ -180,11 +155,11 @@ def _norm(*shape: int, quiet: bool = False, keep_sum: bool = True) -> Build:
 
 def _gate(batch: int, frames: int, heads: int, width: int) -> Build:
     def build(g: torch.Generator) -> Leaves:
-        x = _frames(g, batch, frames, heads * width)
+        x = frames(g, batch, frames, heads * width)
         # The logits must spread, not saturate: outliers enter through small weights, as in trained models.
-        weight = _normal(g, 8, width, std=0.75 * width**-0.5)
+        weight = normal(g, 8, width, std=0.75 * width**-0.5)
         weight[:, [c % width for c in (3, heads * width // 2 + 1)]] *= 3 / OUTLIER
-        return {"x": x, "weight": weight, "bias": _normal(g, 8, std=0.3), "const": 0.5 + 2.5 * _uniform(g, heads)}
+        return {"x": x, "weight": weight, "bias": normal(g, 8, std=0.3), "const": 0.5 + 2.5 * uniform(g, heads)}
 
     return build
 
@@ -192,10 +167,6 @@ def _gate(batch: int, frames: int, heads: int, width: int) -> Build:
 def _every_other_frame(leaves: Leaves) -> tuple:
     x, *rest = leaves.values()
     return x[:, 1::2], *rest
-
-
-def _uniform(g: torch.Generator, *shape: int) -> Tensor:
-    return torch.rand(shape, generator=g, dtype=torch.float64)
 
 
 def _attention(
@@ -210,7 +181,7 @@ def _attention(
     }
 
     def build(g: torch.Generator) -> Leaves:
-        qkv = _normal(g, *shapes[layout])
+        qkv = normal(g, *shapes[layout])
         if layout == "separate":
             qkv[:2] *= 1.7  # scores of a deviation of three: rows with a handful of heavy keys
         if outliers:
@@ -219,8 +190,8 @@ def _attention(
             qkv[2, ..., 2] += OUTLIER
         return {
             "qkv": qkv,
-            "gate": 0.2 + 3.6 * _uniform(g, batch, heads, frames),
-            "rel_bias": _normal(g, heads, 2 * frames - 1, std=1.5).clamp(-5, 5),
+            "gate": 0.2 + 3.6 * uniform(g, batch, heads, frames),
+            "rel_bias": normal(g, heads, 2 * frames - 1, std=1.5).clamp(-5, 5),
             "key_lengths": None if lengths is None else torch.tensor(lengths),
             "dropout_p": dropout,
             "seed": torch.tensor([2**33 + 20260131]) if dropout else None,
@@ -248,9 +219,9 @@ def _tdnn(
 ) -> Build:
     def build(g: torch.Generator) -> Leaves:
         return {
-            "x": _frames(g, batch, frames, inner),
-            "weight": _matrix(g, outer, kernel * inner),
-            "bias": _optional(g, outer, bias),
+            "x": frames(g, batch, frames, inner),
+            "weight": matrix(g, outer, kernel * inner),
+            "bias": optional(g, outer, bias),
             "kernel_size": kernel,
             "dilation": dilation,
             "activation": act,
@@ -262,16 +233,22 @@ def _tdnn(
 def _pool(batch: int, frames: int, channels: int, lengths: tuple[int, ...] | None = None) -> Build:
     def build(g: torch.Generator) -> Leaves:
         return {
-            "x": _frames(g, batch, frames, channels),
+            "x": frames(g, batch, frames, channels),
             "lengths": None if lengths is None else torch.tensor(lengths),
         }
 
     return build
 
 
+_COMMON: dict[str, dict[str, Any]] = {
+    "gated_attention": {"arrange": _views, "wide": frozenset({"gate", "rel_bias"})},
+    "feature_encoder": {"arrange": arrange_stack, "differentiate": False},
+    "encoder_layer": {"arrange": arrange_layer, "wide": frozenset({"rel_bias"}), "differentiate": False},
+}
+
+
 def _case(op: str, name: str, build: Build, **more: Any) -> Case:
-    if op == "gated_attention":
-        more = {"arrange": _views, "wide": frozenset({"gate", "rel_bias"}), **more}
+    more = _COMMON.get(op, {}) | more
     return Case(op, name, build, **more)
 
 
@@ -292,6 +269,16 @@ CASES: tuple[Case, ...] = (
     _case("waveform_conv", "no norm, odd kernel and stride", _waveform(1, 100, 12, 7, 3, norm="none", act="none")),
     _case("waveform_conv", "no norm, bias, relu", _waveform(2, 101, 12, norm="none", bias=True, act="relu")),
     _case("waveform_conv", "512 channels", _waveform(1, 1003, 512), quick=True),
+    _case("feature_encoder", "group norm", stack(2, 1003, (24, 10, 5), (16, 3, 2), (24, 3, 2), (16, 2, 2)), quick=True),
+    _case("feature_encoder", "layer norm, biases", stack(
+        2, 1003, (24, 10, 5), (16, 3, 2), (24, 3, 2), (16, 2, 2), norm="layer", bias=True), quick=True),
+    _case("feature_encoder", "no norm, odd shapes, relu", stack(
+        1, 311, (7, 5, 3), (9, 4, 3), (5, 3, 1), norm="none", bias=True, act="relu")),
+    _case("feature_encoder", "quiet, gelu_tanh", stack(1, 500, (16, 10, 5), (16, 3, 2), act="gelu_tanh", quiet=True)),
+    _case("feature_encoder", "one frame", stack(2, 55, (16, 10, 5), (16, 3, 2), (16, 3, 2), bias=True)),
+    _case("feature_encoder", "several pieces", stack(1, 9000, (16, 10, 5), (32, 3, 2), (16, 3, 2), (8, 2, 2))),
+    _case("feature_encoder", "128 channels", stack(1, 2003, *[(128, 10, 5)], *[(128, 3, 2)] * 3, norm="layer")),
+    _case("feature_encoder", "one layer", stack(2, 101, (16, 10, 5))),
     _case("strided_conv", "k3 s2, gelu", _strided(2, 41, 16, 24, 3, 2), quick=True),
     _case("strided_conv", "k2 s2, even frames", _strided(1, 40, 16, 16, 2, 2)),
     _case("strided_conv", "k2 s2, odd frames, gelu_tanh", _strided(2, 37, 24, 16, 2, 2, bias=True, act="gelu_tanh")),
@@ -349,6 +336,14 @@ CASES: tuple[Case, ...] = (
     _case("gated_attention", "past max_distance, lengths", _attention(2, 1001, 1, 64, lengths=(813, 1001))),
     _case("gated_attention", "dropout", _attention(2, 43, 2, 32, dropout=0.25), quick=True),
     _case("gated_attention", "dropout, lengths", _attention(3, 67, 2, 16, dropout=0.5, lengths=(67, 0, 30))),
+    _case("encoder_layer", "norms after", layer(2, 37, 3, 32, 100), quick=True),
+    _case("encoder_layer", "norms first", layer(2, 37, 3, 32, 100, norm_first=True), quick=True),
+    _case("encoder_layer", "lengths", layer(3, 29, 2, 64, 80, lengths=(29, 1, 17), act="gelu_tanh"), quick=True),
+    _case("encoder_layer", "norms first, lengths, relu", layer(
+        2, 50, 2, 16, 48, lengths=(50, 0), norm_first=True, act="relu")),
+    _case("encoder_layer", "one frame, odd width", layer(2, 1, 3, 5, 7)),
+    _case("encoder_layer", "several groups", layer(3, 700, 1, 16, 24)),
+    _case("encoder_layer", "longer than a group", layer(1, 1101, 1, 16, 24, norm_first=True)),
     _case("tdnn", "k5", _tdnn(2, 23, 16, 24, 5, 1), quick=True),
     _case("tdnn", "k3, dilation 2", _tdnn(2, 21, 24, 16, 3, 2), quick=True),
     _case("tdnn", "k3, dilation 3, no bias, none", _tdnn(1, 30, 16, 12, 3, 3, bias=False, act="none")),

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .composed import encoder_layer_of, feature_encoder_of
+
 
 def activation(name: str, x: Tensor) -> Tensor:
     if name == "gelu":
@@ -184,3 +186,4 @@ TABLE: dict[str, Callable] = {
         stats_pool,
     )
 }
+TABLE |= {"feature_encoder": feature_encoder_of(TABLE), "encoder_layer": encoder_layer_of(TABLE)}

@@ -142,6 +142,11 @@ def _of(name: str, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]], A
     return lambda values: None if values[name] is None else change(values[name])
 
 
+def _reordered(name: str, *order: int) -> Callable[[dict[str, Any]], list]:
+    """The list `name` in another order."""
+    return lambda values: [values[name][i] for i in order]
+
+
 def _biased_std(out: Tensor, args: dict[str, Any]) -> Tensor:
     frames = args["x"].shape[1]
     lengths = args["lengths"]
@@ -295,6 +300,13 @@ MUTATIONS: tuple[Mutation, ...] = (
     _on("waveform_conv_backward", "sign of dwaveform", _output(0, _negated)),
     _on("waveform_conv_backward", "activation ignored", _with(activation="none")),
     _on("waveform_conv_backward", "dweight off by a thousandth", _output(1, lambda x, v: x * 1.001)),
+    _on("feature_encoder", "tanh gelu for erf gelu", _with(activation=_tanh)),
+    _on("feature_encoder", "eps of 1e-6", _with(eps=1e-6)),
+    _on("feature_encoder", "biases dropped", _with(biases=lambda v: [])),
+    _on("feature_encoder", "norm biases dropped", _with(norm_biases=lambda v: [0 * b for b in v["norm_biases"]])),
+    _on("feature_encoder", "taps of all layers reversed", _with(weights=lambda v: [w.flip(2) for w in v["weights"]])),
+    _on("feature_encoder", "one sample late", _with(waveform=lambda v: v["waveform"].roll(-1, 1))),
+    _on("feature_encoder", "last frame unwritten", _output(0, _unwritten_tail)),
     _on("strided_conv", "tanh gelu for erf gelu", _with(activation=_tanh)),
     _on("strided_conv", "eps of 1e-6", _with(eps=1e-6)),
     _on("strided_conv", "norm by unbiased variance", _with(norm_weight=_unbiased_norm)),
@@ -329,6 +341,19 @@ MUTATIONS: tuple[Mutation, ...] = (
     _on("add_layer_norm_backward", "gradient of the sum forgotten", _with(
         grad_sum=lambda v: torch.zeros_like(v["grad_sum"]))),
     _on("add_layer_norm_backward", "sign of dweight", _output(1, _negated)),
+    _on("encoder_layer", "lengths ignored", _with(key_lengths=None)),
+    _on("encoder_layer", "bias shifted by one frame", _with(rel_bias=lambda v: v["rel_bias"].roll(1, 1))),
+    _on("encoder_layer", "queries and keys swapped", _with(weights=_reordered("weights", 1, 0, 2, 3, 4, 5))),
+    _on("encoder_layer", "values taken for keys", _with(weights=_reordered("weights", 0, 2, 2, 3, 4, 5))),
+    _on("encoder_layer", "biases of queries and values swapped", _with(biases=_reordered("biases", 2, 1, 0, 3, 4, 5))),
+    _on("encoder_layer", "norms swapped", _with(norms=_reordered("norms", 2, 3, 0, 1))),
+    _on("encoder_layer", "eps swapped", _with(eps=_reordered("eps", 1, 0))),
+    _on("encoder_layer", "norms on the other side", _with(norm_first=lambda v: not v["norm_first"])),
+    _on("encoder_layer", "constant of the gate dropped", _with(
+        gate=lambda v: [*v["gate"][:2], torch.ones_like(v["gate"][2])])),
+    _on("encoder_layer", "tanh gelu for erf gelu", _with(activation=_tanh)),
+    _on("encoder_layer", "scale missing", _with(scale=1.0)),
+    _on("encoder_layer", "last frame unwritten", _output(0, _unwritten_tail)),
     _on("tdnn", "dilation ignored", _output(0, lambda x, v: x.roll(v["dilation"] - 1, 1))),
     _on("tdnn", "taps innermost in the weight", _with(
         weight=lambda v: v["weight"].unflatten(1, (-1, v["kernel_size"])).transpose(1, 2).flatten(1))),

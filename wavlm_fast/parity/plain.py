@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .composed import encoder_layer_of, feature_encoder_of
 from .definitions import kept_weights, toeplitz
 
 
@@ -154,3 +155,4 @@ TABLE: dict[str, Callable] = {
         stats_pool,
     )
 }
+TABLE |= {"feature_encoder": feature_encoder_of(TABLE), "encoder_layer": encoder_layer_of(TABLE)}

@@ -28,6 +28,12 @@ _FRONTS: dict[str, Callable[..., Any]] = {
     "waveform_conv": lambda x, w, b, stride, norm, nw, nb, eps, act: ops.waveform_conv(
         x, w, b, stride=stride, norm=norm, norm_weight=nw, norm_bias=nb, eps=eps, activation=act
     ),
+    "feature_encoder": lambda x, w, b, strides, norm, nw, nb, eps, act: ops.feature_encoder(
+        x, w, b, strides=strides, norm=norm, norm_weights=nw, norm_biases=nb, eps=eps, activation=act
+    ),
+    "encoder_layer": lambda *args: ops.encoder_layer(
+        *args[:7], eps=args[7], scale=args[8], activation=args[9], norm_first=args[10]
+    ),
     "strided_conv": lambda x, w, b, stride, nw, nb, eps, act: ops.strided_conv(
         x, w, b, stride=stride, norm_weight=nw, norm_bias=nb, eps=eps, activation=act
     ),
