@@ -96,6 +96,12 @@ WAVLM_FAST_INLINE Floats gelu_tanh_derivative(Floats x) {
   return (x < 0.0f ? e : splat(1.0f)) * r + x * (e * r * r) * (x * x * 0.214064449f + 1.59576912f);
 }
 
+// An activation as a type.
+template <Activation value>
+struct Of {
+  static constexpr Activation activation = value;
+};
+
 // What flows back through the activation of x.
 template <Activation activation>
 WAVLM_FAST_INLINE Floats through(Floats grad, Floats x) {

@@ -7,7 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <tuple>
+#include <vector>
 
 #include "dispatch.h"
 #include "waveform_conv.h"
@@ -24,32 +24,6 @@ using at::Tensor;
 // Windows are summed in parts of this many, whatever the number of threads: the result does not depend on it.
 constexpr int64_t kPart = 4096;
 
-// Mean [K] and covariance [K, K] of the windows of one utterance, in float64.
-std::tuple<Tensor, Tensor> window_statistics(const float* x, int64_t windows, int64_t stride, int64_t K) {
-  const int64_t parts = (windows + kPart - 1) / kPart;
-  const Tensor partial = at::zeros({parts, K + K * K}, at::kDouble);
-  double* at_part = partial.mutable_data_ptr<double>();
-  const auto add_windows = waveform_conv_kernels().add_windows;
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) {
-      double* sums = at_part + part * (K + K * K);
-      const int64_t first = part * kPart;
-      add_windows(x + first * stride, std::min(kPart, windows - first), stride, K, sums, sums + K);
-    }
-  });
-  const Tensor mean = at::zeros({K}, at::kDouble), covariance = at::zeros({K, K}, at::kDouble);
-  double *m = mean.mutable_data_ptr<double>(), *c = covariance.mutable_data_ptr<double>();
-  for (int64_t part = 0; part < parts; ++part) {
-    const double* sums = at_part + part * (K + K * K);
-    for (int64_t k = 0; k < K; ++k) m[k] += sums[k] / windows;
-    for (int64_t i = 0; i < K * K; ++i) c[i] += sums[K + i] / windows;
-  }
-  for (int64_t k = 0; k < K; ++k) {
-    for (int64_t l = 0; l < K; ++l) c[k * K + l] -= m[k] * m[l];
-  }
-  return {mean, covariance};
-}
-
 Tensor vector_of(const std::optional<Tensor>& vector) {
   return vector ? vector->to(at::kFloat).contiguous() : Tensor();
 }
@@ -57,6 +31,43 @@ Tensor vector_of(const std::optional<Tensor>& vector) {
 const float* data_of(const Tensor& vector) { return vector.defined() ? vector.const_data_ptr<float>() : nullptr; }
 
 }  // namespace
+
+WindowStatistics::WindowStatistics(const float* utterance, int64_t windows, int64_t stride, int64_t K)
+    : mean_(K), covariance_(K * K) {
+  const int64_t parts = (windows + kPart - 1) / kPart, size = K + K * K;
+  std::vector<double> partial(parts * size);
+  const auto add_windows = waveform_conv_kernels().add_windows;
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      double* sums = partial.data() + part * size;
+      const int64_t first = part * kPart;
+      add_windows(utterance + first * stride, std::min(kPart, windows - first), stride, K, sums, sums + K);
+    }
+  });
+  for (int64_t part = 0; part < parts; ++part) {
+    const double* sums = partial.data() + part * size;
+    for (int64_t k = 0; k < K; ++k) mean_[k] += sums[k] / windows;
+    for (int64_t i = 0; i < K * K; ++i) covariance_[i] += sums[K + i] / windows;
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    for (int64_t l = 0; l < K; ++l) covariance_[k * K + l] -= mean_[k] * mean_[l];
+  }
+}
+
+double WindowStatistics::mean_of(const float* weight) const {
+  double mean = 0.0;
+  for (size_t k = 0; k < mean_.size(); ++k) mean += weight[k] * mean_[k];
+  return mean;
+}
+
+double WindowStatistics::variance_of(const float* weight) const {
+  const size_t K = mean_.size();
+  double variance = 0.0;
+  for (size_t k = 0; k < K; ++k) {
+    for (size_t l = 0; l < K; ++l) variance += static_cast<double>(weight[k]) * weight[l] * covariance_[k * K + l];
+  }
+  return std::max(variance, 0.0);  // rounding may leave silence a little below
+}
 
 FirstConv::FirstConv(const Tensor& weight, const Tensor& packed, const std::optional<Tensor>& bias, int64_t stride,
                      bool group_norm, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
@@ -97,19 +108,13 @@ template PackedConv<float, bf16> FirstConv::on(const float*, int64_t);
 
 void FirstConv::normalise(const float* utterance, int64_t windows) {
   const int64_t K = filters_.size(1);
-  const auto [window_mean, covariance] = window_statistics(utterance, windows, stride_, K);
-  const double *m = window_mean.const_data_ptr<double>(), *c = covariance.const_data_ptr<double>();
+  const WindowStatistics statistics(utterance, windows, stride_, K);
   const float *w = filters_.const_data_ptr<float>(), *norm_weight = data_of(norm_weight_);
   float *bias = bias_.mutable_data_ptr<float>(), *gain = gain_.mutable_data_ptr<float>();
   for (int64_t i = 0; i < channels(); ++i, w += K) {
-    double mean = 0.0, variance = 0.0;
-    for (int64_t k = 0; k < K; ++k) {
-      mean += w[k] * m[k];
-      for (int64_t l = 0; l < K; ++l) variance += static_cast<double>(w[k]) * w[l] * c[k * K + l];
-    }
     // The conv's own bias moves the mean and nothing else, so the norm takes it out again.
-    bias[i] = -mean;
-    gain[i] = (norm_weight ? norm_weight[i] : 1.0) / std::sqrt(std::max(variance, 0.0) + eps_);
+    bias[i] = -statistics.mean_of(w);
+    gain[i] = (norm_weight ? norm_weight[i] : 1.0) / std::sqrt(statistics.variance_of(w) + eps_);
     // A single frame is its own mean: what is left of it is rounding, which the gain would blow up.
     if (windows == 1) gain[i] = 0.0f;
   }

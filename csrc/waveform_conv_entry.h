@@ -4,10 +4,28 @@
 #include <ATen/core/Tensor.h>
 
 #include <string>
+#include <vector>
 
 #include "packed_conv_entry.h"
 
 namespace wavlm_fast {
+
+// Mean [K] and covariance [K, K] of the windows of one utterance.
+class WindowStatistics {
+ public:
+  // On all threads; the numbers do not depend on how many.
+  WindowStatistics(const float* utterance, int64_t windows, int64_t stride, int64_t K);
+
+  double mean(int64_t k) const { return mean_[k]; }
+  double covariance(int64_t k, int64_t l) const { return covariance_[k * mean_.size() + l]; }
+
+  // Of the convolution's output with the taps `weight` [K], without its bias.
+  double mean_of(const float* weight) const;
+  double variance_of(const float* weight) const;
+
+ private:
+  std::vector<double> mean_, covariance_;
+};
 
 // With group norm the conv output is never needed to know its statistics: mean and variance of a channel follow from
 // the mean and the Gram matrix of the waveform's windows, so the norm becomes a bias, a gain and an offset.

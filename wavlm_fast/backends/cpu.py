@@ -48,6 +48,8 @@ for _schema in (
     "norm_act(Tensor x, Tensor? weight, Tensor? bias, float eps, str activation) -> Tensor",
     "waveform_conv(Tensor waveform, Tensor weight, Tensor packed, Tensor? bias, int stride, bool group_norm, "
     "Tensor? norm_weight, Tensor? norm_bias, float eps, str activation, bool to_bf16) -> Tensor",
+    "waveform_conv_backward(Tensor grad, Tensor waveform, Tensor weight, int stride, Tensor norm_weight, "
+    "Tensor norm_bias, float eps, str activation, bool wants_waveform) -> (Tensor, Tensor, Tensor, Tensor)",
     "feature_encoder(Tensor waveform, Tensor weight, Tensor[] packed, Tensor?[] biases, Tensor?[] norm_weights, "
     "Tensor?[] norm_biases, int[] taps, int[] strides, int[] channels, bool[] filtered, str norm, float eps, "
     "str activation) -> Tensor",
@@ -167,6 +169,10 @@ def _why_not_waveform_conv(waveform: torch.Tensor, *rest: object) -> str | None:
     return EXTENSION_PROBLEM
 
 
+def _why_not_waveform_conv_backward(*args: Any) -> str | None:
+    return front_end.why_not_waveform_conv_backward(EXTENSION_PROBLEM, *args)
+
+
 def _why_not_feature_encoder(*args: Any) -> str | None:
     return front_end.why_not_feature_encoder(EXTENSION_PROBLEM, *args)
 
@@ -204,6 +210,7 @@ TABLE: dict[str, Implementation] = {
     **_of_frames("position_gate"),
     **_of_frames("stats_pool"),
     "waveform_conv": Implementation(front_end.waveform_conv, _why_not_waveform_conv),
+    "waveform_conv_backward": Implementation(front_end.waveform_conv_backward, _why_not_waveform_conv_backward),
     "linear_act": Implementation(products.linear_act, _why_not_product),
     "linear_act_backward": Implementation(gradients.linear_act_backward, _why_not_gradient),
     "strided_conv": Implementation(products.strided_conv, _why_not_strided_conv),

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from ..derived import derived
+from ..ops._define import only
 from ..ops.feature_encoder import per_layer
-from . import products
+from . import gradients, products
+
+_MOST_TAPS = 16  # of csrc/waveform_conv_backward_kernel.cpp
 
 
 def waveform_conv(
@@ -32,6 +35,59 @@ def waveform_conv(
     if norm == "layer":
         out = products.norm_act(out, norm_weight, norm_bias, eps, activation)
     return out.to(waveform.dtype)
+
+
+def waveform_conv_backward(
+    grad: Tensor,
+    waveform: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    norm: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    activation: str,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    """The op of that name."""
+    if norm != "group":  # a convolution like the others, of one channel; what comes before its norm is computed again
+        x, affine = waveform[..., None], (norm_weight, norm_bias) if norm == "layer" else (None, None)
+        pre = waveform_conv(waveform, weight, bias, stride, "none", None, None, eps, "none")
+        gradient = gradients.strided_conv_backward
+        dx, *rest = gradient(grad, x, weight, bias, pre, stride, *affine, eps, activation, wanted)
+        return dx.view(waveform.shape) if wanted[0] else dx, *rest
+    gain = torch.ones(weight.shape[0]) if norm_weight is None else norm_weight.float()
+    shift = torch.zeros(weight.shape[0]) if norm_bias is None else norm_bias.float()
+    dwaveform, dweight, dgain, dshift = torch.ops.wavlm_fast_cpu.waveform_conv_backward(
+        grad.to(waveform.dtype), waveform.float(), weight.float(), stride, gain, shift, eps, activation, wanted[0]
+    )
+    # The norm takes the bias out.
+    found = (dwaveform, dweight, None if bias is None else torch.zeros_like(bias), dgain, dshift)
+    likes = (waveform, weight, bias, norm_weight, norm_bias)
+    pairs = zip(found, likes, strict=True)
+    return only(wanted, *(None if g is None or like is None else g.to(like.dtype) for g, like in pairs), like=waveform)
+
+
+def why_not_waveform_conv_backward(
+    extension_problem: str | None,
+    grad: Tensor,
+    waveform: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    norm: str,
+    norm_weight: Tensor | None,
+    *rest: object,
+) -> str | None:
+    """Why the gradient cannot be computed here; None when it can."""
+    if norm == "layer" and norm_weight is None:
+        return "the C++ gradient of a layer-normed waveform_conv needs the norm's weight"
+    if norm == "group" and weight.shape[2] > _MOST_TAPS:
+        return f"the C++ gradient of waveform_conv takes up to {_MOST_TAPS} taps, weight has {weight.shape[2]}"
+    if waveform.dtype not in (torch.float32, torch.bfloat16) or grad.numel() == 0:
+        return f"the C++ gradient of waveform_conv takes float32 or bfloat16 samples, got {waveform.dtype}"
+    return extension_problem
 
 
 def feature_encoder(

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..ops._activation import activate_backward
 from ..ops._define import only
-from ..ops.strided_conv import finish_backward
+from ..ops.strided_conv import finish_backward as finish_norm_backward
+from . import products
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
@@ -30,11 +31,20 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
+def _through(activation: str, grad: Tensor, pre: Tensor) -> Tensor:
+    """The gradient before the activation."""
+    if activation == "none":
+        return grad
+    if not products.has_extension():
+        return activate_backward(activation, grad, pre)
+    return torch.ops.wavlm_fast_cpu.activation_backward(grad, pre, activation)
+
+
 def linear_act_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, pre: Tensor, activation: str, wanted: list[bool]
 ) -> tuple[Tensor, ...]:
     """The op of that name."""
-    dpre = activate_backward(activation, grad, pre).reshape(-1, weight.shape[0])
+    dpre = _through(activation, grad, pre).reshape(-1, weight.shape[0])
     dx = _product(dpre, weight).view(x.shape) if wanted[0] else None
     dweight = _product(dpre.t(), x.reshape(-1, weight.shape[1])) if wanted[1] else None
     return only(wanted, dx, dweight, dpre.sum(0) if wanted[2] else None, like=x)
@@ -54,7 +64,10 @@ def strided_conv_backward(
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
     """The op of that name."""
-    dpre, dnorm_weight, dnorm_bias = finish_backward(grad, pre, norm_weight, norm_bias, eps, activation)
+    if norm_weight is None:
+        dpre, dnorm_weight, dnorm_bias = _through(activation, grad, pre), None, None
+    else:
+        dpre, dnorm_weight, dnorm_bias = finish_norm_backward(grad, pre, norm_weight, norm_bias, eps, activation)
     dpre, taps = dpre.to(x.dtype), weight.permute(2, 0, 1)  # [K, C', C]
     dx = _of_input(dpre, taps, x, stride, 1) if wanted[0] else None
     dweight = None

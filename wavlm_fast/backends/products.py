@@ -116,8 +116,13 @@ def in_onednn(x: Tensor) -> bool:
 
 @cache
 def _prefers_onednn() -> bool:
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key("wavlm_fast_cpu::packed_conv", "CPU")
-    return onednn.why_not() is None and (torch.cpu._is_amx_tile_supported() or not has_kernel)
+    return onednn.why_not() is None and (torch.cpu._is_amx_tile_supported() or not has_extension())
+
+
+@cache
+def has_extension() -> bool:
+    """Whether the C++ kernels are there."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("wavlm_fast_cpu::packed_conv", "CPU")
 
 
 def why_not(extension_problem: str | None, x: Tensor, weight: Tensor) -> str | None:
