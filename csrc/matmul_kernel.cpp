@@ -41,9 +41,26 @@ struct Left {
   std::int64_t row, term;
 };
 
+// What the next run will pack: its rows lie far apart, where no prefetcher of the CPU expects them.
+struct Next {
+  const float* from;
+  std::int64_t step, terms;
+
+  // A share of it, one of `shares`.
+  template <int N>
+  WAVLM_FAST_INLINE void prefetch(std::int64_t share, std::int64_t shares) const {
+    for (std::int64_t k = terms * share / shares; k < terms * (share + 1) / shares; ++k) {
+      for (int n = 0; n < N * kLanes; n += 16) __builtin_prefetch(from + k * step + n);
+    }
+  }
+};
+
 template <int N>
-void add_run(const Left& left, std::int64_t rows, const float* panel, std::int64_t terms, bool add, float* sums) {
+void add_run(const Left& left, std::int64_t rows, const float* panel, std::int64_t terms, bool add, float* sums,
+             const Next& next) {
+  const std::int64_t tiles = (rows + kRows - 1) / kRows;
   for (std::int64_t i = 0; i < rows; i += kRows) {
+    next.prefetch<N>(i / kRows, tiles);
     const Word* row[kRows];
     // Rows past the end repeat the last one; nobody reads their sums.
     for (int r = 0; r < kRows; ++r) row[r] = left.at + least(i + r, rows - 1) * left.row;
@@ -77,7 +94,9 @@ void group(const Matmul& call, const Left& left, std::int64_t first_term, std::i
   for (std::int64_t k = 0; k < terms; k += kTerms) {
     const std::int64_t run = least(kTerms, terms - k);
     pack_panel<N>(call.b + (first_term + k) * call.b_row + column, call.b_row, run, columns, panel);
-    add_run<N>({left.at + k * left.term, left.row, left.term}, rows, panel, run, k > 0, sums);
+    const std::int64_t after = k + run;
+    const Next next = {call.b + (first_term + after) * call.b_row + column, call.b_row, least(kTerms, terms - after)};
+    add_run<N>({left.at + k * left.term, left.row, left.term}, rows, panel, run, k > 0, sums, next);
   }
   write<N>(sums, rows, columns, call.add || first_term > 0, out + column, call.out_row);
 }
@@ -88,10 +107,12 @@ void run(const Matmul& call, std::int64_t first, std::int64_t count, std::int64_
   float* sums = panel + kTerms * kColumns;
   float* packed = sums + (kMostRows + kRows) * kColumns;
   float* out = call.out + first * call.out_row;
-  for (std::int64_t term = 0; term < call.depth; term += kDepth) {
-    const std::int64_t terms = least(kDepth, call.depth - term);
+  const bool contiguous = call.a_term == 1;
+  const std::int64_t depth = contiguous ? call.depth : kDepth;
+  for (std::int64_t term = 0; term < call.depth; term += depth) {
+    const std::int64_t terms = least(depth, call.depth - term);
     Left left = {call.a + first * call.a_row + term * call.a_term, call.a_row, call.a_term};
-    if (left.term != 1) {
+    if (!contiguous) {
       pack_left(left.at, left.term, terms, count, packed);
       left = {packed, 1, kLeftStep};
     }
