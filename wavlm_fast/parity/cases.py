@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .composed import arrange_layer, arrange_stack, layer, stack
-from .values import OUTLIER, Build, Leaves, frames, gain, matrix, normal, optional, uniform
+from .values import OUTLIER, Build, Leaves, gain, hidden_states, matrix, normal, optional, uniform
 
 OPS = (
     "feature_encoder",
@@ -95,7 +95,7 @@ def _strided(
 ) -> Build:  # fmt: skip
     def build(g: torch.Generator) -> Leaves:
         return {
-            "x": normal(g, batch, frames, inner) * 3e-3 if quiet else frames(g, batch, frames, inner),
+            "x": normal(g, batch, frames, inner) * 3e-3 if quiet else hidden_states(g, batch, frames, inner),
             "weight": matrix(g, outer, inner, kernel),
             "bias": optional(g, outer, bias),
             "stride": stride,
@@ -114,7 +114,7 @@ def _positional(
 ) -> Build:  # fmt: skip
     def build(g: torch.Generator) -> Leaves:
         return {
-            "x": frames(g, batch, frames, channels),
+            "x": hidden_states(g, batch, frames, channels),
             "weight": matrix(g, channels, channels // groups, kernel) * 2,
             "bias": optional(g, channels, bias),
             "groups": groups,
@@ -128,7 +128,7 @@ def _positional(
 def _linear(*shape: int, outer: int, bias: bool = True, act: str = "none") -> Build:
     def build(g: torch.Generator) -> Leaves:
         return {
-            "x": frames(g, *shape),
+            "x": hidden_states(g, *shape),
             "weight": matrix(g, outer, shape[-1]),
             "bias": optional(g, outer, bias),
             "activation": act,
@@ -139,7 +139,7 @@ def _linear(*shape: int, outer: int, bias: bool = True, act: str = "none") -> Bu
 
 def _norm(*shape: int, quiet: bool = False, keep_sum: bool = True) -> Build:
     def build(g: torch.Generator) -> Leaves:
-        make = normal if quiet else frames
+        make = normal if quiet else hidden_states
         scale = 3e-3 if quiet else 1
         return {
             "x": make(g, *shape) * scale,
@@ -155,7 +155,7 @@ def _norm(*shape: int, quiet: bool = False, keep_sum: bool = True) -> Build:
 
 def _gate(batch: int, frames: int, heads: int, width: int) -> Build:
     def build(g: torch.Generator) -> Leaves:
-        x = frames(g, batch, frames, heads * width)
+        x = hidden_states(g, batch, frames, heads * width)
         # The logits must spread, not saturate: outliers enter through small weights, as in trained models.
         weight = normal(g, 8, width, std=0.75 * width**-0.5)
         weight[:, [c % width for c in (3, heads * width // 2 + 1)]] *= 3 / OUTLIER
@@ -219,7 +219,7 @@ def _tdnn(
 ) -> Build:
     def build(g: torch.Generator) -> Leaves:
         return {
-            "x": frames(g, batch, frames, inner),
+            "x": hidden_states(g, batch, frames, inner),
             "weight": matrix(g, outer, kernel * inner),
             "bias": optional(g, outer, bias),
             "kernel_size": kernel,
@@ -233,7 +233,7 @@ def _tdnn(
 def _pool(batch: int, frames: int, channels: int, lengths: tuple[int, ...] | None = None) -> Build:
     def build(g: torch.Generator) -> Leaves:
         return {
-            "x": frames(g, batch, frames, channels),
+            "x": hidden_states(g, batch, frames, channels),
             "lengths": None if lengths is None else torch.tensor(lengths),
         }
 

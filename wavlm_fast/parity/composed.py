@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .values import OUTLIER, Build, Leaves, frames, gain, matrix, normal, uniform
+from .values import OUTLIER, Build, Leaves, gain, hidden_states, matrix, normal, uniform
 
 _Parts = Mapping[str, Callable[..., Any]]
 
@@ -119,7 +119,7 @@ def layer(
     channels = heads * width
 
     def build(g: torch.Generator) -> Leaves:
-        x = frames(g, batch, length, channels)
+        x = hidden_states(g, batch, length, channels)
         leaves: Leaves = {"x": x, "rel_bias": normal(g, heads, 2 * length - 1, std=1.5).clamp(-5, 5)}
         leaves["key_lengths"] = None if lengths is None else torch.tensor(lengths)
         shapes = [(channels, channels)] * 4 + [(inner, channels), (channels, inner)]

@@ -18,7 +18,7 @@ def normal(g: torch.Generator, *shape: int, std: float = 1.0) -> Tensor:
     return torch.randn(shape, generator=g, dtype=torch.float64) * std
 
 
-def frames(g: torch.Generator, *shape: int) -> Tensor:
+def hidden_states(g: torch.Generator, *shape: int) -> Tensor:
     """Hidden states, two of their channels at the magnitude that trained checkpoints show."""
     x = normal(g, *shape)
     if shape[-1] >= 8:
