@@ -1,4 +1,4 @@
-// e^x for kernels.
+// Exponentials for kernels.
 #pragma once
 
 #include "vec.h"
@@ -6,13 +6,25 @@
 namespace wavlm_fast {
 namespace WAVLM_FAST_ISA {
 
+// Added to a number it leaves the nearest integer in the low bits of the sum.
+constexpr float kRounder = 0x1.8p23f;
+
+// value * 2^n, n being an integer plus kRounder.
+WAVLM_FAST_INLINE Floats times_power_of_two(Floats value, Floats n) {
+  Words bits, exponent;
+  std::memcpy(&bits, &value, sizeof(bits));
+  std::memcpy(&exponent, &n, sizeof(exponent));
+  bits += exponent << 23;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
 // e^x for x <= 0, within 1.5 ulp down to e^-30 and 4 ulp below; at x < -87 it stops at e^-87 instead of becoming
 // denormal. NaN stays NaN.
 WAVLM_FAST_INLINE Floats exp_of_negative(Floats x) {
-  x = x < -87.0f ? splat(-87.0f) : x;
-  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum.
-  const Floats shifted = x * 1.44269504f + 0x1.8p23f;
-  const Floats f = x - (shifted - 0x1.8p23f) * 0.693147181f;
+  x = maximum(splat(-87.0f), x);
+  const Floats shifted = x * 1.44269504f + kRounder;
+  const Floats f = x - (shifted - kRounder) * 0.693147181f;
   // Minimax for the relative error on [-log(2)/2, log(2)/2]: 2e-9 before rounding.
   Floats p = splat(0.00138368347f);
   p = p * f + 0.00837482404f;
@@ -21,12 +33,22 @@ WAVLM_FAST_INLINE Floats exp_of_negative(Floats x) {
   p = p * f + 0.499999921f;
   p = p * f + 1.00000004f;
   p = p * f + 1.0f;
-  Words bits, exponent;
-  std::memcpy(&bits, &p, sizeof(bits));
-  std::memcpy(&exponent, &shifted, sizeof(exponent));
-  bits += exponent << 23;
-  std::memcpy(&p, &bits, sizeof(p));
-  return p;
+  return times_power_of_two(p, shifted);
+}
+
+// 2^x for -126 <= x <= 126, within 1 ulp. NaN stays NaN.
+WAVLM_FAST_INLINE Floats exp2_in_range(Floats x) {
+  const Floats shifted = x + kRounder;
+  const Floats f = x - (shifted - kRounder);
+  // Minimax for the relative error on [-1/2, 1/2]: 3e-9 before rounding.
+  Floats p = splat(1.5594672e-4f);
+  p = p * f + 1.3406643e-3f;
+  p = p * f + 9.617693e-3f;
+  p = p * f + 5.5503104e-2f;
+  p = p * f + 2.4022652e-1f;
+  p = p * f + 6.9314724e-1f;
+  p = p * f + 1.0f;
+  return times_power_of_two(p, shifted);
 }
 
 // 1 / (1 + e^-x), within 4 ulp down to e^-30; NaN stays NaN.

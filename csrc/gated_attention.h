@@ -1,4 +1,4 @@
-// What gated_attention.cpp asks of gated_attention_kernel.cpp, per level.
+// What the entries of gated_attention and its gradient ask of their kernels, per level.
 #pragma once
 
 #include <cstddef>
@@ -21,33 +21,72 @@ struct Dropout {
 };
 
 template <class T>
-struct GatedAttention {
+struct AttentionInputs {
   const T* q;
   const T* k;
   const T* v;
   FrameStrides q_strides, k_strides, v_strides;
-  const float* gate;                 // [B, H, T]
-  const float* rel_bias;             // [H, 2T-1], entry j - i + T - 1
-  const std::int64_t* key_lengths;   // [B], or null
-  T* out;                            // [B, T, H, D]
-  float* lse;                        // [B, H, T]
+  const float* gate;                // [B, H, T]
+  const float* bias;                // [H, bias_stride], of query i and key j at i - j + T - 1
+  const std::int64_t* key_lengths;  // [B], or null
   std::int64_t B, T_, H, D;
-  float scale;
+  std::int64_t bias_stride;
+  float scale;  // positive
   Dropout dropout;
 };
 
-// Computes queries first .. first + count - 1 of one batch entry and head.
 template <class T>
-using GatedAttentionForward = void(const GatedAttention<T>& call, std::int64_t b, std::int64_t h, std::int64_t first,
-                                   std::int64_t count, float* scratch);
+struct GatedAttention : AttentionInputs<T> {
+  T* out;      // [B, T, H, D]
+  float* lse;  // [B, H, T]
+};
+
+// Computes the blocks of queries first_block .. end_block - 1 of one batch entry and head.
+template <class T>
+using GatedAttentionForward = void(const GatedAttention<T>& call, std::int64_t b, std::int64_t h,
+                                   std::int64_t first_block, std::int64_t end_block, float* scratch);
 
 struct GatedAttentionKernels {
-  std::int64_t queries;      // of one block: `count` of a call is best a multiple of it
-  std::int64_t most_blocks;  // `count` is at most queries * most_blocks
+  std::int64_t queries;      // a block has at most so many, and there are no more blocks than that makes necessary
+  std::int64_t most_blocks;  // of a call
   // Floats of 64-byte aligned scratch that a call of most_blocks blocks needs.
   std::size_t (*scratch_size)(std::int64_t D);
   GatedAttentionForward<float>* forward_float;
   GatedAttentionForward<bf16>* forward_bf16;
+};
+
+template <class T>
+struct GatedAttentionBackward : AttentionInputs<T> {
+  const T* grad;     // [B, T, H, D], as are dq, dk and dv
+  const float* lse;  // [B, H, T]
+  T* dq;
+  T* dk;
+  T* dv;
+  float* dgate;  // [B, H, T]
+};
+
+// The blocks' part of the gradients: dq and dgate of their queries, and into `sums` and `dbias` what they add to those
+// of the keys and of the bias. dbias[x] is of the bias at x = i - j + T - 1; `queries` floats before and behind it are
+// written too.
+template <class T>
+using GatedAttentionBackwardBlocks = void(const GatedAttentionBackward<T>& call, std::int64_t b, std::int64_t h,
+                                          std::int64_t first_block, std::int64_t end_block, float* sums,
+                                          float* dbias, float* scratch);
+
+// dk and dv of one batch entry and head from the sums of `parts` ranges of blocks, which lie one behind the other.
+template <class T>
+using GatedAttentionBackwardKeys = void(const GatedAttentionBackward<T>& call, std::int64_t b, std::int64_t h,
+                                        const float* sums, std::int64_t parts);
+
+struct GatedAttentionBackwardKernels {
+  std::int64_t queries;
+  // Floats of 64-byte aligned memory: scratch of a call, and the sums of a range of blocks.
+  std::size_t (*scratch_size)(std::int64_t T, std::int64_t D);
+  std::size_t (*sums_size)(std::int64_t T, std::int64_t D);
+  GatedAttentionBackwardBlocks<float>* blocks_float;
+  GatedAttentionBackwardBlocks<bf16>* blocks_bf16;
+  GatedAttentionBackwardKeys<float>* keys_float;
+  GatedAttentionBackwardKeys<bf16>* keys_bf16;
 };
 
 }  // namespace wavlm_fast

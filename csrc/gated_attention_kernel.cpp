@@ -1,212 +1,61 @@
 // softmax(scale * q k^T + gate * bias) v without a [T, T] matrix.
 //
-// Lanes are queries: a vector holds one number of kLanes neighbouring queries. So the maximum and the sum of the
-// softmax are lane-wise, the gate is a vector, the Toeplitz bias of one key is a run of consecutive numbers, and keys
-// and values enter both products as scalars.
-//
-// A task walks over the keys in tiles. A tile is packed once and used by all query blocks of the task, so nothing of
+// A task walks over the keys in tiles. A tile is copied once and used by all query blocks of the task, so nothing of
 // size T is ever held.
-#include "gated_attention.h"
-
-#include "exp.h"
-#include "vec.h"
-
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
+#include "attention_block.h"
 
 namespace wavlm_fast {
 namespace WAVLM_FAST_ISA {
 namespace {
 
-// kRows x kVectors accumulators, one operand of kVectors vectors and a broadcast: as many as there are registers.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRows = 8;
-#else
-constexpr int kRows = 4;
-#endif
-constexpr int kVectors = 3;
-constexpr int kQueries = kVectors * kLanes;  // of a block
-constexpr int kKeys = 64;                    // of a tile: scores, queries and sums of a block stay in the first cache
-constexpr int kBlocks = 8;                   // of a task: their queries and sums stay in the second cache
+constexpr int kKeys = 128;   // of a tile: scores and queries of a block stay close to the first cache
+constexpr int kBlocks = 12;  // of a task: their queries and sums stay in the second cache
 
-// Not std's: a function template of a shared header, compiled here for this level, may become everybody's copy.
-constexpr std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-
-constexpr std::int64_t rounded_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
-
-WAVLM_FAST_INLINE float widened(float value) { return value; }
-WAVLM_FAST_INLINE float widened(bf16 value) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof(result));
-  return result;
-}
-
-WAVLM_FAST_INLINE void narrow(float value, float* to) { *to = value; }
-WAVLM_FAST_INLINE void narrow(float value, bf16* to) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  to->bits = value != value ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-
-// What a 32-bit element of a packed operand is, and its product. kDepth numbers along the summed axis make an element.
-struct Single {
-  static constexpr int kDepth = 1;
-
-  static WAVLM_FAST_INLINE Floats multiply_add(Floats sum, Floats b, const float* a) { return sum + b * splat(*a); }
-
-  template <class T>
-  static WAVLM_FAST_INLINE float element(const T* first, const T*) { return widened(*first); }
-};
-
-#if defined(__AVX512BF16__)
-struct Pair {
-  static constexpr int kDepth = 2;
-
-  static WAVLM_FAST_INLINE Floats multiply_add(Floats sum, Floats b, const float* a) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)b, (__m512bh)_mm512_set1_ps(*a));
-  }
-
-  // Two numbers along the summed axis; the second may be absent.
-  static WAVLM_FAST_INLINE float element(const bf16* first, const bf16* second) {
-    const std::uint32_t bits = first->bits | (second ? static_cast<std::uint32_t>(second->bits) << 16 : 0);
-    float result;
-    std::memcpy(&result, &bits, sizeof(result));
-    return result;
-  }
-};
-#endif
-
-// acc[r][n] += sum over k of a[k][r] * b[k][n].
-template <class Element, int N>
-WAVLM_FAST_INLINE void products(const float* a, const float* b, std::int64_t depth, Floats (&acc)[kRows][N]) {
-  for (std::int64_t k = 0; k < depth; ++k) {
-    Floats column[N];
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) column[n] = load(b + n * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) acc[r][n] = Element::multiply_add(acc[r][n], column[n], a + r);
-    }
-    a += kRows;
-    b += N * kLanes;
-  }
-}
-
-// A block of queries with its running softmax. Arrays are [.][N * kLanes] for a block of N vectors.
+// A block of queries with its running softmax.
 struct Block {
-  float* q;     // [elements of D]
-  float* sums;  // [D rounded up to kRows]: sum over keys of weight * value
-  float* gate;
+  float* q;      // [words of D][width]
+  float* sums;   // [width][channels]: sum over keys of weight * value
+  float* gate;   // divided by `scale`
   float* top;    // greatest score
   float* total;  // sum of weights
-  std::int64_t row;  // of the first query among all [B, H, T]: what dropout is keyed by
+  std::int64_t first, count;  // queries
+  std::int64_t width;         // count in whole vectors
 };
 
 struct Tile {
-  float* keys;    // [groups of kRows keys][elements of D][kRows]
-  float* values;  // [groups of kRows channels][elements of the tile's keys][kRows]
-  float* scores;  // [kKeys][N * kLanes]; weights take their place
-  std::int64_t first_key;
-  float* bias;    // of query i and key j at i - j + kKeys - 1, both counted within the block and the tile
+  float* keys;    // [kKeys][words of D]
+  float* values;  // panels
+  float* scores;  // [kKeys][width of a block]; weights take their place
+  std::int64_t first, count;
 };
 
-// Rows of a tensor with D contiguous -> [groups of kRows rows][elements of D][kRows], absent rows zero.
-template <class Element, class T>
-WAVLM_FAST_INLINE void pack_rows(const T* from, std::int64_t stride, std::int64_t rows, std::int64_t D, float* to) {
-  constexpr int depth = Element::kDepth;
-  for (std::int64_t first = 0; first < rows; first += kRows) {
-    for (int r = 0; r < kRows; ++r) {
-      const T* row = from + (first + r) * stride;
-      float* column = to + r;
-      for (std::int64_t d = 0; d < D; d += depth, column += kRows) {
-        *column = first + r < rows ? Element::element(row + d, d + 1 < D ? row + d + 1 : nullptr) : 0.0f;
-      }
-    }
-    to += kRows * ((D + depth - 1) / depth);
-  }
-}
+// Sizes in floats, each in whole vectors.
+struct Sizes {
+  std::int64_t words, channels;  // of a row of D numbers
 
-// Rows with D contiguous -> [groups of kRows channels][elements of the rows][kRows], absent channels zero.
-template <class Element, class T>
-WAVLM_FAST_INLINE void pack_columns(const T* from, std::int64_t stride, std::int64_t rows, std::int64_t D, float* to) {
-  constexpr int depth = Element::kDepth;
-  const std::int64_t elements = (rows + depth - 1) / depth;
-  for (std::int64_t j = 0; j < rows; j += depth, to += kRows) {
-    const T* row = from + j * stride;
-    const T* next = j + 1 < rows ? row + stride : nullptr;
-    float* group = to;
-    for (std::int64_t d = 0; d < D; d += kRows, group += elements * kRows) {
-      for (int r = 0; r < kRows; ++r) {
-        group[r] = d + r < D ? Element::element(row + d + r, next ? next + d + r : nullptr) : 0.0f;
-      }
-    }
-  }
-}
+  Sizes(std::int64_t D, int depth)
+      : words(rounded_up(words_of(D, depth), kLanes)), channels(rounded_up(D, kLanes)) {}
+
+  std::int64_t sums() const { return rounded_up(kQueries, kRows) * channels; }
+  std::int64_t block() const { return words * kQueries + sums() + 3 * kQueries; }
+  std::int64_t tile() const { return kKeys * (words + channels + kQueries) + rounded_up(kRows, kLanes); }
+};
 
 template <class Element, class T>
-WAVLM_FAST_INLINE void start(const GatedAttention<T>& call, std::int64_t b, std::int64_t h, std::int64_t first,
-                             std::int64_t count, std::int64_t width, const Block& block) {
-  constexpr int depth = Element::kDepth;
-  const T* q = call.q + b * call.q_strides.b + first * call.q_strides.t + h * call.q_strides.h;
-  const float* gate = call.gate + (b * call.H + h) * call.T_ + first;
-  for (std::int64_t i = 0; i < width; ++i, q += call.q_strides.t) {
-    for (std::int64_t d = 0; d < call.D; d += depth) {
-      block.q[d / depth * width + i] =
-          i < count ? Element::element(q + d, d + 1 < call.D ? q + d + 1 : nullptr) : 0.0f;
-    }
-    block.gate[i] = i < count ? gate[i] : 0.0f;
-    block.top[i] = -__builtin_inff();
-    block.total[i] = 0.0f;
-  }
-  std::memset(block.sums, 0, rounded_up(call.D, kRows) * width * sizeof(float));
-}
-
-// Scores of a tile, and into `top` the greatest so far.
-template <class Element, int N>
-WAVLM_FAST_INLINE void score(const Tile& tile, std::int64_t keys, std::int64_t elements, float scale,
-                             const Block& block, Floats (&top)[N]) {
-  Floats gate[N];
-  for (int n = 0; n < N; ++n) {
-    gate[n] = load(block.gate + n * kLanes);
-    top[n] = load(block.top + n * kLanes);
-  }
-  for (std::int64_t first = 0; first < keys; first += kRows) {
-    Floats acc[kRows][N] = {};
-    products<Element>(tile.keys + first * elements, block.q, elements, acc);
-    const float* bias = tile.bias + kKeys - 1 - first;
-    float* scores = tile.scores + first * N * kLanes;
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      if (first + r >= keys) break;
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) {
-        acc[r][n] = acc[r][n] * scale + gate[n] * load(bias - r + n * kLanes);
-        top[n] = acc[r][n] > top[n] ? acc[r][n] : top[n];
-        store(scores + (r * N + n) * kLanes, acc[r][n]);
-      }
-    }
-  }
-}
-
-// Scores -> weights, in place.
-template <int N>
-WAVLM_FAST_INLINE void weigh(Single, float* scores, std::int64_t keys, const Floats (&top)[N], Floats (&total)[N]) {
-  for (std::int64_t j = 0; j < keys; ++j, scores += N * kLanes) {
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      const Floats weight = exp_of_negative(load(scores + n * kLanes) - top[n]);
-      total[n] += weight;
-      store(scores + n * kLanes, weight);
-    }
+void start(const GatedAttention<T>& call, std::int64_t b, std::int64_t h, const T* q, const Block& block) {
+  copy_transposed<Element>(q, call.q_strides.t, block.count, call.D, block.width, block.q);
+  const float* gate = call.gate + (b * call.H + h) * call.T_ + block.first;
+  for (std::int64_t i = 0; i < block.width; i += kLanes) {
+    store(block.gate + i, load_some(gate + i, block.count - i) / call.scale);
+    store(block.top + i, splat(-__builtin_inff()));
+    store(block.total + i, Floats{});
   }
 }
 
 #if defined(__AVX512BF16__)
 template <int N>
-WAVLM_FAST_INLINE void weigh(Pair, float* scores, std::int64_t keys, const Floats (&top)[N], Floats (&total)[N]) {
+WAVLM_FAST_INLINE void weigh(Pair, float* scores, std::int64_t keys, const Softmax (&softmax)[N],
+                             Floats (&total)[N]) {
   // Lane i of a pair of rows: weight of the first key in the low half, of the second in the high half.
   alignas(64) static constexpr auto kInterleave = [] {
     struct { std::uint16_t index[32]; } table{};
@@ -219,8 +68,8 @@ WAVLM_FAST_INLINE void weigh(Pair, float* scores, std::int64_t keys, const Float
     const bool both = j + 1 < keys;
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
-      const Floats even = exp_of_negative(load(scores + n * kLanes) - top[n]);
-      const Floats odd = both ? exp_of_negative(load(scores + (N + n) * kLanes) - top[n]) : Floats{};
+      const Floats even = softmax[n].weight(load(scores + n * kLanes));
+      const Floats odd = both ? softmax[n].weight(load(scores + (N + n) * kLanes)) : Floats{};
       total[n] += even + odd;
       const __m512bh halves = _mm512_cvtne2ps_pbh(odd, even);
       store(weights + n * kLanes, (Floats)_mm512_permutexvar_epi16(interleave, (__m512i)halves));
@@ -229,54 +78,37 @@ WAVLM_FAST_INLINE void weigh(Pair, float* scores, std::int64_t keys, const Float
 }
 #endif
 
-WAVLM_FAST_INLINE Words mix(Words x) {
-  x = (x ^ (x >> 16)) * 0x7feb352du;
-  x = (x ^ (x >> 15)) * 0x846ca68bu;
-  return x ^ (x >> 16);
-}
-
-// All bits where the weights of key j are kept, none where they are dropped: as wavlm_fast/ops/_dropout.py has it.
-WAVLM_FAST_INLINE Words kept(Words row_keys, std::uint32_t j, std::uint32_t threshold) {
-  const Words kept = (mix(row_keys + j * 0x9e3779b9u) >> 8) >= threshold;
-  return kept;
-}
-
 // Zeroes the weights that dropout takes. The sum of weights is not touched: dropout follows the softmax.
 template <class Element, int N>
-void drop(const Dropout& dropout, std::int64_t first_row, std::int64_t first_key, std::int64_t keys, float* weights) {
-  Words lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+void drop(const Dropout& dropout, std::int64_t first_row, const Tile& tile) {
   for (int n = 0; n < N; ++n) {
-    const Words row = lane + static_cast<std::uint32_t>(first_row + n * kLanes);
-    const Words row_keys = mix(mix(row) + dropout.seed);
-    for (std::int64_t j = 0; j < keys; j += Element::kDepth) {
-      const std::uint32_t key = static_cast<std::uint32_t>(first_key + j);
-      Words mask = kept(row_keys, key, dropout.threshold);
-      if (Element::kDepth == 2) mask = (mask & 0xffffu) | (kept(row_keys, key + 1, dropout.threshold) << 16);
-      float* at = weights + (j / Element::kDepth * N + n) * kLanes;
-      Words bits;
-      std::memcpy(&bits, at, sizeof(bits));
-      bits &= mask;
-      std::memcpy(at, &bits, sizeof(bits));
+    const Words keys = dropout_keys(dropout, first_row + n * kLanes);
+    for (std::int64_t j = 0; j < tile.count; j += Element::kDepth) {
+      Words mask = kept(dropout, keys, tile.first + j);
+      if (Element::kDepth == 2) mask = (mask & 0xffffu) | (kept(dropout, keys, tile.first + j + 1) << 16);
+      float* weights = tile.scores + (j / Element::kDepth * N + n) * kLanes;
+      store(weights, masked(load(weights), mask));
     }
   }
 }
 
-// sums = sums * fade + values^T weights.
-template <class Element, int N>
-WAVLM_FAST_INLINE void accumulate(const Tile& tile, std::int64_t elements, std::int64_t D, const Floats (&fade)[N],
-                                  float* sums) {
-  const float* values = tile.values;
-  for (std::int64_t d = 0; d < D; d += kRows, values += elements * kRows, sums += kRows * N * kLanes) {
+// sums = sums * fade + weights^T values, for the channels of one panel; the old sums count only if `add`.
+template <class Element, int N, int M>
+void accumulate(const float* weights, const float* panel, std::int64_t words, bool add, const float* fade,
+                float* sums, std::int64_t channels) {
+  for (int i = 0; i < N * kLanes; i += kRows) {
+    const Word* rows[kRows];
+    for (int r = 0; r < kRows; ++r) rows[r] = weights + i + r;
     // From zero: the rounding error of a sum of tiles grows with the number of tiles, not of keys.
-    Floats acc[kRows][N] = {};
-    products<Element>(values, tile.scores, elements, acc);
+    Floats acc[kRows][M] = {};
+    multiply<Element>(rows, N * kLanes, panel, words, acc);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
+      const Floats keep = splat(fade[i + r]);
+      float* at = sums + (i + r) * channels;
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) {
-        float* at = sums + (r * N + n) * kLanes;
-        store(at, load(at) * fade[n] + acc[r][n]);
+      for (int m = 0; m < M; ++m) {
+        store(at + m * kLanes, add ? load(at + m * kLanes) * keep + acc[r][m] : acc[r][m]);
       }
     }
   }
@@ -284,103 +116,115 @@ WAVLM_FAST_INLINE void accumulate(const Tile& tile, std::int64_t elements, std::
 
 // One tile of keys for one block of N vectors of queries.
 template <class Element, int N, class T>
-void attend(const GatedAttention<T>& call, const Tile& tile, std::int64_t keys, std::int64_t D, const Block& block) {
-  constexpr int depth = Element::kDepth;
+void attend(const GatedAttention<T>& call, std::int64_t b, std::int64_t h, const Sizes& sizes, const Tile& tile,
+            const Block& block) {
+  const float* bias = call.bias + h * call.bias_stride + block.first - tile.first + call.T_ - 1;
   Floats top[N], total[N] = {};
-  score<Element, N>(tile, keys, (D + depth - 1) / depth, call.scale, block, top);
-  weigh<N>(Element{}, tile.scores, keys, top, total);
-  if (call.dropout.threshold) drop<Element, N>(call.dropout, block.row, tile.first_key, keys, tile.scores);
-  Floats fade[N];
-  for (int n = 0; n < N; ++n) fade[n] = exp_of_negative(load(block.top + n * kLanes) - top[n]);
-  accumulate<Element, N>(tile, (keys + depth - 1) / depth, D, fade, block.sums);
+  Softmax softmax[N];
+  alignas(64) float fade[N * kLanes + kRows];
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) top[n] = load(block.top + n * kLanes);
+  const Keys keys = {tile.keys, sizes.words, tile.count, words_of(call.D, Element::kDepth)};
+  score<Element>(keys, block.q, block.gate, bias, tile.scores, top);
+#pragma GCC unroll 4
   for (int n = 0; n < N; ++n) {
+    softmax[n] = Softmax(top[n], call.scale);
+    const Floats keep = softmax[n].weight(load(block.top + n * kLanes));
+    store(fade + n * kLanes, keep);
     store(block.top + n * kLanes, top[n]);
-    store(block.total + n * kLanes, load(block.total + n * kLanes) * fade[n] + total[n]);
   }
+  weigh(Element{}, tile.scores, tile.count, softmax, total);
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) {
+    float* at = block.total + n * kLanes;
+    store(at, load(at) * load(fade + n * kLanes) + total[n]);
+  }
+  if (call.dropout.threshold) drop<Element, N>(call.dropout, (b * call.H + h) * call.T_ + block.first, tile);
+  for_groups(sizes.channels / kLanes, [&](std::int64_t first, auto group) {
+    accumulate<Element, N, group.count>(tile.scores, tile.values + first * kLanes * kKeys,
+                                        words_of(tile.count, Element::kDepth), tile.first > 0, fade,
+                                        block.sums + first * kLanes, sizes.channels);
+  });
 }
 
 template <class T>
-WAVLM_FAST_INLINE void finish(const GatedAttention<T>& call, std::int64_t b, std::int64_t h, std::int64_t first,
-                              std::int64_t count, std::int64_t width, const Block& block) {
-  T* out = call.out + ((b * call.T_ + first) * call.H + h) * call.D;
-  float* lse = call.lse + (b * call.H + h) * call.T_ + first;
-  for (std::int64_t i = 0; i < count; ++i, out += call.H * call.D) {
-    // No key at all leaves a total of zero and sums of zero.
-    const float share = block.total[i] == 0.0f ? 0.0f : call.dropout.kept_scale / block.total[i];
-    for (std::int64_t d = 0; d < call.D; ++d) narrow(block.sums[d * width + i] * share, out + d);
-    lse[i] = block.top[i] + __builtin_logf(block.total[i]);
-  }
-}
-
-// The bias between the keys from j0 and the queries from i0; zero beyond the utterance, where nobody looks.
-WAVLM_FAST_INLINE void reverse_bias(const float* rel_bias, std::int64_t T, std::int64_t i0, std::int64_t j0,
-                                    float* to) {
-  const std::int64_t last = T - 1 + j0 - i0 + kKeys - 1;
-  for (std::int64_t x = 0; x < kKeys + kQueries; ++x) {
-    const std::int64_t entry = last - x;
-    to[x] = entry >= 0 && entry < 2 * T - 1 ? rel_bias[entry] : 0.0f;
-  }
-}
-
-std::size_t block_size(std::int64_t D) { return (2 * rounded_up(D, kRows) + 3) * kQueries; }
-
-std::size_t scratch_size(std::int64_t D) {
-  return kBlocks * block_size(D) + 2 * kKeys * rounded_up(D, kRows) + kKeys * kQueries + kKeys + kQueries;
-}
-
-template <class Element, class T, int kD>
-void run(const GatedAttention<T>& call, std::int64_t b, std::int64_t h, std::int64_t first, std::int64_t count,
-         float* scratch) {
-  const std::int64_t D = kD ? kD : call.D, padded = rounded_up(D, kRows);
-  const std::int64_t keys = call.key_lengths ? least(call.key_lengths[b], call.T_) : call.T_;
-  Tile tile;
-  tile.keys = scratch;
-  tile.values = tile.keys + kKeys * padded;
-  tile.scores = tile.values + kKeys * padded;
-  tile.bias = tile.scores + kKeys * kQueries;
-  float* at = tile.bias + kKeys + kQueries;
-  Block blocks[kBlocks];
-  const std::int64_t n_blocks = (count + kQueries - 1) / kQueries;
-  const auto of_block = [&](std::int64_t i) { return least(kQueries, count - i * kQueries); };
-  for (std::int64_t i = 0; i < n_blocks; ++i, at += block_size(D)) {
-    float* state = at + 2 * padded * kQueries;
-    blocks[i] = {at, at + padded * kQueries, state, state + kQueries, state + 2 * kQueries,
-                 (b * call.H + h) * call.T_ + first + i * kQueries};
-    start<Element>(call, b, h, first + i * kQueries, of_block(i), rounded_up(of_block(i), kLanes), blocks[i]);
-  }
-  const T* k = call.k + b * call.k_strides.b + h * call.k_strides.h;
-  const T* v = call.v + b * call.v_strides.b + h * call.v_strides.h;
-  const float* rel_bias = call.rel_bias + h * (2 * call.T_ - 1);
-  for (std::int64_t j = 0; j < keys; j += kKeys) {
-    const std::int64_t n_keys = least(kKeys, keys - j);
-    tile.first_key = j;
-    pack_rows<Element>(k + j * call.k_strides.t, call.k_strides.t, n_keys, D, tile.keys);
-    pack_columns<Element>(v + j * call.v_strides.t, call.v_strides.t, n_keys, D, tile.values);
-    for (std::int64_t i = 0; i < n_blocks; ++i) {
-      reverse_bias(rel_bias, call.T_, first + i * kQueries, j, tile.bias);
-      const std::int64_t vectors = rounded_up(of_block(i), kLanes) / kLanes;
-      if (vectors == 3) attend<Element, 3>(call, tile, n_keys, D, blocks[i]);
-      if (vectors == 2) attend<Element, 2>(call, tile, n_keys, D, blocks[i]);
-      if (vectors == 1) attend<Element, 1>(call, tile, n_keys, D, blocks[i]);
-    }
-  }
-  for (std::int64_t i = 0; i < n_blocks; ++i) {
-    finish(call, b, h, first + i * kQueries, of_block(i), rounded_up(of_block(i), kLanes), blocks[i]);
+void finish(const GatedAttention<T>& call, std::int64_t b, std::int64_t h, const Sizes& sizes, const Block& block) {
+  T* out = call.out + ((b * call.T_ + block.first) * call.H + h) * call.D;
+  float* lse = call.lse + (b * call.H + h) * call.T_ + block.first;
+  const float* sums = block.sums;
+  for (std::int64_t i = 0; i < block.count; ++i, out += call.H * call.D, sums += sizes.channels) {
+    const float top = block.top[i], total = block.total[i];
+    const bool none = top == -__builtin_inff() && total == total;  // no key, or none that is not at -inf
+    const float share = none ? 0.0f : call.dropout.kept_scale / total;
+    sweep(call.D, [&](std::int64_t d, auto lanes, int) { lanes.store(out + d, load(sums + d) * share); });
+    lse[i] = none ? top : top * call.scale + __builtin_logf(total);
   }
 }
 
 template <class Element, class T>
-void forward(const GatedAttention<T>& call, std::int64_t b, std::int64_t h, std::int64_t first, std::int64_t count,
-             float* scratch) {
-  if (call.D == 64) return run<Element, T, 64>(call, b, h, first, count, scratch);
-  run<Element, T, 0>(call, b, h, first, count, scratch);
+void attend(const GatedAttention<T>& call, std::int64_t b, std::int64_t h, const Sizes& sizes, const Tile& tile,
+            const Block& block) {
+  if (block.width == 3 * kLanes) attend<Element, 3>(call, b, h, sizes, tile, block);
+  if (block.width == 2 * kLanes) attend<Element, 2>(call, b, h, sizes, tile, block);
+  if (block.width == 1 * kLanes) attend<Element, 1>(call, b, h, sizes, tile, block);
 }
 
-#if defined(__AVX512BF16__)
-using OfBf16 = Pair;
-#else
-using OfBf16 = Single;
-#endif
+// The blocks' places in scratch.
+template <class T>
+void place(const GatedAttention<T>& call, const Sizes& sizes, std::int64_t first_block, std::int64_t count,
+           float* scratch, Block* blocks) {
+  for (std::int64_t i = 0; i < count; ++i, scratch += sizes.block()) {
+    const std::int64_t begin = first_query(first_block + i, call.T_), end = first_query(first_block + i + 1, call.T_);
+    float* sums = scratch + sizes.words * kQueries;
+    float* state = sums + sizes.sums();
+    blocks[i] = {scratch, sums,  state,      state + kQueries, state + 2 * kQueries, begin, least(end, call.T_) - begin,
+                 end - begin};
+  }
+}
+
+template <class Element, class T>
+void forward(const GatedAttention<T>& call, std::int64_t b, std::int64_t h, std::int64_t first_block,
+             std::int64_t end_block, float* scratch) {
+  const Sizes sizes(call.D, Element::kDepth);
+  Tile tile;
+  tile.keys = scratch;
+  tile.values = tile.keys + kKeys * sizes.words;
+  tile.scores = tile.values + kKeys * sizes.channels;
+  Block blocks[kBlocks];
+  const std::int64_t n_blocks = end_block - first_block;
+  place(call, sizes, first_block, n_blocks, scratch + sizes.tile(), blocks);
+  const T* q = call.q + b * call.q_strides.b + h * call.q_strides.h;
+  const T* k = call.k + b * call.k_strides.b + h * call.k_strides.h;
+  const T* v = call.v + b * call.v_strides.b + h * call.v_strides.h;
+  const std::int64_t keys = call.key_lengths ? least(call.key_lengths[b], call.T_) : call.T_;
+  tile.first = 0;
+  do {  // once even without keys, so that there are zeros to finish with
+    tile.count = least(kKeys, keys - tile.first);
+    copy_rows<Element>(k + tile.first * call.k_strides.t, call.k_strides.t, tile.count, call.D, sizes.words, tile.keys);
+    copy_panels<Element>(v + tile.first * call.v_strides.t, call.v_strides.t, tile.count, call.D, kKeys, tile.values);
+    const std::int64_t next = tile.first + kKeys, n_next = next < keys ? least(kKeys, keys - next) : 0;
+    for (std::int64_t i = 0; i < n_blocks; ++i) {
+      const Block& block = blocks[i];
+      if (tile.first == 0) {
+        start<Element>(call, b, h, q + block.first * call.q_strides.t, block);
+        if (i + 1 < n_blocks) {
+          prefetch_rows(q + blocks[i + 1].first * call.q_strides.t, call.q_strides.t, blocks[i + 1].count, call.D);
+        }
+      }
+      const std::int64_t row = n_next * i / n_blocks, rows = n_next * (i + 1) / n_blocks - row;
+      prefetch_rows(k + (next + row) * call.k_strides.t, call.k_strides.t, rows, call.D);
+      prefetch_rows(v + (next + row) * call.v_strides.t, call.v_strides.t, rows, call.D);
+      attend<Element>(call, b, h, sizes, tile, block);
+      if (n_next == 0) finish(call, b, h, sizes, block);
+    }
+    tile.first = next;
+  } while (tile.first < keys);
+}
+
+std::size_t scratch_size(std::int64_t D) {
+  const Sizes sizes(D, 1);
+  return kBlocks * sizes.block() + sizes.tile();
+}
 
 }  // namespace
 

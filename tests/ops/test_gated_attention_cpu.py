@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(cpu.EXTENSION_PROBLEM is not None, reason=str(cp
 REFERENCE = wavlm_fast.ops.references["gated_attention"]
 KERNEL = torch.ops.wavlm_fast_cpu.gated_attention
 
-# B, T, H, D, lengths. A block of queries is 48, 24 or 12 long, a tile of keys 64.
+# B, T, H, D, lengths. A block of queries is 48, 24 or 12 long, a tile of keys 128; a task has up to 12 blocks.
 CASES = [
     (1, 1, 1, 64, None),
     (2, 7, 3, 64, [7, 3]),
@@ -27,6 +27,8 @@ CASES = [
     (1, 131, 2, 33, None),
     (1, 50, 2, 5, None),
     (1, 499, 2, 64, [333]),
+    (5, 259, 1, 48, [127, 128, 129, 257, 259]),
+    (2, 99, 12, 64, None),
     (1, 1200, 1, 64, None),
 ]
 
@@ -58,19 +60,23 @@ def assert_no_worse(got, plain, expected, dtype):
     assert error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
 
 
+def check(inputs, *rest):
+    """As precise as the reference; returns the output."""
+    out, lse = KERNEL(*inputs, *rest)
+    plain_out, plain_lse = backends.load("reference").TABLE["gated_attention"].fn(*inputs, *rest)
+    true_out, true_lse = truth(*inputs, *rest)
+    assert_no_worse(out, plain_out, true_out, out.dtype)
+    assert_no_worse(lse, plain_lse, true_lse, torch.float32)
+    return out
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("B", "T", "H", "D", "lengths"), CASES)
 def test_against_float64(B, T, H, D, lengths, dtype):
     inputs = operands(B, T, H, D, dtype)
-    rest = (None if lengths is None else torch.tensor(lengths), 0.0, None, D**-0.5)
-    out, lse = KERNEL(*inputs, *rest)
-    plain_out, plain_lse = backends.load("reference").TABLE["gated_attention"].fn(*inputs, *rest)
-    true_out, true_lse = truth(*inputs, *rest)
+    out = check(inputs, None if lengths is None else torch.tensor(lengths), 0.0, None, D**-0.5)
     assert out.dtype == dtype
     assert out.is_contiguous()
-    assert lse.dtype == torch.float32
-    assert_no_worse(out, plain_out, true_out, dtype)
-    assert_no_worse(lse, plain_lse, true_lse, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -83,15 +89,37 @@ def test_no_key_gives_zeros(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.5, 1e-3, 0.0, -0.2])
+def test_scales(scale, dtype):
+    check(operands(2, 131, 2, 32, dtype), torch.tensor([131, 41]), 0.0, None, scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strides(dtype):
+    q, k, v, gate, rel_bias = operands(2, 131, 2, 64, dtype)
+    dense = KERNEL(q, k, v, gate, rel_bias, None, 0.0, None, 0.125)
+    q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
+    v = torch.nn.functional.pad(v, (3, 1, 0, 1))[:, :, :-1, 3:-1]
+    gate, rel_bias = gate.mT.contiguous().mT, rel_bias.T.contiguous().T
+    strided = KERNEL(q, k, v, gate, rel_bias, None, 0.0, None, 0.125)
+    assert torch.equal(strided[0], dense[0])
+    assert torch.equal(strided[1], dense[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("beyond", [30, 100, 170])
+def test_rows_whose_bias_is_minus_infinity(beyond, dtype):
+    """Whole rows, and whole tiles of keys at the beginning of a row."""
+    q, k, v, gate, rel_bias = operands(1, 300, 2, 64, dtype)
+    rel_bias[:, : 299 - beyond], rel_bias[:, 299 + beyond :] = -torch.inf, -torch.inf
+    check((q, k, v, gate + 0.1, rel_bias), torch.tensor([200]), 0.0, None, 0.125)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("T", [33, 131])
 def test_dropout_draws_the_mask_of_the_reference(dtype, T):
-    inputs = operands(2, T, 3, 64, dtype)
     rest = (torch.tensor([T, T - 3]), 0.3, torch.tensor([2**40 + 12345]), 0.125)
-    out, lse = KERNEL(*inputs, *rest)
-    plain_out, plain_lse = backends.load("reference").TABLE["gated_attention"].fn(*inputs, *rest)
-    true_out, true_lse = truth(*inputs, *rest)
-    assert_no_worse(out, plain_out, true_out, dtype)
-    assert_no_worse(lse, plain_lse, true_lse, torch.float32)
+    check(operands(2, T, 3, 64, dtype), *rest)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -114,19 +142,21 @@ def test_keys_past_the_end_are_not_read():
     assert out.isfinite().all()
 
 
-def test_threads_do_not_change_a_bit():
-    inputs = operands(3, 200, 3, 64, torch.float32)
-    rest = (torch.tensor([200, 17, 90]), 0.0, None, 0.125)
-    threads = torch.get_num_threads()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("B", "H"), [(1, 1), (3, 3)])
+def test_threads_do_not_change_a_bit(B, H, dtype):
+    inputs = operands(B, 700, H, 64, dtype)
+    rest = (torch.tensor([700, 17, 90])[:B], 0.0, None, 0.125)
+    runs, threads = [], torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
-        alone = KERNEL(*inputs, *rest)
-        torch.set_num_threads(2)
-        together = KERNEL(*inputs, *rest)
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            runs.append(KERNEL(*inputs, *rest))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(alone[0], together[0])
-    assert torch.equal(alone[1], together[1])
+    for out, lse in runs[1:]:
+        assert torch.equal(out, runs[0][0])
+        assert torch.equal(lse, runs[0][1])
 
 
 def test_gradients_through_the_front():

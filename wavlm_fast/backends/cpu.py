@@ -25,6 +25,7 @@ _KERNELS = (
     "add_layer_norm",
     "add_layer_norm_backward",
     "gated_attention",
+    "gated_attention_backward",
     "position_gate",
     "position_gate_backward",
     "stats_pool",
@@ -163,6 +164,10 @@ def _why_not_gated_attention(q: torch.Tensor, *rest: object) -> str | None:
     return None
 
 
+def _why_not_gated_attention_backward(grad: torch.Tensor, *rest: object) -> str | None:
+    return _why_not_gated_attention(grad)
+
+
 def _why_not_waveform_conv(waveform: torch.Tensor, *rest: object) -> str | None:
     if waveform.dtype not in _DTYPES or waveform.numel() == 0:
         return f"the C++ waveform_conv takes float32 or bfloat16 samples, got {waveform.dtype} {list(waveform.shape)}"
@@ -205,6 +210,7 @@ TABLE: dict[str, Implementation] = {
     "add_layer_norm": _cpp("add_layer_norm", _why_not_add_layer_norm),
     "add_layer_norm_backward": _cpp("add_layer_norm_backward", _why_not_add_layer_norm_backward),
     "gated_attention": _cpp("gated_attention", _why_not_gated_attention),
+    "gated_attention_backward": _cpp("gated_attention_backward", _why_not_gated_attention_backward),
     "encoder_layer": Implementation(encoder.encoder_layer, _why_not_encoder_layer),
     "feature_encoder": Implementation(front_end.feature_encoder, _why_not_feature_encoder),
     **_of_frames("position_gate"),

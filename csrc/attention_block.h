@@ -1,0 +1,125 @@
+// What the attention kernels share: blocks of queries, their scores and weights, and the dropout mask.
+//
+// Lanes are queries: a vector holds one number of kLanes neighbouring queries. So the maximum and the sum of the
+// softmax are lane-wise, the gate is a vector, and the Toeplitz bias of one key is a run of consecutive numbers.
+#pragma once
+
+#include "attention_copy.h"
+#include "exp.h"
+#include "gated_attention.h"
+
+namespace wavlm_fast {
+namespace WAVLM_FAST_ISA {
+
+constexpr int kQueries = kColumns;  // of a block, at most
+constexpr float kLog2E = 1.44269504f;
+
+// The first query of a block. Blocks differ by one vector at most: one that is much smaller would be slow.
+constexpr std::int64_t first_query(std::int64_t block, std::int64_t T) {
+  const std::int64_t vectors = words_of(T, kLanes);
+  return block * vectors / words_of(vectors, kVectors) * kLanes;
+}
+
+// A run of keys as rows of words.
+struct Keys {
+  const float* rows;
+  std::int64_t stride, count;
+  std::int64_t words;  // of a row
+};
+
+// Scores of keys, [count][N * kLanes], and into `top` the greatest so far. They are in units of `scale`, and so is the
+// gate: `scale` enters only once, with the exponential. `bias` is that of the first key and the first query. Of keys,
+// whole groups of kRows are read.
+template <class Element, int N>
+WAVLM_FAST_INLINE void score(const Keys& keys, const float* q, const float* gates, const float* bias, float* to,
+                             Floats (&top)[N]) {
+  Floats gate[N];
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) gate[n] = load(gates + n * kLanes);
+  for (std::int64_t first = 0; first < keys.count; first += kRows) {
+    const Word* rows[kRows];
+    for (int r = 0; r < kRows; ++r) rows[r] = keys.rows + (first + r) * keys.stride;
+    Floats acc[kRows][N] = {};
+    multiply<Element>(rows, 1, q, keys.words, acc);
+    float* scores = to + first * N * kLanes;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      if (first + r >= keys.count) break;
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        acc[r][n] += gate[n] * load(bias - first - r + n * kLanes);
+        top[n] = maximum(acc[r][n], top[n]);
+        store(scores + (r * N + n) * kLanes, acc[r][n]);
+      }
+    }
+  }
+}
+
+// What turns the score of a lane into a weight.
+struct Softmax {
+  Floats floor;  // a lower score counts as this one, so that no power of two leaves the range of floats
+  Floats shift;
+  float slope;
+
+  Softmax() = default;
+  Softmax(Floats top, float scale) : slope(scale * kLog2E) {
+    top = top == -__builtin_inff() ? Floats{} : top;  // no score yet, or none that is not -inf: not NaN
+    floor = top - 125.0f / slope;
+    shift = top * slope;
+  }
+
+  WAVLM_FAST_INLINE Floats weight(Floats score) const {
+    return exp2_in_range(maximum(floor, score) * slope - shift);
+  }
+};
+
+// Scores -> weights, in place.
+template <int N>
+WAVLM_FAST_INLINE void weigh(Single, float* scores, std::int64_t keys, const Softmax (&softmax)[N],
+                             Floats (&total)[N]) {
+  for (std::int64_t j = 0; j < keys; ++j, scores += N * kLanes) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      const Floats weight = softmax[n].weight(load(scores + n * kLanes));
+      total[n] += weight;
+      store(scores + n * kLanes, weight);
+    }
+  }
+}
+
+// All bits of the first n lanes.
+WAVLM_FAST_INLINE Words first_lanes(std::int64_t n) {
+  Words lanes;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? ~0u : 0u;
+  return lanes;
+}
+
+WAVLM_FAST_INLINE Words mix(Words x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+// The key of kLanes rows of weights from `row` on, counted among all [B, H, T]: as wavlm_fast/ops/_dropout.py has it.
+WAVLM_FAST_INLINE Words dropout_keys(const Dropout& dropout, std::int64_t row) {
+  Words lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return mix(mix(lane + static_cast<std::uint32_t>(row)) + dropout.seed);
+}
+
+// All bits where the weights of key j are kept, none where they are dropped.
+WAVLM_FAST_INLINE Words kept(const Dropout& dropout, Words keys, std::int64_t j) {
+  const Words kept = (mix(keys + static_cast<std::uint32_t>(j) * 0x9e3779b9u) >> 8) >= dropout.threshold;
+  return kept;
+}
+
+WAVLM_FAST_INLINE Floats masked(Floats value, Words mask) {
+  Words bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  bits &= mask;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+}  // namespace WAVLM_FAST_ISA
+}  // namespace wavlm_fast

@@ -1,0 +1,139 @@
+// How rows of q, k and v are laid out for the products of csrc/tile.h.
+#pragma once
+
+#include "tile.h"
+#include "transpose.h"
+
+namespace wavlm_fast {
+namespace WAVLM_FAST_ISA {
+
+constexpr std::int64_t words_of(std::int64_t numbers, int depth) { return (numbers + depth - 1) / depth; }
+
+// kLanes numbers of which `left` are left, at least one; zeros past the end.
+template <class T>
+WAVLM_FAST_INLINE Floats load_some(const T* from, std::int64_t left) {
+  return left >= kLanes ? load(from) : load(from, static_cast<int>(left));
+}
+
+// kLanes words of a row.
+template <class Element, class T>
+WAVLM_FAST_INLINE Floats load_words(const T* from) {
+  if constexpr (Element::kDepth == 1) return load(from);
+  Floats pairs;
+  std::memcpy(&pairs, from, sizeof(pairs));
+  return pairs;
+}
+
+// The same of a row that has `left` numbers left, zeros past its end.
+template <class Element, class T>
+WAVLM_FAST_INLINE Floats load_words(const T* from, std::int64_t left) {
+  constexpr int kNumbers = Element::kDepth * kLanes;
+  T buffer[kNumbers] = {};
+  std::memcpy(buffer, from, least(left, kNumbers) * sizeof(T));
+  return load_words<Element>(buffer);
+}
+
+// Words of two rows' numbers, `first` and `second` being widened.
+WAVLM_FAST_INLINE Floats paired(Floats first, Floats second) {
+  Words low, high;
+  std::memcpy(&low, &first, sizeof(low));
+  std::memcpy(&high, &second, sizeof(high));
+  low = low >> 16 | high;
+  Floats pairs;
+  std::memcpy(&pairs, &low, sizeof(pairs));
+  return pairs;
+}
+
+// Rows that are needed soon. They lie pages apart, where no prefetcher of the hardware finds them.
+template <class T>
+WAVLM_FAST_INLINE void prefetch_rows(const T* from, std::int64_t stride, std::int64_t rows, std::int64_t D) {
+  constexpr std::int64_t kLine = 64 / sizeof(T);
+  for (std::int64_t i = 0; i < rows; ++i, from += stride) {
+    for (std::int64_t d = 0; d < D; d += kLine) __builtin_prefetch(from + d, 0, 2);
+  }
+}
+
+// Rows of D numbers -> [rows][width] words.
+template <class Element, class T>
+WAVLM_FAST_INLINE void copy_rows(const T* from, std::int64_t stride, std::int64_t rows, std::int64_t D,
+                                 std::int64_t width, float* to) {
+  constexpr int kNumbers = Element::kDepth * kLanes;
+  for (std::int64_t i = 0; i < rows; ++i, from += stride, to += width) {
+    std::int64_t d = 0;
+    float* at = to;
+    for (; d + kNumbers <= D; d += kNumbers, at += kLanes) store(at, load_words<Element>(from + d));
+    if (d < D) store(at, load_words<Element>(from + d, D - d));
+  }
+}
+
+template <class Element, class T>
+WAVLM_FAST_INLINE void copy_square(const T* from, std::int64_t stride, std::int64_t columns, float* to) {
+  Floats square[kLanes];
+#pragma GCC unroll 16
+  for (int r = 0; r < kLanes; ++r) square[r] = load_words<Element>(from + r * stride);
+  transpose(square);
+#pragma GCC unroll 16
+  for (int r = 0; r < kLanes; ++r) store(to + r * columns, square[r]);
+}
+
+// Rows of D numbers -> [words][columns], `columns` being whole vectors, absent rows zero.
+template <class Element, class T>
+WAVLM_FAST_INLINE void copy_transposed(const T* from, std::int64_t stride, std::int64_t rows, std::int64_t D,
+                                       std::int64_t columns, float* to) {
+  constexpr int kNumbers = Element::kDepth * kLanes;
+  for (std::int64_t i = 0; i < columns; i += kLanes, from += kLanes * stride, to += kLanes) {
+    for (std::int64_t d = 0; d < D; d += kNumbers) {
+      float* at = to + d / Element::kDepth * columns;
+      if (i + kLanes <= rows && d + kNumbers <= D) {
+        copy_square<Element>(from + d, stride, columns, at);
+      } else {
+        float part[kLanes * kLanes] = {};
+        for (int r = 0; i + r < rows && r < kLanes; ++r) {
+          store(part + r * kLanes, load_words<Element>(from + r * stride + d, D - d));
+        }
+        copy_square<Single>(part, kLanes, columns, at);
+      }
+    }
+  }
+}
+
+// Calls body(first, Vectors<n>{}) for the groups of n <= kVectors vectors that a row of `vectors` is cut into.
+template <class Body>
+WAVLM_FAST_INLINE void for_groups(std::int64_t vectors, const Body& body) {
+  for (std::int64_t first = 0, left = vectors; left > 0; left = vectors - first) {
+    if (left == 1) {
+      body(first, Vectors<1>{});
+      first += 1;
+    } else if (left == 2 || left == 4) {  // a group of one would be slow
+      body(first, Vectors<2>{});
+      first += 2;
+    } else {
+      body(first, Vectors<3>{});
+      first += 3;
+    }
+  }
+}
+
+// Rows of D numbers -> one panel [words of rows][n * kLanes] for every group of columns; a panel takes
+// `most_words` * n * kLanes floats.
+template <class Element, class T>
+WAVLM_FAST_INLINE void copy_panels(const T* from, std::int64_t stride, std::int64_t rows, std::int64_t D,
+                                   std::int64_t most_words, float* to) {
+  for (std::int64_t i = 0; i < rows; i += Element::kDepth, from += Element::kDepth * stride) {
+    const auto columns = [&](std::int64_t d, auto lanes) {
+      if constexpr (Element::kDepth == 1) return lanes.load(from + d);
+      return paired(lanes.load(from + d), i + 1 < rows ? lanes.load(from + stride + d) : Floats{});
+    };
+    for_groups(words_of(D, kLanes), [&](std::int64_t first, auto group) {
+      float* at = to + (first * most_words + i / Element::kDepth * group.count) * kLanes;
+#pragma GCC unroll 4
+      for (int n = 0; n < group.count; ++n, at += kLanes) {
+        const std::int64_t d = (first + n) * kLanes;
+        store(at, d + kLanes <= D ? columns(d, All{}) : columns(d, First{static_cast<int>(D - d)}));
+      }
+    });
+  }
+}
+
+}  // namespace WAVLM_FAST_ISA
+}  // namespace wavlm_fast

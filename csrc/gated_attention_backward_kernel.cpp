@@ -1,0 +1,378 @@
+// The gradient of gated_attention_kernel.cpp, in float32.
+//
+// With P the weights and dP = grad v^T, the gradient of the scores is P * (dP - sum over keys of P dP). That sum must
+// be known before the first key can go on: a block of queries keeps P and dP of all keys, [T][width] each, which the
+// second cache holds. The weights are recomputed from the saved log-sum-exp and divided by their sum once more, as the
+// reference does.
+//
+// A task walks over blocks of queries of one utterance and head. Their shares in dk and dv are added up in order.
+#include "attention_block.h"
+#include "attention_diagonals.h"
+
+namespace wavlm_fast {
+namespace WAVLM_FAST_ISA {
+namespace {
+
+constexpr int kKeys = 64;  // of a tile: what is computed of it is used again while the first cache has it
+
+// Sizes in floats, each in whole vectors.
+struct Sizes {
+  std::int64_t T, channels, keys, slots;
+
+  Sizes(std::int64_t T, std::int64_t D)
+      : T(T),
+        channels(rounded_up(D, kLanes)),
+        keys(rounded_up(T, rounded_up(kRows, kLanes))),  // as many as whole groups of rows read
+        slots(keys / kLanes + kVectors) {}
+
+  std::int64_t square() const { return rounded_up(channels, kRows) * kQueries; }
+  std::int64_t scratch() const {
+    return keys * (2 * channels + 2 * kQueries) + 5 * square() + slots * kLanes * (kLanes + 1) + 4 * kQueries;
+  }
+};
+
+// What a task works in.
+struct Work {
+  float* k;  // [keys][channels], as v
+  float* v;
+  float* weights;   // [keys][width], not yet divided by their sums
+  float* dweights;  // [keys][width]; gradients of scores take their place, to be divided by the sums as well
+  float* q;         // [channels][width], as grad and dq
+  float* grad;
+  float* dq;
+  float* q_panels;  // each row times its factor
+  float* grad_panels;
+  float* diagonals;  // see Diagonals
+  float* gate;       // in units of scale, [width] as all below
+  float* share;      // 1 / sum of weights
+  float* dgate;
+  float* bias_gate;  // gate * share
+
+  Work(const Sizes& sizes, float* at) {
+    const auto take = [&](std::int64_t size) { return (at += size) - size; };
+    k = take(sizes.keys * sizes.channels), v = take(sizes.keys * sizes.channels);
+    weights = take(sizes.keys * kQueries), dweights = take(sizes.keys * kQueries);
+    q = take(sizes.square()), grad = take(sizes.square()), dq = take(sizes.square());
+    q_panels = take(sizes.square()), grad_panels = take(sizes.square());
+    diagonals = take(sizes.slots * kLanes * (kLanes + 1));
+    gate = take(kQueries), share = take(kQueries), dgate = take(kQueries), bias_gate = take(kQueries);
+  }
+};
+
+struct Block {
+  std::int64_t first, count;  // queries
+  std::int64_t row;           // of the first query among all [B, H, T]
+};
+
+template <class T>
+void start(const GatedAttentionBackward<T>& call, std::int64_t b, std::int64_t h, const Block& block,
+           std::int64_t width, const Work& work) {
+  const T* q = call.q + b * call.q_strides.b + block.first * call.q_strides.t + h * call.q_strides.h;
+  const T* grad = call.grad + ((b * call.T_ + block.first) * call.H + h) * call.D;
+  copy_transposed<Single>(q, call.q_strides.t, block.count, call.D, width, work.q);
+  copy_transposed<Single>(grad, call.H * call.D, block.count, call.D, width, work.grad);
+  for (std::int64_t i = 0; i < width; i += kLanes) {
+    store(work.gate + i, load_some(call.gate + block.row + i, block.count - i) / call.scale);
+    store(work.dgate + i, Floats{});
+  }
+}
+
+// Zeroes what belongs to dropped weights.
+template <int N>
+void drop(const Dropout& dropout, std::int64_t row, std::int64_t first, std::int64_t count, float* x) {
+  for (int n = 0; n < N; ++n) {
+    const Words keys = dropout_keys(dropout, row + n * kLanes);
+    for (std::int64_t j = 0; j < count; ++j) {
+      float* at = x + (j * N + n) * kLanes;
+      store(at, masked(load(at), kept(dropout, keys, first + j)));
+    }
+  }
+}
+
+// Sums over the keys of a block, by queries: of the weights, and of the weights times their gradients.
+template <int N>
+struct Rows {
+  Floats total[N], mean[N];
+
+  WAVLM_FAST_INLINE void clear() {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) total[n] = mean[n] = Floats{};
+  }
+
+  WAVLM_FAST_INLINE void add(const Rows& other) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) total[n] += other.total[n], mean[n] += other.mean[n];
+  }
+};
+
+// dweights[j][i] = sum over channels of v[j] * grad[i], for a tile of keys from `first_key` on. A row's gradients of
+// scores sum to zero only as far as the sums of rows are exact: few numbers are added up at a time.
+template <int N>
+void gradients_of_weights(const Keys& v, std::int64_t first_key, std::int64_t row, const Dropout& dropout,
+                          const float* grad, const float* weights, float* dweights, Rows<N>& rows) {
+  Rows<N> tile;
+  tile.clear();
+  Words dropped[N];
+  for (int n = 0; n < N; ++n) dropped[n] = dropout_keys(dropout, row + n * kLanes);
+  for (std::int64_t first = 0; first < v.count; first += kRows) {
+    const Word* values[kRows];
+    for (int r = 0; r < kRows; ++r) values[r] = v.rows + (first + r) * v.stride;
+    Floats acc[kRows][N] = {};
+    multiply<Single>(values, 1, grad, v.words, acc);
+    Rows<N> few;
+    few.clear();
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      if (first + r >= v.count) break;
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        if (dropout.threshold) {
+          acc[r][n] = masked(acc[r][n] * dropout.kept_scale, kept(dropout, dropped[n], first_key + first + r));
+        }
+        const std::int64_t at = ((first + r) * N + n) * kLanes;
+        const Floats weight = load(weights + at);
+        few.total[n] += weight;
+        few.mean[n] += weight * acc[r][n];
+        store(dweights + at, acc[r][n]);
+      }
+    }
+    tile.add(few);
+  }
+  rows.add(tile);
+}
+
+// The weights of a block, their gradients, and the sums of their rows.
+template <int N, class T>
+void weigh_block(const GatedAttentionBackward<T>& call, const float* bias, const Block& block, std::int64_t keys,
+                 const Sizes& sizes, const Work& work, Rows<N>& rows) {
+  Softmax softmax[N];
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) {
+    softmax[n] = Softmax(load_some(call.lse + block.row + n * kLanes, block.count - n * kLanes) / call.scale, call.scale);
+  }
+  rows.clear();
+  for (std::int64_t j = 0; j < keys; j += kKeys) {
+    const std::int64_t count = least(kKeys, keys - j);
+    float* weights = work.weights + j * N * kLanes;
+    Floats ignored[N] = {};
+    score<Single>({work.k + j * sizes.channels, sizes.channels, count, call.D}, work.q, work.gate, bias - j, weights,
+                  ignored);
+    weigh(Single{}, weights, count, softmax, ignored);
+    gradients_of_weights<N>({work.v + j * sizes.channels, sizes.channels, count, call.D}, j, block.row, call.dropout,
+                            work.grad, weights, work.dweights + j * N * kLanes, rows);
+  }
+}
+
+// Gradients of the weights of a tile -> of its scores, in place, and what they add to dgate and the diagonals.
+template <int N>
+void differentiate(std::int64_t first, std::int64_t count, std::int64_t queries, const float* bias,
+                   const Floats (&mean)[N], const Diagonals& diagonals, const Work& work) {
+  Floats dgate[N] = {}, gate[N];
+  Words lanes[N];  // those of queries: at others the score of an infinite bias is NaN
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) {
+    gate[n] = load(work.bias_gate + n * kLanes);
+    lanes[n] = first_lanes(queries - n * kLanes);
+  }
+  for (std::int64_t j = first; j < first + count; ++j) {
+    const float* weights = work.weights + j * N * kLanes;
+    float* dscores = work.dweights + j * N * kLanes;
+    float* diagonal = diagonals.of(j);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      const int at = n * kLanes;
+      const Floats dscore = load(weights + at) * (load(dscores + at) - mean[n]);
+      store(dscores + at, dscore);
+      dgate[n] += dscore * load(bias - j + at);
+      store(diagonal + at, load(diagonal + at) + masked(dscore * gate[n], lanes[n]));
+    }
+  }
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) store(work.dgate + n * kLanes, load(work.dgate + n * kLanes) + dgate[n]);
+}
+
+// dq (+)= k^T dscores.
+template <int N>
+void add_to_queries(const Keys& k, const float* dscores, bool add, float* dq) {
+  for (std::int64_t d = 0; d < k.words; d += kRows, dq += kRows * N * kLanes) {
+    const Word* rows[kRows];
+    for (int r = 0; r < kRows; ++r) rows[r] = k.rows + d + r;
+    Floats acc[kRows][N] = {};
+    multiply<Single>(rows, k.stride, dscores, k.count, acc);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        float* at = dq + (r * N + n) * kLanes;
+        store(at, add ? load(at) + acc[r][n] : acc[r][n]);
+      }
+    }
+  }
+}
+
+// sums[j] (+)= sum over queries i of x[j][i] * panel[i], for the channels of one panel.
+template <int M>
+void add_to_keys(const float* x, std::int64_t count, std::int64_t width, const float* panel, std::int64_t queries,
+                 bool add, float* sums, std::int64_t channels) {
+  for (std::int64_t first = 0; first < count; first += kRows) {
+    const Word* rows[kRows];
+    for (int r = 0; r < kRows; ++r) rows[r] = x + (first + r) * width;
+    Floats acc[kRows][M] = {};
+    multiply<Single>(rows, 1, panel, queries, acc);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      if (first + r >= count) break;
+      float* at = sums + (first + r) * channels;
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m, at += kLanes) store(at, add ? load(at) + acc[r][m] : acc[r][m]);
+    }
+  }
+}
+
+// Rows of a block -> panels, each row times its query's share and `scale`.
+template <class T>
+void scaled_panels(const T* from, std::int64_t stride, std::int64_t rows, std::int64_t D, const float* share,
+                   float scale, float* to) {
+  copy_panels<Single>(from, stride, rows, D, rows, to);
+  for_groups(words_of(D, kLanes), [&](std::int64_t first, auto group) {
+    float* row = to + first * kLanes * rows;
+    for (std::int64_t i = 0; i < rows; ++i) {
+      const float factor = share[i] * scale;
+      for (int n = 0; n < group.count; ++n, row += kLanes) store(row, load(row) * factor);
+    }
+  });
+}
+
+// [channels][width] times the queries' shares and `scale` -> rows.
+template <class T>
+void store_queries(const float* dq, const float* share, float scale, std::int64_t width, const Block& block,
+                   std::int64_t D, T* to, std::int64_t stride) {
+  for (std::int64_t i = 0; i < block.count; i += kLanes) {
+    const Floats factor = load(share + i) * scale;
+    for (std::int64_t d = 0; d < D; d += kLanes) {
+      Floats square[kLanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) square[r] = load(dq + (d + r) * width + i) * factor;
+      transpose(square);
+      for (int r = 0; r < least(kLanes, block.count - i); ++r) {
+        T* at = to + (i + r) * stride + d;
+        D - d >= kLanes ? store(at, square[r]) : store(at, square[r], static_cast<int>(D - d));
+      }
+    }
+  }
+}
+
+// The factor that makes the weights of a row add up to one, on what takes it early.
+template <int N, class T>
+void divide(const GatedAttentionBackward<T>& call, const Block& block, Rows<N>& rows, const Work& work) {
+  for (int n = 0; n < N; ++n) {
+    const std::int64_t left = block.count - n * kLanes;
+    // A row without keys, or with none that is not at -inf, has weights of zero.
+    const Floats lse = load_some(call.lse + block.row + n * kLanes, left);
+    const Floats share = lse == -__builtin_inff() ? Floats{} : 1.0f / rows.total[n];
+    rows.mean[n] *= share;
+    store(work.share + n * kLanes, share);
+    store(work.bias_gate + n * kLanes, load_some(call.gate + block.row + n * kLanes, left) * share);
+  }
+}
+
+// The second half of a block, which needs the sums over all keys that the first half found.
+template <int N, class T>
+void block_gradients(const GatedAttentionBackward<T>& call, std::int64_t b, std::int64_t h, const Block& block,
+                     std::int64_t keys, const Sizes& sizes, const Work& work, bool add, float* dk, float* dv,
+                     float* dbias) {
+  constexpr int kWidth = N * kLanes;
+  const float* bias = call.bias + h * call.bias_stride + block.first + call.T_ - 1;
+  Rows<N> rows;
+  weigh_block<N>(call, bias, block, keys, sizes, work, rows);
+  divide<N>(call, block, rows, work);
+  const T* q = call.q + b * call.q_strides.b + block.first * call.q_strides.t + h * call.q_strides.h;
+  const std::int64_t out = ((b * call.T_ + block.first) * call.H + h) * call.D, stride = call.H * call.D;
+  scaled_panels(q, call.q_strides.t, block.count, call.D, work.share, call.scale, work.q_panels);
+  scaled_panels(call.grad + out, stride, block.count, call.D, work.share, call.dropout.kept_scale, work.grad_panels);
+  const Diagonals diagonals(work.diagonals, keys, N);
+  if (keys == 0) std::memset(work.dq, 0, sizes.square() * sizeof(float));
+  for (std::int64_t j = 0; j < keys; j += kKeys) {
+    const std::int64_t count = least(kKeys, keys - j);
+    float* weights = work.weights + j * kWidth;
+    const float* dscores = work.dweights + j * kWidth;
+    differentiate<N>(j, count, block.count, bias, rows.mean, diagonals, work);
+    if (call.dropout.threshold) drop<N>(call.dropout, block.row, j, count, weights);
+    add_to_queries<N>({work.k + j * sizes.channels, sizes.channels, count, call.D}, dscores, j > 0, work.dq);
+    for_groups(sizes.channels / kLanes, [&](std::int64_t first, auto group) {
+      const std::int64_t column = first * kLanes, at = j * sizes.channels + column;
+      const std::int64_t panel = column * block.count;
+      add_to_keys<group.count>(dscores, count, kWidth, work.q_panels + panel, block.count, add, dk + at,
+                               sizes.channels);
+      add_to_keys<group.count>(weights, count, kWidth, work.grad_panels + panel, block.count, add, dv + at,
+                               sizes.channels);
+    });
+  }
+  diagonals.fold(work.diagonals + sizes.slots * kLanes * kLanes,
+                 dbias + block.first + call.T_ - 1 - diagonals.last * kLanes);
+  store_queries(work.dq, work.share, call.scale, kWidth, block, call.D, call.dq + out, stride);
+  for (std::int64_t i = 0; i < block.count; ++i) call.dgate[block.row + i] = work.dgate[i] * work.share[i];
+}
+
+template <class T>
+std::int64_t keys_of(const AttentionInputs<T>& call, std::int64_t b) {
+  return call.key_lengths ? least(call.key_lengths[b], call.T_) : call.T_;
+}
+
+template <class T>
+void blocks(const GatedAttentionBackward<T>& call, std::int64_t b, std::int64_t h, std::int64_t first_block,
+            std::int64_t end_block, float* sums, float* dbias, float* scratch) {
+  const Sizes sizes(call.T_, call.D);
+  const Work work(sizes, scratch);
+  const std::int64_t keys = keys_of(call, b);
+  float* dk = sums;
+  float* dv = sums + call.T_ * sizes.channels;
+  std::memset(dbias - kQueries, 0, (2 * call.T_ - 1 + 2 * kQueries) * sizeof(float));
+  std::memset(work.diagonals, 0, sizes.slots * kLanes * kLanes * sizeof(float));
+  copy_rows<Single>(call.k + b * call.k_strides.b + h * call.k_strides.h, call.k_strides.t, keys, call.D,
+                    sizes.channels, work.k);
+  copy_rows<Single>(call.v + b * call.v_strides.b + h * call.v_strides.h, call.v_strides.t, keys, call.D,
+                    sizes.channels, work.v);
+  for (std::int64_t i = first_block; i < end_block; ++i) {
+    const std::int64_t first = first_query(i, call.T_), end = first_query(i + 1, call.T_), width = end - first;
+    const Block block = {first, least(end, call.T_) - first, (b * call.H + h) * call.T_ + first};
+    const bool add = i > first_block;
+    start(call, b, h, block, width, work);
+    if (width == 3 * kLanes) block_gradients<3>(call, b, h, block, keys, sizes, work, add, dk, dv, dbias);
+    if (width == 2 * kLanes) block_gradients<2>(call, b, h, block, keys, sizes, work, add, dk, dv, dbias);
+    if (width == 1 * kLanes) block_gradients<1>(call, b, h, block, keys, sizes, work, add, dk, dv, dbias);
+  }
+}
+
+template <class T>
+void keys(const GatedAttentionBackward<T>& call, std::int64_t b, std::int64_t h, const float* sums,
+          std::int64_t parts) {
+  const Sizes sizes(call.T_, call.D);
+  const std::int64_t size = call.T_ * sizes.channels, keys = keys_of(call, b);
+  for (T* out : {call.dk, call.dv}) {
+    T* to = out + (b * call.T_ * call.H + h) * call.D;
+    for (std::int64_t j = 0; j < call.T_; ++j, to += call.H * call.D) {
+      sweep(call.D, [&](std::int64_t d, auto lanes, int) {
+        Floats sum = {};
+        for (std::int64_t p = 0; p < parts && j < keys; ++p) sum += load(sums + 2 * p * size + j * sizes.channels + d);
+        lanes.store(to + d, sum);
+      });
+    }
+    sums += size;
+  }
+}
+
+std::size_t scratch_size(std::int64_t T, std::int64_t D) { return Sizes(T, D).scratch(); }
+
+std::size_t sums_size(std::int64_t T, std::int64_t D) { return 2 * T * Sizes(T, D).channels; }
+
+}  // namespace
+
+const GatedAttentionBackwardKernels& gated_attention_backward_kernels() {
+  static constexpr GatedAttentionBackwardKernels kernels = {
+      kQueries, scratch_size, sums_size, blocks<float>, blocks<bf16>, keys<float>, keys<bf16>};
+  return kernels;
+}
+
+}  // namespace WAVLM_FAST_ISA
+}  // namespace wavlm_fast
