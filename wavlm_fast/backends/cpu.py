@@ -13,7 +13,7 @@ import torch
 
 from .. import derived
 from ..ops import schemas
-from . import Implementation, encoder, front_end, gradients, products
+from . import Implementation, encoder, front_end, gradients, positional_conv, products
 
 NAME = "cpu"
 
@@ -54,6 +54,11 @@ for _schema in (
     "feature_encoder(Tensor waveform, Tensor weight, Tensor[] packed, Tensor?[] biases, Tensor?[] norm_weights, "
     "Tensor?[] norm_biases, int[] taps, int[] strides, int[] channels, bool[] filtered, str norm, float eps, "
     "str activation) -> Tensor",
+    "positional_spectra(Tensor weight) -> Tensor",
+    "positional_conv(Tensor x, Tensor weight, Tensor? spectra, Tensor? bias, str activation, bool residual, bool save) "
+    "-> (Tensor, Tensor)",
+    "positional_conv_backward(Tensor grad, Tensor? residual, Tensor x, Tensor weight, bool[] wanted) "
+    "-> (Tensor, Tensor)",
 ):
     _library.define(_schema)
 for _name in _KERNELS:
@@ -182,6 +187,14 @@ def _why_not_feature_encoder(*args: Any) -> str | None:
     return front_end.why_not_feature_encoder(EXTENSION_PROBLEM, *args)
 
 
+def _why_not_positional_conv(x: torch.Tensor, weight: torch.Tensor, *rest: object) -> str | None:
+    return EXTENSION_PROBLEM or positional_conv.why_not(x, weight)
+
+
+def _why_not_positional_conv_backward(grad: torch.Tensor, x: torch.Tensor, *rest: object) -> str | None:
+    return _why_not_positional_conv(x, *rest)
+
+
 def _why_not_encoder_layer(*args: Any) -> str | None:
     return encoder.why_not(EXTENSION_PROBLEM, *args)
 
@@ -217,6 +230,10 @@ TABLE: dict[str, Implementation] = {
     **_of_frames("stats_pool"),
     "waveform_conv": Implementation(front_end.waveform_conv, _why_not_waveform_conv),
     "waveform_conv_backward": Implementation(front_end.waveform_conv_backward, _why_not_waveform_conv_backward),
+    "positional_conv": Implementation(positional_conv.positional_conv, _why_not_positional_conv),
+    "positional_conv_backward": Implementation(
+        positional_conv.positional_conv_backward, _why_not_positional_conv_backward
+    ),
     "linear_act": Implementation(products.linear_act, _why_not_product),
     "linear_act_backward": Implementation(gradients.linear_act_backward, _why_not_gradient),
     "strided_conv": Implementation(products.strided_conv, _why_not_strided_conv),

@@ -1,0 +1,281 @@
+#include "positional_conv.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "dispatch.h"
+#include "packed_conv_entry.h"
+#include "scratch.h"
+
+namespace wavlm_fast {
+
+WAVLM_FAST_DISPATCH(PositionalConvKernels, positional_conv_kernels)
+
+namespace {
+
+using at::Tensor;
+
+// Tasks per thread, so that threads end together.
+constexpr int64_t kTasksPerThread = 4;
+// Spectra of the rows of one pass over the filters. More rows read the filters less often, and less of them stays in the
+// second cache: from 1 to 4 MB it is all the same.
+constexpr int64_t kPassBytes = 2 << 20;
+
+void check(const Tensor& weight) {
+  TORCH_CHECK(weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kBFloat16,
+              "positional_conv: expected float32 or bfloat16, got ", weight.scalar_type());
+  TORCH_CHECK(weight.dim() == 3 && weight.numel() > 0 && weight.size(0) % weight.size(1) == 0,
+              "positional_conv: expected a weight of [C, C / groups, K], got ", weight.sizes());
+}
+
+void check(const Tensor& x, const Tensor& weight) {
+  check(weight);
+  TORCH_CHECK(x.dim() == 3 && x.numel() > 0 && x.size(2) == weight.size(0) && x.scalar_type() == weight.scalar_type(),
+              "positional_conv: expected x of ", weight.scalar_type(), " [B, T, ", weight.size(0), "], got ",
+              x.scalar_type(), " ", x.sizes());
+}
+
+void check_alike(const Tensor& x, const Tensor& other, const char* name) {
+  TORCH_CHECK(other.scalar_type() == x.scalar_type() && other.sizes() == x.sizes(), "positional_conv: expected ", name,
+              " of ", x.scalar_type(), " ", x.sizes(), ", got ", other.scalar_type(), " ", other.sizes());
+}
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return tensor.defined() ? static_cast<const T*>(tensor.const_data_ptr()) : nullptr;
+}
+
+template <class T>
+T* mutable_data(const Tensor& tensor) {
+  return tensor.defined() ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
+}
+
+template <class T>
+const PositionalConvOf<T>& kernels_for() {
+  if constexpr (std::is_same_v<T, float>) return positional_conv_kernels().of_float;
+  if constexpr (std::is_same_v<T, bf16>) return positional_conv_kernels().of_bf16;
+}
+
+// Calls body with a null pointer of the kernels' type for the dtype.
+template <class Body>
+auto with_type(at::ScalarType dtype, const Body& body) {
+  return dtype == at::kFloat ? body(static_cast<float*>(nullptr)) : body(static_cast<bf16*>(nullptr));
+}
+
+// Coefficients of a transform: frames of a block, and at least taps of a filter.
+int64_t coefficients(int64_t K) {
+  int64_t P = 16;
+  while (P < K) P *= 2;
+  return P;
+}
+
+// As fourier.h reads them: of each node of each pass the powers 1 .. radix - 1 of the radix-th root of its number c.
+std::vector<float> roots_of_passes(int64_t P) {
+  constexpr double kCircle = 6.283185307179586;
+  std::vector<float> roots;
+  std::vector<double> angles = {0.25};  // of the numbers c, in circles
+  while (static_cast<int64_t>(angles.size()) < P) {
+    const int radix = angles.size() == 1 && __builtin_ctzll(P) % 2 ? 8 : 4;
+    std::vector<double> below;
+    for (const double angle : angles) {
+      for (int s = 1; s < radix; ++s) {
+        roots.push_back(static_cast<float>(std::cos(kCircle * angle * s / radix)));
+        roots.push_back(static_cast<float>(std::sin(kCircle * angle * s / radix)));
+      }
+      for (int j = 0; j < radix; ++j) below.push_back((angle + j) / radix);
+    }
+    angles = std::move(below);
+  }
+  return roots;
+}
+
+// Everything but the frames.
+template <class T>
+PositionalConv<T> call_on(const Tensor& weight, const std::vector<float>& roots) {
+  PositionalConv<T> call{};
+  call.C = weight.size(0), call.channels = weight.size(1), call.K = weight.size(2);
+  call.P = coefficients(call.K), call.padding = call.K / 2;
+  call.filters = {data<T>(weight), call.channels * call.channels * call.K, call.channels * call.K, call.K, false};
+  call.roots = roots.data();
+  return call;
+}
+
+template <class T>
+PositionalConv<T> call_on(const Tensor& x, const Tensor& weight, const std::vector<float>& roots) {
+  PositionalConv<T> call = call_on<T>(weight, roots);
+  call.x = data<T>(x);
+  call.T_ = x.size(1);
+  return call;
+}
+
+int64_t groups(const Tensor& weight) { return weight.size(0) / weight.size(1); }
+
+int64_t filters_size(const Tensor& weight) {
+  return positional_conv_kernels().filters_size(coefficients(weight.size(2)), weight.size(1));
+}
+
+constexpr int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// The rows of a call, cut into passes over the filters; at least so many where there are rows enough.
+struct Passes {
+  int64_t rows, per_pass, count;
+
+  template <class T>
+  Passes(const PositionalConv<T>& call, int64_t B, int64_t bytes, int64_t least) {
+    const auto& kernels = positional_conv_kernels();
+    rows = B * divided_up(call.T_, call.P);
+    const int64_t row_bytes = kernels.row_size(call.P, call.channels) * sizeof(float);
+    const int64_t most = std::max(kernels.rows, bytes / row_bytes / kernels.rows * kernels.rows);
+    const int64_t even = divided_up(rows, std::max(least, divided_up(rows, most)));
+    per_pass = std::min(rows, divided_up(even, kernels.rows) * kernels.rows);
+    count = divided_up(rows, per_pass);
+  }
+
+  int64_t first(int64_t pass) const { return pass * per_pass; }
+  int64_t size(int64_t pass) const { return std::min(per_pass, rows - first(pass)); }
+};
+
+// Runs body(task, scratch) for all tasks; threads take them as they finish.
+template <class Body>
+void run_tasks(int64_t tasks, int64_t scratch_floats, const Body& body) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    float* memory = static_cast<float*>(scratch<Scratch::task>(scratch_floats * sizeof(float)));
+    for (int64_t task = next++; task < tasks; task = next++) body(task, memory);
+  });
+}
+
+// `spectra` of all groups' filters, or null: each task then makes those that it needs.
+template <class T>
+void convolve(const PositionalConv<T>& call, int64_t B, const float* spectra) {
+  const auto& kernels = positional_conv_kernels();
+  const int64_t groups = call.C / call.channels, threads = at::get_num_threads();
+  const Passes passes(call, B, kPassBytes, divided_up(threads, groups));
+  const int64_t parts = std::min(divided_up((spectra ? kTasksPerThread : 1) * threads, groups), passes.count);
+  const int64_t filters = kernels.filters_size(call.P, call.channels);
+  const int64_t work = kernels.scratch_size(call.P, passes.per_pass, call.channels);
+  run_tasks(groups * parts, spectra ? work : work + filters, [&](int64_t task, float* memory) {
+    const int64_t group = task / parts, part = task % parts;
+    const float* own = spectra ? spectra + group * filters : memory + work;
+    if (!spectra) kernels_for<T>().transform_filters(call, group, memory + work, memory);
+    for (int64_t pass = passes.count * part / parts; pass < passes.count * (part + 1) / parts; ++pass) {
+      kernels_for<T>().convolve(call, group, passes.first(pass), passes.size(pass), own, memory);
+    }
+  });
+}
+
+// The gradient of the filters; a group is summed by one thread in the order of its rows.
+template <class T>
+void gradient(const PositionalConv<T>& call, int64_t B) {
+  const auto& kernels = positional_conv_kernels();
+  const Passes passes(call, B, kPassBytes / 2, 1);
+  const int64_t filters = kernels.filters_size(call.P, call.channels);
+  const int64_t work = kernels.scratch_size(call.P, passes.per_pass, call.channels);
+  run_tasks(call.C / call.channels, work + filters, [&](int64_t group, float* memory) {
+    float* spectra = memory + work;
+    for (int64_t pass = 0; pass < passes.count; ++pass) {
+      const auto kernel = pass > 0 ? kernels_for<T>().add_gradient : kernels_for<T>().begin_gradient;
+      kernel(call, group, passes.first(pass), passes.size(pass), spectra, memory);
+    }
+    kernels_for<T>().finish_gradient(call, group, spectra, memory);
+  });
+}
+
+// Spectra of the filters of a weight [C, C / groups, K], in the order that the kernel of this process reads.
+Tensor positional_spectra(const Tensor& weight) {
+  check(weight);
+  const Tensor weight_ = weight.contiguous();
+  const int64_t size = filters_size(weight);
+  const Tensor spectra = at::empty({groups(weight) * size}, weight.options().dtype(at::kFloat));
+  float* to = spectra.mutable_data_ptr<float>();
+  const std::vector<float> roots = roots_of_passes(coefficients(weight.size(2)));
+  with_type(weight.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const PositionalConv<T> call = call_on<T>(weight_, roots);
+    const int64_t work = positional_conv_kernels().scratch_size(call.P, 0, call.channels);
+    run_tasks(groups(weight), work, [&](int64_t group, float* memory) {
+      kernels_for<T>().transform_filters(call, group, to + group * size, memory);
+    });
+  });
+  return spectra;
+}
+
+// (out, what enters the activation or an empty tensor). `spectra` is what positional_spectra made of the weight.
+std::tuple<Tensor, Tensor> positional_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& spectra,
+                                           const std::optional<Tensor>& bias, const std::string& activation,
+                                           bool residual, bool save) {
+  check(x, weight);
+  TORCH_CHECK(!bias || bias->numel() == x.size(2), "positional_conv: expected bias of [", x.size(2), "]");
+  TORCH_CHECK(!spectra || (spectra->is_contiguous() && spectra->scalar_type() == at::kFloat &&
+                           spectra->numel() == groups(weight) * filters_size(weight)),
+              "positional_conv: expected the spectra that positional_spectra makes of the weight");
+  const Tensor x_ = x.contiguous(), weight_ = spectra ? weight : weight.contiguous(), out = at::empty_like(x_);
+  const Tensor bias_ = bias ? bias->to(at::kFloat).contiguous() : Tensor();
+  const Tensor pre = save ? at::empty_like(x_) : at::empty({0}, x.options());
+  const std::vector<float> roots = roots_of_passes(coefficients(weight.size(2)));
+  with_type(x.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    PositionalConv<T> call = call_on<T>(x_, weight_, roots);
+    call.bias = data<float>(bias_);
+    call.residual = residual ? call.x : nullptr;
+    call.pre = save ? mutable_data<T>(pre) : nullptr;
+    call.out = mutable_data<T>(out);
+    call.activation = activation_number(activation);
+    convolve(call, x.size(0), spectra ? spectra->const_data_ptr<float>() : nullptr);
+  });
+  return {out, pre};
+}
+
+// (dx, dweight) from the gradient of the convolution, those of them that are wanted; `residual` is added to dx.
+std::tuple<Tensor, Tensor> positional_conv_backward(const Tensor& grad, const std::optional<Tensor>& residual,
+                                                    const Tensor& x, const Tensor& weight,
+                                                    std::array<bool, 2> wanted) {
+  check(x, weight);
+  check_alike(x, grad, "grad");
+  if (residual) check_alike(x, *residual, "residual");
+  const Tensor grad_ = grad.contiguous(), x_ = x.contiguous(), weight_ = weight.contiguous();
+  const Tensor residual_ = residual ? residual->contiguous() : Tensor();
+  const Tensor dx = wanted[0] ? at::empty_like(x_) : at::empty({0}, x.options());
+  const Tensor dweight = wanted[1] ? at::empty_like(weight_) : at::empty({0}, weight.options());
+  const std::vector<float> roots = roots_of_passes(coefficients(weight.size(2)));
+  with_type(x.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if (wanted[1]) {
+      PositionalConv<T> call = call_on<T>(x_, weight_, roots);
+      call.grad = data<T>(grad_);
+      call.out = mutable_data<T>(dweight);
+      gradient(call, x.size(0));
+    }
+    if (wanted[0]) {
+      // A frame meets the taps in the opposite order and from the opposite side, and channels change roles.
+      PositionalConv<T> call = call_on<T>(grad_, weight_, roots);
+      std::swap(call.filters.out_step, call.filters.in_step);
+      call.filters.backwards = true;
+      call.padding = call.K - 1 - call.padding;
+      call.residual = data<T>(residual_);
+      call.out = mutable_data<T>(dx);
+      convolve(call, x.size(0), nullptr);
+    }
+  });
+  return {dx, dweight};
+}
+
+TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) {
+  m.impl("positional_spectra", &positional_spectra);
+  m.impl("positional_conv", &positional_conv);
+  m.impl("positional_conv_backward", &positional_conv_backward);
+}
+
+}  // namespace
+}  // namespace wavlm_fast
