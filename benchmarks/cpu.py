@@ -32,7 +32,7 @@ from .rounds import Meter, Row, run_case, run_stages
 
 MEMORY = (("transformers", 120), (OURS, 120), (OURS, 600))  # who, and seconds of audio
 _INTERRUPTED, _WRONG, _USER_ERROR = 130, 1, 2
-_STAGE_RUNS = 8
+_STAGE_RUNS = 16
 _PEERS = ("openvino", "onnxruntime", "onnx")
 
 

@@ -187,6 +187,4 @@ def run_stages(case: Case, subject: Subject, dtype: torch.dtype) -> list[Stage]:
     """Where the time of ours goes."""
     module = subject.module.copy(dtype, fast=True)
     brief = {name: value[:1, :_BRIEF] for name, value in subject.inputs.items()}
-    calls = bound(module, subject.inputs), bound(module, brief)
-    calls[0]()  # packs weights
-    return breakdown(module, *calls, case.operations(), _STAGE_ROUNDS)
+    return breakdown(module, bound(module, subject.inputs), bound(module, brief), case.operations(), _STAGE_ROUNDS)

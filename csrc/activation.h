@@ -51,9 +51,11 @@ WAVLM_FAST_INLINE Floats gelu(Floats x) {
   return x * (x < 0.0f ? tail : 1.0f - tail);
 }
 
-// x * sigmoid(2 y) with y = sqrt(2 / pi) * (x + 0.044715 x^3).
+// x * sigmoid(z) with z = 2 sqrt(2 / pi) * (x + 0.044715 x^3). Above zero x less a small part of it: that rounds once.
 WAVLM_FAST_INLINE Floats gelu_tanh(Floats x) {
-  return x * sigmoid(x * (x * x * 0.0713548163f + 1.59576912f));
+  const Floats z = x * (x * x * 0.0713548163f + 1.59576912f);
+  const Floats e = exp_of_negative(z < 0.0f ? z : -z), part = x * (e / (1.0f + e));
+  return x < 0.0f ? part : x - part;
 }
 
 template <Activation activation>

@@ -349,7 +349,8 @@ void keys(const GatedAttentionBackward<T>& call, std::int64_t b, std::int64_t h,
           std::int64_t parts) {
   const Sizes sizes(call.T_, call.D);
   const std::int64_t size = call.T_ * sizes.channels, keys = keys_of(call, b);
-  for (T* out : {call.dk, call.dv}) {
+  T* const outs[] = {call.dk, call.dv};
+  for (T* out : outs) {
     T* to = out + (b * call.T_ * call.H + h) * call.D;
     for (std::int64_t j = 0; j < call.T_; ++j, to += call.H * call.D) {
       sweep(call.D, [&](std::int64_t d, auto lanes, int) {

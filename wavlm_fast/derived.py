@@ -8,20 +8,31 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from .freed import FreedWeight, free, refuse
 
 _SAMPLES = 64
 
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 
 _lock = threading.RLock()
-_store: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # first source -> {(kind, ids of the rest): (state, value)}
+_store: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # first source -> {(kind, ids of the rest): Entry}
 
 
-def derived(kind: str, sources: tuple[torch.Tensor, ...], build: Callable[[], Any]) -> Any:
+@dataclass
+class _Entry:
+    state: list
+    value: Any
+    others: tuple[torch.Tensor, ...]  # sources after the first, held: no id may be used again while it stands for one
+    replaces: bool
+
+
+def derived(kind: str, sources: tuple[torch.Tensor, ...], build: Callable[[], Any], replaces: bool = False) -> Any:
     """`build()`, remembered under `kind` until the storage, version, dtype, device or shape of a source changes.
 
     Nothing is remembered while a gradient may be needed through a source, while a graph is traced, or for tensors
@@ -31,8 +42,14 @@ def derived(kind: str, sources: tuple[torch.Tensor, ...], build: Callable[[], An
         kind: what is built, a name.
         sources: the parameters that `build` reads.
         build: makes the value; any object holding tensors.
+        replaces: whether who has the value does without the sources: `release` may then free them.
+
+    Raises:
+        RuntimeError: the sources were freed, and this was not derived before.
     """
     learning = torch.is_grad_enabled()
+    if type(sources[0]) is FreedWeight:
+        return _what_is_left(kind, sources)
     if torch.compiler.is_compiling():
         return build()
     for s in sources:
@@ -42,20 +59,38 @@ def derived(kind: str, sources: tuple[torch.Tensor, ...], build: Callable[[], An
     state = [_state(s) for s in sources]
     with _lock:
         entry = _store.setdefault(sources[0], {}).get(key)
-        if entry is None or entry[0] != state:
+        if entry is None or entry.state != state:
             # A value built in inference mode could not take part in training later.
             with torch.inference_mode(False), torch.no_grad():
-                # The sources after the first are held by the entry: an id may not be reused while it stands.
-                entry = (state, build(), sources[1:])
+                entry = _Entry(state, build(), sources[1:], replaces)
             _store[sources[0]][key] = entry
-        return entry[1]
+        return entry.value
+
+
+def _what_is_left(kind: str, sources: tuple[torch.Tensor, ...]) -> Any:
+    with _lock:
+        entry = _store.get(sources[0], {}).get((kind, *map(id, sources[1:])))
+    if entry is None:
+        refuse(kind, sources)
+    return entry.value
+
+
+def release(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Free every parameter that something derived from it replaces (`wavlm_fast.freed`)."""
+    with _lock:
+        for p in parameters:
+            entries = [e for e in _store.get(p, {}).values() if e.replaces]
+            for source in (p, *(s for e in entries for s in e.others)) if entries else ():
+                if type(source) is not FreedWeight:
+                    free(source)
 
 
 def nbytes(parameters: Iterable[torch.Tensor]) -> int:
-    """Memory in bytes of everything derived from `parameters`."""
+    """Memory in bytes of everything derived from `parameters`, and from what was derived from them."""
     with _lock:
-        entries = [e for p in parameters for e in _store.get(p, {}).values()]
-        return sum(_tensor_bytes(e[1]) for e in entries)
+        values = [e.value for p in parameters for e in _store.get(p, {}).values()]
+        further = nbytes(v for v in values if isinstance(v, torch.Tensor)) if values else 0
+        return sum(map(_tensor_bytes, values)) + further
 
 
 def forget(parameters: Iterable[torch.Tensor]) -> None:

@@ -140,6 +140,21 @@ def _tdnn(new: _Make) -> tuple:
     return new(1, _FRAMES, _CONV), new(_CONV, 5 * _CONV), new(_CONV), 5, 1, "relu"
 
 
+def _feature_encoder(new: _Make) -> tuple:
+    weights, norm = [new(_CONV, 1, 10), new(_CONV, _CONV, 3)], [new(_CONV)]
+    return new(1, 16000), weights, [], [5, 2], "group", norm, norm, 1e-5, "gelu"
+
+
+def _encoder_layer(new: _Make) -> tuple:
+    width, wide = new(_CHANNELS), new(4 * _CHANNELS)
+    weights = [*(new(_CHANNELS, _CHANNELS) for _ in range(4)), new(4 * _CHANNELS, _CHANNELS)]
+    weights.append(new(_CHANNELS, 4 * _CHANNELS))
+    gate, norms = [new(8, _HEAD_DIM), new(8), new(_HEADS)], [width] * 4
+    bias = new(_HEADS, 2 * _FRAMES - 1, dtype=torch.float32)
+    x, biases = new(1, _FRAMES, _CHANNELS), [*[width] * 4, wide, width]
+    return x, bias, None, weights, biases, gate, norms, [1e-5] * 2, _HEAD_DIM**-0.5, "gelu", False
+
+
 def _stats_pool(new: _Make) -> tuple:
     return new(1, _FRAMES, 3 * 500), None
 
@@ -150,6 +165,7 @@ def _example(arguments: Callable[[_Make], tuple]) -> Callable[[torch.device, tor
 
 # Op -> the arguments of its schema for one second of WavLM-base, given device and dtype.
 EXAMPLES = {
+    "feature_encoder": _example(_feature_encoder),
     "waveform_conv": _example(_waveform_conv),
     "strided_conv": _example(_strided_conv),
     "positional_conv": _example(_positional_conv),
@@ -157,6 +173,7 @@ EXAMPLES = {
     "add_layer_norm": _example(_add_layer_norm),
     "position_gate": _example(_position_gate),
     "gated_attention": _example(_gated_attention),
+    "encoder_layer": _example(_encoder_layer),
     "tdnn": _example(_tdnn),
     "stats_pool": _example(_stats_pool),
 }

@@ -17,6 +17,7 @@ from transformers import WavLMConfig
 from transformers.modeling_outputs import XVectorOutput
 from transformers.models.wavlm import modeling_wavlm as hf
 
+from .freed import MayBeFreed
 from .inputs import check_checkpoint, check_ctc_labels, check_labels, check_lengths, check_mask
 from .modules import TWINS, pool_statistics
 from .modules._steps import with_lengths
@@ -38,7 +39,7 @@ _PARAMETERS = {
 }
 
 
-class _FastModel:
+class _FastModel(MayBeFreed):
     """Construction and loading, in front of each transformers class."""
 
     def __init__(self, config: WavLMConfig, *args: Any, **kwargs: Any) -> None:

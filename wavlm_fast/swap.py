@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 from typing import TypeVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.wavlm import modeling_wavlm as hf
 
-from .derived import forget
+from .derived import forget, release
+from .freed import refuse
+from .inputs import SAMPLE_RATE
 from .modules import TWINS
 
 try:  # transformers 5 finds out by class what it can record of a model
@@ -23,7 +26,7 @@ Module = TypeVar("Module", bound=nn.Module)
 _NAMESPACES = ("transformers", "transformers.models.wavlm", "transformers.models.wavlm.modeling_wavlm")
 
 
-def accelerate(model: Module) -> Module:
+def accelerate(model: Module, keep_originals: bool = True) -> Module:
     """Make a live transformers WavLM fast, in place.
 
     Every module of transformers' WavLM in `model` becomes the fast class that stands in for it. Parameters, buffers,
@@ -32,18 +35,41 @@ def accelerate(model: Module) -> Module:
 
     Args:
         model: a transformers WavLM model, or any module that contains one.
+        keep_originals: with False, weights that the CPU kernels use in packed form are packed now and their originals
+            freed, which halves the memory of the model. What is left does inference without gradients, on the CPU, in
+            the present dtype; whatever needs an original (`train`, `state_dict`, saving, copying, other dtypes or
+            devices, attention weights as outputs) raises a RuntimeError that says so. The model must be in `eval` mode.
+            Where nothing is packed (GPUs, the reference backend) nothing is freed.
 
     Returns:
         `model`.
 
     Raises:
         TypeError: there is no WavLM in it.
+        ValueError: originals are to be freed of a model that is in training mode.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     if not any(isinstance(m, tuple(TWINS)) for m in modules):
         raise TypeError(f"accelerate wants a transformers WavLM model, got {_describe(model)}, which contains none")
+    if not keep_originals and any(m.training for m in modules):
+        raise ValueError("accelerate frees the originals of a model that is in eval mode, this one trains: call eval()")
     _swap(modules, TWINS)
+    if not keep_originals:
+        _free_originals(model)
     return model
+
+
+def _free_originals(model: nn.Module) -> None:
+    """Have every WavLM in the model pack what it uses, and free what was packed."""
+    inside = [m for m in model.modules() if isinstance(m, hf.WavLMPreTrainedModel)]
+    parts = {part for m in inside for part in m.modules() if part is not m}
+    for wavlm in inside:
+        if wavlm not in parts:  # a head runs what it contains
+            wavlm.requires_grad_(False)
+            like = next(p for p in wavlm.parameters() if p.is_floating_point())
+            with torch.no_grad():
+                wavlm(torch.zeros((1, SAMPLE_RATE), dtype=like.dtype, device=like.device))
+    release(model.parameters())
 
 
 def restore(model: Module) -> Module:
@@ -54,9 +80,13 @@ def restore(model: Module) -> Module:
 
     Returns:
         `model`.
+
+    Raises:
+        RuntimeError: weights were freed by `accelerate(model, keep_originals=False)`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"restore wants a torch module, got {_describe(model)}")
+    refuse("restore()", model.parameters())
     _swap(list(model.modules()), {fast: plain for plain, fast in TWINS.items()})
     forget(model.parameters())
     return model

@@ -23,12 +23,13 @@ def test_breakdown(subject):
     case = cases.CASES["base 1x0.5"]
     found = {stage.name: stage for stage in rounds.run_stages(case, subject, torch.float32)}
     assert list(found)[: len(flops.STAGES) - 1] == [stage for stage in flops.STAGES if stage != "head"]
-    assert list(found)[-2:] == [stages.OTHER_OPS, stages.REST]
+    assert list(found)[-3:] == [stages.OTHER_OPS, stages.REST, stages.WHOLE]
     assert found["attention"].ops.startswith("2 gated_attention")
     assert found["qkv"].ops == "2 linear_act"
     assert found["feature encoder"].ops == "6 strided_conv"
-    counted = sum(stage.operations or 0 for stage in found.values())
+    counted = sum(stage.operations or 0 for name, stage in found.items() if name != stages.WHOLE)
     assert counted == pytest.approx(sum(case.operations().values()))
+    assert found[stages.WHOLE].operations == pytest.approx(counted)
     assert all(stage.seconds > 0 for name, stage in found.items() if name != stages.REST)
 
 
@@ -40,11 +41,22 @@ def test_no_op_of_ours_is_missed(subject, monkeypatch):
     call = cases.bound(module, subject.inputs)
     call()
     chosen, choose = [], backends.choose
-    monkeypatch.setattr(backends, "choose", lambda name, args: chosen.append(name) or choose(name, args))
-    with stages.Clock(module) as clock:
+    with stages.in_steps(module), stages.Clock(module) as clock:
+        monkeypatch.setattr(backends, "choose", lambda name, args: chosen.append(name) or choose(name, args))
         call()
     counted = sum(count for ops in clock.ops.values() for name, count in ops.items() if name in set(chosen))
     assert counted == len(chosen) > 20
+
+
+def test_steps_are_taken_only_where_asked_for(subject):
+    module = subject.module.copy(fast=True)
+    with stages.Clock(module) as before, stages.in_steps(module):
+        pass
+    call = cases.bound(module, subject.inputs)
+    with stages.Clock(module) as clock:
+        call()
+    assert not before.ops
+    assert any("encoder_layer" in ops for ops in clock.ops.values())
 
 
 def test_ops_to_come(subject):

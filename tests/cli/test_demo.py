@@ -33,7 +33,7 @@ def test_demo_on_the_clip(command, tiny, no_probe, tmp_path):
     results = tmp_path / "results.json"
     ended = command("demo", "--model", tiny, "--threads", "1", "--json", results)
     assert ended.status == 0, ended
-    for said in (str(tiny), "7.10 s, FLAC PCM_16, 16000 Hz, mono", "[1, 113600] -> 354 frames", "gated_attention"):
+    for said in (str(tiny), "7.10 s, FLAC PCM_16, 16000 Hz, mono", "[1, 113600] -> 354 frames", "encoder_layer"):
         assert said in ended.out
     assert "EQUAL: all 5 layers" in ended.out
     found = json.loads(results.read_text())

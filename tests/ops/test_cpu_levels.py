@@ -11,14 +11,21 @@ import pytest
 
 from wavlm_fast.backends import cpu
 
-FILES = sorted(map(str, Path(__file__).parent.glob("test_*_cpu.py")))
+HERE = Path(__file__).parent
+FILES = [*HERE.glob("test_*_cpu.py"), HERE / "test_encoder_layer.py", HERE / "test_feature_encoder.py"]
 
 
 @pytest.mark.skipif("WAVLM_FAST_CPU_ISA" in os.environ, reason="this run is of one level already")
 @pytest.mark.parametrize("level", cpu.isa_levels()[:-1])
-def test_at_level(level):
+@pytest.mark.parametrize(
+    "command",
+    [("pytest", "-q", "-p", "no:cacheprovider", *map(str, FILES)), ("wavlm_fast", "parity", "--backend", "cpu", "--quick")],
+    ids=("tests", "parity"),
+)
+def test_at_level(level, command):
     # The level is chosen once per process.
     environment = {**os.environ, "WAVLM_FAST_CPU_ISA": level}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-m", *command], env=environment, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stdout[-4000:]

@@ -29,7 +29,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, 
     apart = save and activation != "none"
     fused = "none" if apart else activation
     if in_onednn(x):
-        packed = derived("onednn linear", (weight,), lambda: onednn.pack_linear(weight))
+        packed = derived("onednn linear", (weight,), lambda: onednn.pack_linear(weight), replaces=True)
         out = onednn.linear(rows, packed, bias, fused)
     else:
         out = _convolve(rows[None], weight, lambda: weight[:, None], 1, bias, 1, 1, fused)
@@ -81,7 +81,7 @@ def _convolve(
     """`[B, T, C]` -> `[B, T', C']`; `filters` gives the weight as `[C', K, C]`."""
     if in_onednn(x):
         kind = f"onednn conv, {taps} taps, stride {stride}, dilation {dilation}"
-        packed = derived(kind, (weight,), lambda: onednn.pack_conv(filters(), stride, dilation))
+        packed = derived(kind, (weight,), lambda: onednn.pack_conv(filters(), stride, dilation), replaces=True)
         return onednn.convolve(x, packed, bias, stride, dilation, activation)
     packed = pack(weight, filters, taps, filtered)
     channels = weight.shape[0]
@@ -92,7 +92,7 @@ def _convolve(
 def pack(weight: Tensor, filters: Callable[[], Tensor], taps: int, filtered: bool) -> Tensor:
     """`filters()` `[C', K, C]` of a weight in the order of packed_conv.cpp, remembered."""
     kind = f"packed conv, {taps} taps{', filtered' if filtered else ''}"
-    return derived(kind, (weight,), lambda: torch.ops.wavlm_fast_cpu.pack_conv(filters(), filtered))
+    return derived(kind, (weight,), lambda: torch.ops.wavlm_fast_cpu.pack_conv(filters(), filtered), replaces=True)
 
 
 def can_filter(taps: int, stride: int) -> bool:

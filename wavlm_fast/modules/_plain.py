@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import activations
 
+from ..freed import FreedWeight
+
 _GLOBAL_HOOKS = tuple(
     getattr(nn.modules.module, name)
     for name in (
@@ -65,7 +67,7 @@ def why_not_plain_parameters(module: nn.Module) -> str | None:
     for name, parameter in module._parameters.items():
         if parameter is None:
             continue
-        if type(parameter) not in (nn.Parameter, Tensor) and not _is_fake(parameter):
+        if type(parameter) not in (nn.Parameter, Tensor, FreedWeight) and not _is_fake(parameter):
             return f"its {name} is a {type(parameter).__name__}"
         if hasattr(parameter, "ds_id"):
             return f"its {name} is sharded by DeepSpeed"

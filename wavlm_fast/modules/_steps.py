@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends, ops
+from ..freed import MayBeFreed
 from ._plain import has_hooks, same_dtype, why_not_plain
 
 EXAMPLE_FRAMES = 499  # ten seconds
@@ -58,7 +59,7 @@ def has_kernel(op: str, example: tuple) -> bool:
         return False
 
 
-class FastModule:
+class FastModule(MayBeFreed):
     """Mixed into every fast module: lets `report` ask what will run."""
 
     def plan(self) -> Iterator[Plan]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends.reference import TABLE as REFERENCE_TABLE
+from ..freed import refuse
 
 NAMESPACE = "wavlm_fast"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -47,7 +48,10 @@ def define(
 
     def dispatch(*args: Any) -> Any:
         check(*args)
-        outputs = backends.choose(name, args).fn(*args)
+        choice = backends.choose(name, args)
+        if choice.backend == "reference":
+            refuse(name, args)
+        outputs = choice.fn(*args)
         return tuple(map(_unaliased, outputs)) if isinstance(outputs, tuple) else _unaliased(outputs)
 
     def checked_fake(*args: Any) -> Any:
@@ -85,6 +89,7 @@ def differentiate(
     arity = reference.__code__.co_argcount
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        refuse(f"the gradient of {name}", inputs)
         kept = save(output if isinstance(output, tuple) else (output,))
         ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)), *kept)
         ctx.template = tuple(Tensor if isinstance(a, Tensor) else a for a in inputs)
@@ -152,7 +157,9 @@ def autocast_by(name: str, rule: Callable[..., Any]) -> None:
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, (list, tuple)):
         return [_cast(v, dtype) for v in value]
-    castable = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+    castable = isinstance(value, Tensor) and value.is_floating_point() and value.dtype not in (torch.float64, dtype)
+    if castable:
+        refuse("autocast", (value,))
     return value.to(dtype) if castable else value
 
 

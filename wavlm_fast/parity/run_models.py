@@ -94,8 +94,8 @@ def _samples(case: ModelCase, conf: WavLMConfig) -> int:
         return 600
     if case.model != "WavLMForXVector":
         return receptive_field(conf.conv_kernel, conf.conv_stride)
-    # Three frames after the time-delay layers: of one there is no deviation, of two its slope jumps where they meet.
-    frames = sum((k - 1) * d for k, d in zip(conf.tdnn_kernel, conf.tdnn_dilation, strict=True)) + 3
+    # Eight frames after the time-delay layers: of one there is no deviation, of few its slope is mostly rounding.
+    frames = sum((k - 1) * d for k, d in zip(conf.tdnn_kernel, conf.tdnn_dilation, strict=True)) + 8
     return receptive_field(conf.conv_kernel, conf.conv_stride) + (frames - 1) * math.prod(conf.conv_stride)
 
 
