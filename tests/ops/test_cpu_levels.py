@@ -12,16 +12,14 @@ import pytest
 from wavlm_fast.backends import cpu
 
 HERE = Path(__file__).parent
-FILES = [*HERE.glob("test_*_cpu.py"), HERE / "test_encoder_layer.py", HERE / "test_feature_encoder.py"]
+KERNELS = [*HERE.glob("test_*_cpu.py"), HERE / "test_encoder_layer.py", HERE / "test_feature_encoder.py"]
+TESTS = ("pytest", "-q", "-p", "no:cacheprovider", *map(str, KERNELS))
+PARITY = ("wavlm_fast", "parity", "--backend", "cpu", "--quick")
 
 
 @pytest.mark.skipif("WAVLM_FAST_CPU_ISA" in os.environ, reason="this run is of one level already")
 @pytest.mark.parametrize("level", cpu.isa_levels()[:-1])
-@pytest.mark.parametrize(
-    "command",
-    [("pytest", "-q", "-p", "no:cacheprovider", *map(str, FILES)), ("wavlm_fast", "parity", "--backend", "cpu", "--quick")],
-    ids=("tests", "parity"),
-)
+@pytest.mark.parametrize("command", [TESTS, PARITY], ids=("tests", "parity"))
 def test_at_level(level, command):
     # The level is chosen once per process.
     environment = {**os.environ, "WAVLM_FAST_CPU_ISA": level}
