@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -20,6 +21,8 @@ using at::Tensor;
 
 // Rows of a group. With its four times wider feed-forward frames it fits in the last cache.
 constexpr int64_t kRows = 1024;
+// A thread keeps no more than that from call to call.
+constexpr int64_t kMostKept = 128 << 20;
 
 constexpr int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
@@ -51,12 +54,12 @@ struct Linear {
 
   int64_t channels() const { return bias.size(0); }
 
-  // out = activation(linear(x)), plus the residual if there is one.
-  void operator()(const T* x, int64_t rows, T* out, const T* residual = nullptr) const {
+  // out = activation(linear(x)), plus the residual if there is one. Rows of x lie row_step numbers apart, C if 0.
+  void operator()(const T* x, int64_t rows, T* out, const T* residual = nullptr, int64_t row_step = 0) const {
     PackedConv<T, T> call{};
     call.x = x, call.packed = packed.const_data_ptr(), call.bias = bias.const_data_ptr<float>();
     call.residual = residual, call.out = out;
-    call.C = C, call.taps = 1, call.row_step = C, call.channels = channels();
+    call.C = C, call.taps = 1, call.row_step = row_step ? row_step : C, call.channels = channels();
     call.activation = activation;
     convolve(call, false, rows, 1, 0, 0);
   }
@@ -68,15 +71,16 @@ struct Layer {
   Norm<T> first_norm, final_norm;
   bool norm_first;
 
-  // [rows, C] of attended frames and of the layer's input to the layer's output.
-  void finish(const T* attended, const T* x, int64_t rows, T* to) const {
-    const int64_t C = out.channels(), inner = intermediate.channels(), part = part_of(rows);
-    T* sum = static_cast<T*>(scratch<Scratch::call>(part * (2 * C + inner) * sizeof(T)));
-    T* normed = sum + part * C;
-    T* wide = normed + part * C;
-    for (int64_t r = 0; r < rows; r += part, attended += part * C, x += part * C, to += part * C) {
+  // Numbers of memory that `finish` takes.
+  int64_t finish_size(int64_t rows) const { return part_of(rows) * (2 * out.channels() + intermediate.channels()); }
+
+  // Attended frames, row_step numbers apart, and [rows, C] of the layer's input to the layer's output.
+  void finish(const T* attended, int64_t row_step, const T* x, int64_t rows, T* to, T* memory) const {
+    const int64_t C = out.channels(), part = part_of(rows);
+    T *sum = memory, *normed = sum + part * C, *wide = normed + part * C;
+    for (int64_t r = 0; r < rows; r += part, attended += part * row_step, x += part * C, to += part * C) {
       const int64_t count = std::min(part, rows - r);
-      out(attended, count, sum, x);
+      out(attended, count, sum, x, row_step);
       (norm_first ? final_norm : first_norm)(sum, count, normed);
       intermediate(normed, count, wide);
       output(wide, count, to, norm_first ? sum : normed);
@@ -92,22 +96,28 @@ template <class T>
 void run(const Layer<T>& layer, const Tensor& x, const Tensor& rel_bias, const std::optional<Tensor>& key_lengths,
          at::TensorList gate, double scale, const Tensor& out) {
   const int64_t B = x.size(0), frames = x.size(1), C = x.size(2), H = gate[2].numel();
-  const int64_t group = std::max<int64_t>(1, kRows / frames);
+  const int64_t group = std::max<int64_t>(1, kRows / frames), most = std::min(group, B) * frames;
+  // The normed input makes room for what `finish` works in.
+  const int64_t size = 3 * most * C + std::max(layer.finish_size(most), layer.norm_first ? most * C : 0);
+  const int64_t bytes = size * sizeof(T);
+  const Tensor large = at::empty({bytes > kMostKept ? bytes : 0}, at::kByte);
+  T* projected = bytes > kMostKept ? data<T>(large) : static_cast<T*>(scratch<Scratch::call>(bytes));
+  T* memory = projected + 3 * most * C;
   for (int64_t b = 0; b < B; b += group) {
     const int64_t count = std::min(group, B - b), rows = count * frames;
     const Tensor in = x.narrow(0, b, count);
     Tensor normed = in;
     if (layer.norm_first) {
-      normed = at::empty_like(in);
-      layer.first_norm(data<T>(in), rows, data<T>(normed));
+      normed = at::from_blob(memory, in.sizes(), in.options());
+      layer.first_norm(data<T>(in), rows, memory);
     }
-    const Tensor qkv = at::empty({count, frames, 3, H, C / H}, x.options());
-    layer.qkv(data<T>(normed), rows, data<T>(qkv));
+    layer.qkv(data<T>(normed), rows, projected);
     const Tensor gates = position_gate(normed, gate[0], gate[1], gate[2]);
     const auto lengths = key_lengths ? std::optional<Tensor>(key_lengths->narrow(0, b, count)) : std::nullopt;
-    const Tensor attended = std::get<0>(gated_attention(qkv.select(2, 0), qkv.select(2, 1), qkv.select(2, 2), gates,
-                                                        rel_bias, lengths, 0.0, std::nullopt, scale));
-    layer.finish(data<T>(attended), data<T>(in), rows, data<T>(out) + b * frames * C);
+    const Tensor qkv = at::from_blob(projected, {count, frames, 3, H, C / H}, x.options());
+    const Tensor q = qkv.select(2, 0);
+    gated_attention_into(q, q, qkv.select(2, 1), qkv.select(2, 2), gates, rel_bias, lengths, 0.0, std::nullopt, scale);
+    layer.finish(projected, 3 * C, data<T>(in), rows, data<T>(out) + b * frames * C, memory);
   }
 }
 

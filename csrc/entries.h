@@ -4,17 +4,17 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
-#include <tuple>
 
 namespace wavlm_fast {
 
-// As the ops of these names.
+// As the op of that name.
 at::Tensor position_gate(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                          const at::Tensor& constant);
 
-std::tuple<at::Tensor, at::Tensor> gated_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                                   const at::Tensor& gate, const at::Tensor& rel_bias,
-                                                   const std::optional<at::Tensor>& key_lengths, double dropout_p,
-                                                   const std::optional<at::Tensor>& seed, double scale);
+// As the op gated_attention, into `out`, which is like q and may be q itself; returns the log-sum-exp.
+at::Tensor gated_attention_into(const at::Tensor& out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                const at::Tensor& gate, const at::Tensor& rel_bias,
+                                const std::optional<at::Tensor>& key_lengths, double dropout_p,
+                                const std::optional<at::Tensor>& seed, double scale);
 
 }  // namespace wavlm_fast

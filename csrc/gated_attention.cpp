@@ -115,29 +115,36 @@ template <class T>
 void attend(const AttentionTensors& tensors, const Tensor& out, const Tensor& lse, GatedAttentionForward<T>* kernel) {
   GatedAttention<T> call;
   tensors.fill(call);
-  call.out = static_cast<T*>(out.mutable_data_ptr());
+  call.out = static_cast<T*>(out.mutable_data_ptr()), call.out_strides = AttentionTensors::strides(out);
   call.lse = lse.mutable_data_ptr<float>();
   run(call, kernel, gated_attention_kernels());
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> gated_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate,
-                                           const Tensor& rel_bias, const std::optional<Tensor>& key_lengths,
-                                           double dropout_p, const std::optional<Tensor>& seed, double scale) {
+Tensor gated_attention_into(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate,
+                            const Tensor& rel_bias, const std::optional<Tensor>& key_lengths, double dropout_p,
+                            const std::optional<Tensor>& seed, double scale) {
   const auto& kernels = gated_attention_kernels();
   const AttentionTensors tensors(q, k, v, gate, rel_bias, key_lengths, dropout_p, seed, scale, kernels.queries);
-  const Tensor out = at::empty(q.sizes(), q.options());
   const Tensor lse = at::empty(gate.sizes(), q.options().dtype(at::kFloat));
   if (q.scalar_type() == at::kFloat) {
     attend(tensors, out, lse, kernels.forward_float);
   } else {
     attend(tensors, out, lse, kernels.forward_bf16);
   }
-  return {out, lse};
+  return lse;
 }
 
 namespace {
+
+std::tuple<Tensor, Tensor> gated_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate,
+                                           const Tensor& rel_bias, const std::optional<Tensor>& key_lengths,
+                                           double dropout_p, const std::optional<Tensor>& seed, double scale) {
+  const Tensor out = at::empty(q.sizes(), q.options());
+  const Tensor lse = gated_attention_into(out, q, k, v, gate, rel_bias, key_lengths, dropout_p, seed, scale);
+  return {out, lse};
+}
 
 TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) { m.impl("gated_attention", &gated_attention); }
 

@@ -37,7 +37,8 @@ struct AttentionInputs {
 
 template <class T>
 struct GatedAttention : AttentionInputs<T> {
-  T* out;      // [B, T, H, D]
+  T* out;  // may be where q is: a call has read its own queries before it writes
+  FrameStrides out_strides;
   float* lse;  // [B, H, T]
 };
 

@@ -34,7 +34,6 @@ struct AttentionTensors {
     call.dropout = dropout;
   }
 
- private:
   static FrameStrides strides(const at::Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
 };
 

@@ -149,10 +149,10 @@ void attend(const GatedAttention<T>& call, std::int64_t b, std::int64_t h, const
 
 template <class T>
 void finish(const GatedAttention<T>& call, std::int64_t b, std::int64_t h, const Sizes& sizes, const Block& block) {
-  T* out = call.out + ((b * call.T_ + block.first) * call.H + h) * call.D;
+  T* out = call.out + b * call.out_strides.b + block.first * call.out_strides.t + h * call.out_strides.h;
   float* lse = call.lse + (b * call.H + h) * call.T_ + block.first;
   const float* sums = block.sums;
-  for (std::int64_t i = 0; i < block.count; ++i, out += call.H * call.D, sums += sizes.channels) {
+  for (std::int64_t i = 0; i < block.count; ++i, out += call.out_strides.t, sums += sizes.channels) {
     const float top = block.top[i], total = block.total[i];
     const bool none = top == -__builtin_inff() && total == total;  // no key, or none that is not at -inf
     const float share = none ? 0.0f : call.dropout.kept_scale / total;

@@ -1,6 +1,5 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/add.h>
-#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/stack.h>
@@ -10,6 +9,7 @@
 #include <algorithm>
 #include <atomic>
 #include <string>
+#include <vector>
 
 #include "dispatch.h"
 #include "packed_conv_entry.h"
@@ -79,23 +79,76 @@ int64_t packed_size(int64_t channels, int64_t taps, int64_t C, bool filtered) {
   return divided_up(channels, packed_conv().lanes) * packed_conv().lanes * (filtered ? 5 : taps) * C;
 }
 
-Tensor pack_conv(const Tensor& weight, bool filtered) {
-  TORCH_CHECK(weight.dim() == 3 && (weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kBFloat16),
-              "pack_conv: expected a float32 or bfloat16 weight of [channels, taps, C], got ", weight.scalar_type(),
-              " ", weight.sizes());
-  TORCH_CHECK(!filtered || weight.size(1) == 3, "pack_conv: expected three taps to filter, got ", weight.size(1));
+namespace {
+
+// [channels, taps, C] of any strides, channels after channels: the rows of a matrix of taps * C columns.
+template <class T>
+struct Rows {
+  std::vector<const T*> first;  // number of each row
+  int64_t taps, C, tap_step, step;
+
+  explicit Rows(const std::vector<Tensor>& weights)
+      : taps(weights[0].size(1)), C(weights[0].size(2)), tap_step(weights[0].stride(1)), step(weights[0].stride(2)) {
+    for (const Tensor& weight : weights) {
+      const T* at = static_cast<const T*>(weight.const_data_ptr());
+      for (int64_t row = 0; row < weight.size(0); ++row) first.push_back(at + row * weight.stride(0));
+    }
+  }
+};
+
+// Groups of columns one after the other: of each the terms, of each term `depth` numbers of every channel.
+template <class T>
+void pack_rows(const Rows<T>& rows, int64_t padded, int64_t depth, T* packed) {
+  constexpr int64_t kRun = 16;  // terms of a channel at a time: a line of them
+  const int64_t terms = rows.taps * rows.C, columns = packed_conv().columns, channels = rows.first.size();
+  at::parallel_for(0, divided_up(padded, columns), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t first = group * columns, width = std::min(columns, padded - first);
+      for (int64_t tap = 0; tap < rows.taps; ++tap) {
+        for (int64_t c0 = 0; c0 < rows.C; c0 += kRun) {
+          for (int64_t i = 0; i < width; ++i) {
+            const T* from = first + i < channels ? rows.first[first + i] + tap * rows.tap_step : nullptr;
+            for (int64_t c = c0; c < std::min(c0 + kRun, rows.C); ++c) {
+              const int64_t term = tap * rows.C + c;
+              T* to = packed + first * terms + (term / depth * width + i) * depth + term % depth;
+              *to = from ? from[c * rows.step] : T{};
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+Tensor pack_conv(std::vector<Tensor> weights, bool filtered) {
+  const Tensor& like = weights.at(0);
+  for (const Tensor& weight : weights) {
+    TORCH_CHECK(weight.dim() == 3 && (weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kBFloat16),
+                "pack_conv: expected a float32 or bfloat16 weight of [channels, taps, C], got ", weight.scalar_type(),
+                " ", weight.sizes());
+    TORCH_CHECK(weight.scalar_type() == like.scalar_type() && weight.sizes().slice(1) == like.sizes().slice(1) &&
+                    weight.stride(1) == like.stride(1) && weight.stride(2) == like.stride(2),
+                "pack_conv: expected weights alike, got ", weight.sizes(), " beside ", like.sizes());
+    TORCH_CHECK(!filtered || weight.size(1) == 3, "pack_conv: expected three taps to filter, got ", weight.size(1));
+  }
   const auto& kernels = packed_conv();
-  const bool pairs = weight.scalar_type() == at::kBFloat16 && kernels.of_bf16.direct && weight.size(2) % 2 == 0;
-  Tensor rows = (filtered ? filter_taps(weight) : weight).flatten(1);
-  if (!pairs) rows = rows.to(at::kFloat);
-  const int64_t depth = pairs ? 2 : 1, channels = rows.size(0), terms = rows.size(1);
+  const bool pairs = like.scalar_type() == at::kBFloat16 && kernels.of_bf16.direct && like.size(2) % 2 == 0;
+  int64_t channels = 0;
+  for (const Tensor& weight : weights) channels += weight.size(0);
+  // Before all that is given back: what is kept shall leave no hole in the heap.
+  const Tensor packed = at::empty({packed_size(channels, like.size(1), like.size(2), filtered)},
+                                  like.options().dtype(pairs ? at::kBFloat16 : at::kFloat));
+  for (Tensor& weight : weights) {
+    if (filtered) weight = filter_taps(weight);
+    if (!pairs) weight = weight.to(at::kFloat);
+  }
   const int64_t padded = divided_up(channels, kernels.lanes) * kernels.lanes;
-  rows = at::constant_pad_nd(rows, {0, 0, 0, padded - channels});
-  const Tensor packed = at::empty({padded * terms}, rows.options());
-  for (int64_t column = 0; column < padded; column += kernels.columns) {
-    const int64_t width = std::min(kernels.columns, padded - column);
-    const Tensor group = rows.narrow(0, column, width).view({width, terms / depth, depth}).transpose(0, 1);
-    packed.narrow(0, column * terms, width * terms).view({terms / depth, width, depth}).copy_(group);
+  if (pairs) {
+    pack_rows(Rows<bf16>(weights), padded, 2, static_cast<bf16*>(packed.mutable_data_ptr()));
+  } else {
+    pack_rows(Rows<float>(weights), padded, 1, packed.mutable_data_ptr<float>());
   }
   return packed;
 }

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <string>
+#include <vector>
 
 #include "packed_conv.h"
 
@@ -15,9 +16,10 @@ const PackedConvKernels& packed_conv();
 // The number by which kernels know an activation; an error for an unknown name.
 int activation_number(const std::string& name);
 
-// [channels, taps, C] -> the order that the kernel of this process reads, one-dimensional. bfloat16 stays so where it
-// has products of its own, else it becomes float32. `filtered`: for minimal filtering, of three taps at a stride of two.
-at::Tensor pack_conv(const at::Tensor& weight, bool filtered);
+// Weights [channels, taps, C], as one with the channels of all -> the order that the kernel of this process reads,
+// one-dimensional. bfloat16 stays so where it has products of its own, else it becomes float32. `filtered`: for minimal
+// filtering, of three taps at a stride of two.
+at::Tensor pack_conv(std::vector<at::Tensor> weights, bool filtered);
 
 // Numbers that a packed weight has.
 int64_t packed_size(int64_t channels, int64_t taps, int64_t C, bool filtered);

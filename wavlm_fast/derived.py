@@ -7,7 +7,9 @@ was computed from.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,7 @@ _SAMPLES = 64
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 
 _lock = threading.RLock()
+_releases: ContextVar[bool] = ContextVar("wavlm_fast_releases", default=False)
 _store: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # first source -> {(kind, ids of the rest): Entry}
 
 
@@ -42,7 +45,7 @@ def derived(kind: str, sources: tuple[torch.Tensor, ...], build: Callable[[], An
         kind: what is built, a name.
         sources: the parameters that `build` reads.
         build: makes the value; any object holding tensors.
-        replaces: whether who has the value does without the sources: `release` may then free them.
+        replaces: whether who has the value does without the sources, parameters: `releasing` may then free them.
 
     Raises:
         RuntimeError: the sources were freed, and this was not derived before.
@@ -64,6 +67,9 @@ def derived(kind: str, sources: tuple[torch.Tensor, ...], build: Callable[[], An
             with torch.inference_mode(False), torch.no_grad():
                 entry = _Entry(state, build(), sources[1:], replaces)
             _store[sources[0]][key] = entry
+        if entry.replaces and _releases.get():
+            for s in sources:
+                free(s)
         return entry.value
 
 
@@ -75,14 +81,14 @@ def _what_is_left(kind: str, sources: tuple[torch.Tensor, ...]) -> Any:
     return entry.value
 
 
-def release(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Free every parameter that something derived from it replaces (`wavlm_fast.freed`)."""
-    with _lock:
-        for p in parameters:
-            entries = [e for e in _store.get(p, {}).values() if e.replaces]
-            for source in (p, *(s for e in entries for s in e.others)) if entries else ():
-                if type(source) is not FreedWeight:
-                    free(source)
+@contextmanager
+def releasing() -> Iterator[None]:
+    """Free, in this thread, every parameter that something replaces (`wavlm_fast.freed`) as soon as that is there."""
+    token = _releases.set(True)
+    try:
+        yield
+    finally:
+        _releases.reset(token)
 
 
 def nbytes(parameters: Iterable[torch.Tensor]) -> int:

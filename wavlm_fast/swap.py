@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.wavlm import modeling_wavlm as hf
 
-from .derived import forget, release
+from .derived import forget, releasing
 from .freed import refuse
 from .inputs import SAMPLE_RATE
 from .modules import TWINS
@@ -60,16 +60,15 @@ def accelerate(model: Module, keep_originals: bool = True) -> Module:
 
 
 def _free_originals(model: nn.Module) -> None:
-    """Have every WavLM in the model pack what it uses, and free what was packed."""
+    """Have every WavLM in the model pack what it uses, and free what was packed, weight by weight."""
     inside = [m for m in model.modules() if isinstance(m, hf.WavLMPreTrainedModel)]
     parts = {part for m in inside for part in m.modules() if part is not m}
     for wavlm in inside:
         if wavlm not in parts:  # a head runs what it contains
             wavlm.requires_grad_(False)
             like = next(p for p in wavlm.parameters() if p.is_floating_point())
-            with torch.no_grad():
+            with torch.no_grad(), releasing():
                 wavlm(torch.zeros((1, SAMPLE_RATE), dtype=like.dtype, device=like.device))
-    release(model.parameters())
 
 
 def restore(model: Module) -> Module:

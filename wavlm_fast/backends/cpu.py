@@ -39,7 +39,7 @@ for _schema in (
     "threads() -> int",
     "fingerprint(Tensor x, int samples) -> int",
     "activation_backward(Tensor grad, Tensor pre, str activation) -> Tensor",
-    "pack_conv(Tensor weight, bool filtered) -> Tensor",
+    "pack_conv(Tensor[] weights, bool filtered) -> Tensor",
     "peak(str dtype) -> float",
     "packed_conv(Tensor x, Tensor packed, Tensor? bias, int channels, int taps, int stride, int dilation, "
     "bool filtered, str activation) -> Tensor",

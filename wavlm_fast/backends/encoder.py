@@ -26,7 +26,7 @@ def encoder_layer(
 ) -> Tensor:
     """The op of that name."""
     native = torch.ops.wavlm_fast_cpu
-    pack = lambda: native.pack_conv(torch.cat(weights[:3])[:, None], False)  # noqa: E731
+    pack = lambda: native.pack_conv([weight[:, None] for weight in weights[:3]], False)  # noqa: E731
     qkv = derived("packed qkv", tuple(weights[:3]), pack, replaces=True)
     qkv_bias = derived("qkv bias", tuple(biases[:3]), lambda: torch.cat(biases[:3]))
     others = [products.pack(weight, lambda weight=weight: weight[:, None], 1, False) for weight in weights[3:]]

@@ -140,4 +140,4 @@ def why_not_feature_encoder(
 
 def _wide_and_packed(weight: Tensor) -> tuple[Tensor, Tensor]:
     wide = weight.float()
-    return wide, torch.ops.wavlm_fast_cpu.pack_conv(wide, False)
+    return wide, torch.ops.wavlm_fast_cpu.pack_conv([wide], False)

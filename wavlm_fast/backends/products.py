@@ -92,7 +92,7 @@ def _convolve(
 def pack(weight: Tensor, filters: Callable[[], Tensor], taps: int, filtered: bool) -> Tensor:
     """`filters()` `[C', K, C]` of a weight in the order of packed_conv.cpp, remembered."""
     kind = f"packed conv, {taps} taps{', filtered' if filtered else ''}"
-    return derived(kind, (weight,), lambda: torch.ops.wavlm_fast_cpu.pack_conv(filters(), filtered), replaces=True)
+    return derived(kind, (weight,), lambda: torch.ops.wavlm_fast_cpu.pack_conv([filters()], filtered), replaces=True)
 
 
 def can_filter(taps: int, stride: int) -> bool:
