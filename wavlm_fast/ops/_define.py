@@ -74,6 +74,7 @@ def differentiate(
     reference: Callable[..., Any],
     backward: Callable[..., Sequence[Tensor | None]],
     save: Callable[[tuple], Sequence[Tensor]] = lambda outputs: (),
+    flowing: int = 1,
 ) -> None:
     """Give an op its gradient.
 
@@ -84,13 +85,18 @@ def differentiate(
         backward: from (gradients of the outputs, inputs of the op, saved outputs, which inputs want a gradient) to one
             gradient per input of `reference`; those of inputs that want none are not looked at.
         save: which of the outputs the backward pass needs.
+        flowing: number of outputs, the first ones, from which a gradient may flow; the others are there to be saved.
     """
     references[name] = reference
     arity = reference.__code__.co_argcount
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         refuse(f"the gradient of {name}", inputs)
-        kept = save(output if isinstance(output, tuple) else (output,))
+        outputs = output if isinstance(output, tuple) else (output,)
+        # Zeros for what was only saved would take as long as the activation's gradient.
+        ctx.set_materialize_grads(False)
+        ctx.likes = [(o.shape, {"dtype": o.dtype, "device": o.device}) for o in outputs[:flowing]]
+        kept = save(outputs)
         ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)), *kept)
         ctx.template = tuple(Tensor if isinstance(a, Tensor) else a for a in inputs)
         ctx.backend = backends.current()
@@ -98,6 +104,8 @@ def differentiate(
     def run_backward(ctx: Any, *grads: Tensor | None) -> tuple:
         saved = iter(ctx.saved_tensors)
         inputs = [next(saved) if a is Tensor else a for a in ctx.template]
+        pairs = zip(grads, ctx.likes, strict=False)
+        grads = tuple(torch.zeros(shape, **options) if g is None else g for g, (shape, options) in pairs)
         if torch.is_grad_enabled():
             found = _reference_gradients(reference, inputs[:arity], grads)
         else:
