@@ -30,7 +30,8 @@ from .peaks import Peaks, peaks
 from .providers import OURS, Provider, Subject, providers
 from .rounds import Meter, Row, run_case, run_stages
 
-MEMORY = (("transformers", 120), (OURS, 120), (OURS, 600))  # who, and seconds of audio
+# Who, whether with the original weights, and seconds of audio.
+MEMORY = (("transformers", True, 120), (OURS, True, 120), (OURS, False, 120), (OURS, True, 600), (OURS, False, 600))
 _INTERRUPTED, _WRONG, _USER_ERROR = 130, 1, 2
 _STAGE_RUNS = 16
 _PEERS = ("openvino", "onnxruntime", "onnx")
@@ -151,7 +152,7 @@ def run(args: argparse.Namespace, report: Report, found: dict[str, Provider]) ->
     cases, wants_memory = selected(args)
     rounds = {c.name: args.rounds or (5 if args.quick else c.rounds) for c in cases}
     runs = {c.name: _runs(c, rounds[c.name], len(found)) for c in cases}
-    total = sum(c.audio * runs[c.name] for c in cases) + wants_memory * sum(s for _, s in MEMORY)
+    total = sum(c.audio * runs[c.name] for c in cases) + wants_memory * sum(s for _, _, s in MEMORY)
     with tempfile.TemporaryDirectory() as folder, bar(total) as meter:
         module, model = None, ""
         for case in cases:
@@ -165,9 +166,9 @@ def run(args: argparse.Namespace, report: Report, found: dict[str, Provider]) ->
             _case(case, Subject(module, case.inputs(), exports, args.threads), found, rounds[case.name], report, meter)
         module = None
         memory.give_back_freed()
-        for provider, seconds in MEMORY if wants_memory else ():
+        for provider, keeps, seconds in MEMORY if wants_memory else ():
             meter.doing(f"memory: {provider}, {seconds} s")
-            report.memory.append(_memory(provider, seconds, args.threads))
+            report.memory.append(_memory(provider, keeps, seconds, args.threads))
             meter.done(seconds)
 
 
@@ -196,11 +197,12 @@ def _case(case: Case, subject: Subject, found: dict[str, Provider], rounds: int,
             report.show(tables.of_stages(case.name, row.dtype, stages, row.peak_gflops))
 
 
-def _memory(provider: str, seconds: float, threads: int) -> dict[str, Any]:
-    row = {"provider": provider, "audio": float(seconds), "dtype": "fp32", "peak_bytes": None, "forward_bytes": None}
+def _memory(provider: str, keeps: bool, seconds: float, threads: int) -> dict[str, Any]:
+    name = provider if keeps else f"{provider}, originals freed"
+    row = {"provider": name, "audio": float(seconds), "dtype": "fp32", "peak_bytes": None, "forward_bytes": None}
     try:
         samples = int(seconds * audio.RATE)
-        peak = memory.measure(provider, audio=None, samples=samples, threads=threads)
+        peak = memory.measure(provider, audio=None, samples=samples, threads=threads, keep_originals=keeps)
     except UserError as error:
         return {**row, "problem": str(error)}
     return {**row, "peak_bytes": peak.total, "forward_bytes": peak.forward, "problem": None}

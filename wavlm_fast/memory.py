@@ -39,6 +39,7 @@ def measure(
     device: str = "cpu",
     threads: int | None = None,
     backend: str | None = None,
+    keep_originals: bool = True,
 ) -> Peak:
     """Run one forward pass in a new process and return its peak.
 
@@ -49,6 +50,7 @@ def measure(
         batch: copies of it.
         model, dtype, device, threads: as for the subcommands.
         backend: of wavlm_fast; None leaves it to the environment.
+        keep_originals: as `accelerate` takes it.
 
     Raises:
         UserError: the process failed, normally for want of memory.
@@ -57,6 +59,7 @@ def measure(
     for option, value in (("--audio", audio), ("--model", model), ("--threads", threads), ("--backend", backend)):
         if value is not None:
             command += [f"{option}={value}"]
+    command += [] if keep_originals else ["--free-originals"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
@@ -77,6 +80,7 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--backend")
+    parser.add_argument("--free-originals", action="store_true")
     print(json.dumps(asdict(_measure_here(parser.parse_args()))))
 
 
@@ -89,7 +93,7 @@ def _measure_here(args: argparse.Namespace) -> Peak:
     waveform = checkpoint.prepare(audio.fit(waveform, args.samples), source.normalise).repeat(args.batch, 1)
     model = model.to(args.device)
     if args.provider == "wavlm_fast":
-        model = accelerate(model)
+        model = accelerate(model.eval(), keep_originals=not args.free_originals)
     call = measure.forward(model, waveform)
     with use_backend(args.backend) if args.backend else contextlib.nullcontext():
         return _on_gpu(call) if args.device.startswith("cuda") else _on_cpu(call)

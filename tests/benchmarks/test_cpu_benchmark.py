@@ -210,10 +210,11 @@ def test_memory_is_measured_in_processes_of_their_own(bench, monkeypatch):
     asked = []
     monkeypatch.setattr(cpu.memory, "measure", lambda provider, **options: asked.append((provider, options)) or peak)
     ended = bench("--case", "memory")
-    assert [(provider, o["samples"] // 16_000, o["threads"]) for provider, o in asked] == [
-        ("transformers", 120, 1), ("wavlm_fast", 120, 1), ("wavlm_fast", 600, 1)]  # fmt: skip
+    assert [(who, o["keep_originals"], o["samples"] // 16_000, o["threads"]) for who, o in asked] == [
+        ("transformers", True, 120, 1), ("wavlm_fast", True, 120, 1), ("wavlm_fast", False, 120, 1),
+        ("wavlm_fast", True, 600, 1), ("wavlm_fast", False, 600, 1)]  # fmt: skip
     assert ended.found["memory"][2]["peak_bytes"] == 3 * 10**9
-    assert "| wavlm_fast   |      600 |     3.00 |" in ended.out
+    assert "| wavlm_fast, originals freed |      600 |     3.00 |" in ended.out
 
 
 def test_a_filter_that_leaves_nothing(bench, capsys):

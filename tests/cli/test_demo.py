@@ -157,6 +157,8 @@ def test_memory_is_measured_in_fresh_processes(tiny):
     assert long.forward > 4 * short.forward
     ours = memory.measure("wavlm_fast", samples=10 * 16000, **options)
     assert 0 < ours.forward < ours.total
+    freed = memory.measure("wavlm_fast", samples=10 * 16000, keep_originals=False, **options)
+    assert freed.forward < ours.forward  # what is packed is packed before
 
 
 def test_a_memory_process_that_fails_says_so(tmp_path):
