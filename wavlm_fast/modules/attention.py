@@ -25,6 +25,7 @@ from ._steps import (
     prefix_lengths,
     why_not_linear,
 )
+from ._versions import RETURNS_WEIGHTS_UNASKED
 
 
 def understands_rel_bias(module: nn.Module) -> bool:
@@ -65,7 +66,7 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
         return why_not_linear("gru_rel_pos_linear", self.gru_rel_pos_linear)
 
     def _why_not_fused(self) -> str | None:
-        if any(not is_capture(hook) for hook in self._forward_hooks.values()):
+        if RETURNS_WEIGHTS_UNASKED and any(not is_capture(hook) for hook in self._forward_hooks.values()):
             return "a forward hook may read the attention weights"
         return self._why_not_rel_bias()
 
@@ -135,6 +136,7 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
             out, weights = ops.gated_attention(q, k, v, gate, rel_bias, lengths, dropout_p, self.scaling), None
         else:
             out, weights = self._attend_dense(q, k, v, gate, position_bias, attention_mask)
+            weights = weights if output_attentions or RETURNS_WEIGHTS_UNASKED else None
         return linear(self.out_proj, out.flatten(2)), weights, position_bias
 
     def _why_not_rel_bias(self) -> str | None:
