@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "entries.h"
+#include "integers.h"
 #include "norm_act_entry.h"
 #include "packed_conv_entry.h"
 #include "scratch.h"
@@ -23,8 +24,6 @@ using at::Tensor;
 constexpr int64_t kRows = 1024;
 // A thread keeps no more than that from call to call.
 constexpr int64_t kMostKept = 128 << 20;
-
-constexpr int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // n in equal parts of at most kRows, or a little more so that tasks of whole tiles remain.
 int64_t part_of(int64_t n) { return divided_up(divided_up(n, divided_up(n, kRows)), 16) * 16; }

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <vector>
 
+#include "integers.h"
 #include "norm_act_entry.h"
 #include "packed_conv_entry.h"
 #include "scratch.h"
@@ -24,8 +25,6 @@ using at::Tensor;
 constexpr int64_t kPiece = 64;
 // Tasks per thread, so that threads end together.
 constexpr int64_t kTasksPerThread = 6;
-
-constexpr int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // Layer norm and activation after a convolution, where the convolution cannot have them.
 template <class T>

@@ -12,6 +12,7 @@
 
 #include "dispatch.h"
 #include "entries.h"
+#include "integers.h"
 #include "scratch.h"
 
 namespace wavlm_fast {
@@ -90,17 +91,17 @@ namespace {
 // As many query blocks per task as share a copied tile of keys well, fewer when threads would go without work.
 int64_t blocks_per_task(int64_t blocks, int64_t pairs, const GatedAttentionKernels& kernels) {
   const int64_t wanted = kTasksPerThread * at::get_num_threads();
-  const int64_t least = (blocks + kernels.most_blocks - 1) / kernels.most_blocks;
-  const int64_t tasks = std::max((wanted + pairs - 1) / pairs, least);
-  return (blocks + tasks - 1) / tasks;
+  const int64_t least = divided_up(blocks, kernels.most_blocks);
+  const int64_t tasks = std::max(divided_up(wanted, pairs), least);
+  return divided_up(blocks, tasks);
 }
 
 template <class T>
 void run(const GatedAttention<T>& call, GatedAttentionForward<T>* kernel, const GatedAttentionKernels& kernels) {
-  const int64_t blocks = (call.T_ + kernels.queries - 1) / kernels.queries, pairs = call.B * call.H;
+  const int64_t blocks = divided_up(call.T_, kernels.queries), pairs = call.B * call.H;
   if (blocks == 0 || pairs == 0) return;
   const int64_t step = blocks_per_task(blocks, pairs, kernels);
-  const int64_t per_pair = (blocks + step - 1) / step, tasks = pairs * per_pair;
+  const int64_t per_pair = divided_up(blocks, step), tasks = pairs * per_pair;
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
     float* memory = static_cast<float*>(scratch<Scratch::task>(kernels.scratch_size(call.D) * sizeof(float)));

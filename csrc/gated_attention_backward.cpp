@@ -9,6 +9,7 @@
 
 #include "dispatch.h"
 #include "gated_attention_entry.h"
+#include "integers.h"
 #include "scratch.h"
 
 namespace wavlm_fast {
@@ -29,8 +30,8 @@ constexpr int64_t kMostKept = 1 << 22;
 struct Tasks {
   int64_t blocks, parts, pairs;
 
-  Tasks(int64_t B, int64_t T, int64_t H, int64_t queries) : blocks((T + queries - 1) / queries), pairs(B * H) {
-    const int64_t wanted = (kLeastTasks + pairs - 1) / std::max<int64_t>(pairs, 1);
+  Tasks(int64_t B, int64_t T, int64_t H, int64_t queries) : blocks(divided_up(T, queries)), pairs(B * H) {
+    const int64_t wanted = divided_up(kLeastTasks, std::max<int64_t>(pairs, 1));
     parts = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(blocks / kLeastBlocks, 1));
   }
 

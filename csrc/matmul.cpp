@@ -7,6 +7,7 @@
 #include <atomic>
 
 #include "dispatch.h"
+#include "integers.h"
 #include "scratch.h"
 
 namespace wavlm_fast {
@@ -19,8 +20,6 @@ using at::Tensor;
 
 // Tasks per thread, so that threads end together.
 constexpr int64_t kTasksPerThread = 6;
-
-constexpr int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // Tasks are block of rows x range of column groups. Every number is summed by one task, whatever their number.
 void run(const Matmul& call, int64_t rows) {

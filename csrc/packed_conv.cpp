@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "integers.h"
 #include "packed_conv_entry.h"
 #include "scratch.h"
 
@@ -25,8 +26,6 @@ using at::Tensor;
 
 // Tasks per thread, so that threads end together.
 constexpr int64_t kTasksPerThread = 6;
-
-constexpr int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 struct Tasks {
   int64_t frames, per_utterance, groups, group_step, total;

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "integers.h"
 #include "packed_conv_entry.h"
 #include "scratch.h"
 
@@ -124,8 +125,6 @@ int64_t groups(const Tensor& weight) { return weight.size(0) / weight.size(1); }
 int64_t filters_size(const Tensor& weight) {
   return positional_conv_kernels().filters_size(coefficients(weight.size(2)), weight.size(1));
 }
-
-constexpr int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // The rows of a call, cut into passes over the filters; at least so many where there are rows enough.
 struct Passes {

@@ -9,15 +9,14 @@
 #include "activation.h"
 #include "complex_product.h"
 #include "fourier.h"
+#include "tile.h"
 #include "vec.h"
 
 namespace wavlm_fast {
 namespace WAVLM_FAST_ISA {
 namespace {
 
-constexpr std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-
-constexpr std::int64_t width_of(std::int64_t channels) { return (channels + kLanes - 1) / kLanes * kLanes; }
+constexpr std::int64_t width_of(std::int64_t channels) { return rounded_up(channels, kLanes); }
 
 // Spectra of a group's filters: at each root a matrix in panels, row by row the channels that enter. An odd number of
 // cache lines lies between roots: at a power of two all would compete for the same few places of a cache.

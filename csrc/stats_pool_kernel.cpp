@@ -3,6 +3,7 @@
 // chunk's squares, so nothing cancels.
 #include "stats_pool.h"
 
+#include "tile.h"
 #include "vec.h"
 
 namespace wavlm_fast {
@@ -11,8 +12,6 @@ namespace {
 
 // Sums of so many frames stay accurate in float32; between chunks they are kept in float64.
 constexpr std::int64_t kChunk = 32;
-
-constexpr std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
 // F frames from x on. Their rows are read side by side, so that the sums are loaded and stored once for all.
 template <int F, class T>

@@ -16,6 +16,7 @@
 #include <tuple>
 
 #include "dispatch.h"
+#include "integers.h"
 #include "packed_conv_entry.h"
 #include "scratch.h"
 #include "waveform_conv_entry.h"
@@ -31,8 +32,6 @@ using at::Tensor;
 // Frames are summed in parts of this many, whatever the number of threads: the result does not depend on it.
 constexpr int64_t kPart = 4096;
 constexpr int64_t kSpreadFrames = 512;
-
-constexpr int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 template <class T>
 CollectGradient<T>* collect_kernel();

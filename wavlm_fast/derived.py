@@ -7,7 +7,7 @@ was computed from.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -71,6 +71,11 @@ def derived(kind: str, sources: tuple[torch.Tensor, ...], build: Callable[[], An
             for s in sources:
                 free(s)
         return entry.value
+
+
+def concatenated(kind: str, sources: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`torch.cat(sources)`, remembered under `kind`."""
+    return derived(kind, tuple(sources), lambda: torch.cat(tuple(sources)))
 
 
 def _what_is_left(kind: str, sources: tuple[torch.Tensor, ...]) -> Any:

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..derived import derived
+from ..derived import concatenated, derived
 from . import products
 
 
@@ -28,7 +28,7 @@ def encoder_layer(
     native = torch.ops.wavlm_fast_cpu
     pack = lambda: native.pack_conv([weight[:, None] for weight in weights[:3]], False)  # noqa: E731
     qkv = derived("packed qkv", tuple(weights[:3]), pack, replaces=True)
-    qkv_bias = derived("qkv bias", tuple(biases[:3]), lambda: torch.cat(biases[:3]))
+    qkv_bias = concatenated("qkv bias", biases[:3])
     others = [products.pack(weight, lambda weight=weight: weight[:, None], 1, False) for weight in weights[3:]]
     return native.encoder_layer(
         x, rel_bias, key_lengths, [qkv, *others], [qkv_bias, *biases[3:]], gate, norms, eps, scale, activation,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.models.wavlm import modeling_wavlm as hf
 
 from .. import ops
-from ..derived import derived
+from ..derived import concatenated
 from ..ops._define import accumulation_dtype
 from ..ops.gated_attention import bias_rows
 from ._plain import has_hooks, is_capture, same_dtype, why_not_plain
@@ -162,8 +162,8 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
         if self._why_not_qkv() is None:
             weights, biases = tuple(p.weight for p in projections), tuple(p.bias for p in projections)
             if same_dtype(x, *weights, *biases):
-                weight = derived("qkv weight", weights, lambda: torch.cat(weights))
-                bias = derived("qkv bias", biases, lambda: torch.cat(biases))
+                weight = concatenated("qkv weight", weights)
+                bias = concatenated("qkv bias", biases)
                 return ops.linear_act(x, weight, bias).unflatten(-1, (3, *heads)).unbind(2)
         q, k, v = (linear(p, x).unflatten(-1, heads) for p in projections)
         return q, k, v

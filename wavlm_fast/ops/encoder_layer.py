@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..derived import derived
+from ..derived import concatenated
 from . import _check as check
 from ._define import accumulation_dtype, autocast, define, references
 from .add_layer_norm import add_layer_norm
@@ -89,8 +89,8 @@ def _layer(
     linear, position, attention, add_norm = ops
     heads = gate[2].numel()
     normed = F.layer_norm(x, x.shape[-1:], norms[0], norms[1], eps[0]) if norm_first else x
-    weight = derived("qkv weight", tuple(weights[:3]), lambda: torch.cat(weights[:3]))
-    bias = derived("qkv bias", tuple(biases[:3]), lambda: torch.cat(biases[:3]))
+    weight = concatenated("qkv weight", weights[:3])
+    bias = concatenated("qkv bias", biases[:3])
     q, k, v = linear(normed, weight, bias, "none").unflatten(-1, (3, heads, -1)).unbind(2)
     attended = attention(q, k, v, position(normed, *gate), rel_bias, key_lengths, scale).flatten(2)
     attended = linear(attended, weights[3], biases[3], "none")
