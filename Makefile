@@ -1,8 +1,9 @@
 # Every target sets itself up. All that a machine needs is Python 3.10 to 3.13 and, for the C++ kernels, a C++ compiler.
 #
 #   make demo    the main job on a speech clip        make test         lint and every test
-#   make bench   benchmarks                           make test-compat  the tests with transformers 4.57
-#   make bench-cpu      benchmarks against ONNX Runtime and OpenVINO, which are installed for it
+#   make bench   the benchmarks; installs other runtimes to compare with, and leaves its report in results/
+#   make results            the same, and benchmarks/RESULTS.md from it
+#   make test-compat        the tests with transformers 4.57
 #   make lint    ruff                                 make clean        remove everything made here
 #   make test-kernels   the Triton kernels emulated, with races, bounds and unwritten memory checked (Python 3.12 or 3.13)
 #   make test-gpu       the Triton kernels on this machine's GPU
@@ -22,7 +23,7 @@ BUILT_FROM := pyproject.toml setup.py MANIFEST.in constraints-common.txt $(wildc
 # Tests run side by side: one thread each keeps them from waiting for each other.
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(1)/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
-.PHONY: demo test test-compat test-kernels test-gpu bench bench-cpu lint clean
+.PHONY: demo test test-compat test-kernels test-gpu bench results lint clean
 .NOTPARALLEL:
 
 demo: $(VENV)/installed
@@ -53,11 +54,13 @@ test-kernels:
 test-gpu: $(VENV)/installed
 	WAVLM_FAST_TEST_DEVICE=cuda $(VENV)/bin/python -m pytest tests/kernels $(ARGS)
 
-bench: $(VENV)/installed
-	$(VENV)/bin/python -m benchmarks $(ARGS)
+bench: $(VENV)/peers
+	mkdir -p results
+	$(VENV)/bin/wavlm-fast bench --json results/bench.json --report results $(ARGS)
 
-bench-cpu: $(VENV)/peers
-	$(VENV)/bin/python -m benchmarks.cpu $(ARGS)
+results: $(VENV)/peers
+	$(VENV)/bin/wavlm-fast bench --json benchmarks/results.json $(ARGS)
+	$(VENV)/bin/python -m benchmarks.results
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -70,7 +73,7 @@ clean:
 $(VENV)/installed: constraints.txt $(BUILT_FROM)
 	$(call INSTALL,$(VENV),constraints.txt)
 
-# The extra "peers" by its names: as an extra it would build this package again.
+# The extra "bench" by its names: as an extra it would build this package again.
 $(VENV)/peers: $(VENV)/installed
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt onnx onnxruntime openvino
 	touch $@
@@ -98,7 +101,7 @@ define INSTALL
 	if ! $(1)/bin/python -c 'import pip' 2>/dev/null; then $(FIND_PYTHON); "$$python" -m venv --clear $(1); fi; \
 	echo "Installing into $(1) ($$($(1)/bin/python -V)); the first time this takes some minutes."; \
 	$(1)/bin/python -m pip install -q --disable-pip-version-check -c $(2) torch numpy setuptools wheel ninja; \
-	$(1)/bin/python -m pip install -q --disable-pip-version-check -c $(2) --no-build-isolation -e '.[test,bench]'; \
+	$(1)/bin/python -m pip install -q --disable-pip-version-check -c $(2) --no-build-isolation -e '.[test]'; \
 	$(1)/bin/python -c 'import json; r = json.load(open("wavlm_fast/_build.json")); \
 	    print("C++ extension:", r.get("failed") and "not built: " + r["failed"] or "built, " + ", ".join(r["levels"]))'; \
 	touch $(1)/installed

@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the kernels/ folder as `wavlm_fast.kernels`, and the C++ extension `wavlm_fast._C`.
+"""What pyproject.toml cannot say: kernels/ and benchmarks/ as packages of wavlm_fast, and the C++ extension `wavlm_fast._C`.
 
 How csrc/ is built:
 - `csrc/*.cpp` are compiled once, for the baseline of the platform. They hold the checked entries and registrations.
@@ -31,6 +31,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
+FOLDERS = ["wavlm_fast.kernels", "wavlm_fast.benchmarks"]  # wavlm_fast/_folders.py finds them in a checkout
 # Level name -> flags. Order is slowest first, as in csrc/dispatch.h.
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mprefer-vector-width=512"]
 LEVELS = {
@@ -69,8 +70,8 @@ def main() -> None:
         entries = sorted({str(path) for path in Path("csrc").glob("*.cpp")} - set(kernels))
         extensions = [Extension("wavlm_fast._C", entries, depends=kernels, language="c++", optional=True)]
     setup(
-        packages=[*find_packages(include=["wavlm_fast", "wavlm_fast.*"]), "wavlm_fast.kernels"],
-        package_dir={"wavlm_fast.kernels": "kernels"},
+        packages=[*find_packages(include=["wavlm_fast", "wavlm_fast.*"]), *FOLDERS],
+        package_dir={package: package.rpartition(".")[2] for package in FOLDERS},
         package_data={"wavlm_fast": ["_build.json", "data/*"]},
         ext_modules=extensions,
         cmdclass=classes,

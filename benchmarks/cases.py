@@ -1,10 +1,11 @@
-"""What is measured: models with seeded weights, and the utterances that they hear."""
+"""What is measured: models, and the utterances that they hear."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +13,13 @@ from torch import Tensor, nn
 from transformers import WavLMConfig
 from transformers.models.wavlm import modeling_wavlm as hf
 
-from wavlm_fast import accelerate, audio, restore
+from wavlm_fast import accelerate, audio, checkpoint, restore
 from wavlm_fast.sensitive import make_sensitive
 
 from . import flops
 
 Inputs = dict[str, Tensor]
-_SHORT = 30.0  # seconds of audio
+_FRESH = 100.0  # seconds of one utterance from which on every run has a process of its own
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,16 @@ class Spec:
     cls: str = "WavLMModel"
     options: Mapping[str, Any] = field(default_factory=dict)
     output: str = "last_hidden_state"
+    path: str | None = None  # a checkpoint in place of seeded weights
 
     @property
     def config(self) -> WavLMConfig:
-        return WavLMConfig(**self.options)
+        return checkpoint.config(self.path) if self.path else WavLMConfig(**self.options)
 
     def build(self) -> nn.Module:
-        """transformers' own model in float32, with sensitive weights, for inference."""
+        """transformers' own model in float32, for inference; without a checkpoint with sensitive weights."""
+        if self.path:
+            return checkpoint.load(self.path)[0]
         with torch.random.fork_rng(devices=[]):
             model = restore(getattr(hf, self.cls)(self.config))
         return make_sensitive(model).eval()
@@ -50,7 +54,7 @@ _LARGE = {
     "conv_bias": False,
 }
 # Training draws no random numbers, so that two steps do the same work and gradients can be compared.
-_NOTHING_RANDOM = {
+NOTHING_RANDOM = {
     "hidden_dropout": 0.0,
     "activation_dropout": 0.0,
     "attention_dropout": 0.0,
@@ -60,9 +64,12 @@ _NOTHING_RANDOM = {
 }
 MODELS = {
     "base": Spec(),
-    "xvector": Spec("WavLMForXVector", output="embeddings"),
     "large": Spec(options=_LARGE),
-    "train": Spec(options=_NOTHING_RANDOM),
+    "ctc": Spec("WavLMForCTC", output="logits"),
+    "classification": Spec("WavLMForSequenceClassification", output="logits"),
+    "frames": Spec("WavLMForAudioFrameClassification", output="logits"),
+    "xvector": Spec("WavLMForXVector", output="embeddings"),
+    "train": Spec(options=NOTHING_RANDOM),
 }
 
 
@@ -71,72 +78,92 @@ class Case:
     """Some utterances through one of MODELS."""
 
     model: str
-    seconds: tuple[float, ...]  # of each utterance; padded to the longest
+    lengths: tuple[float, ...]  # seconds of each utterance; padded to the longest
+    group: str = "latency"  # what the case tells of
     ragged: str = ""  # what to call lengths that differ
-    train: bool = False  # forward and backward
+    train: bool = False  # forward, backward and optimizer
     stages: bool = False  # where the time of ours goes is measured too
-    alone: bool = False  # a provider at a time, with ours: together they would need too much memory
+    layers: bool = False  # the error at every layer too
+    memory: bool = False  # the peak of a process that runs it too
+    everybody: bool = False  # with the providers that take minutes to set up
+    families: tuple[str, ...] = ()  # only providers of these; empty: all
 
     @property
     def name(self) -> str:
-        return f"{self.model} {self.ragged or f'{len(self.seconds)}x{self.seconds[0]:g}'}"
+        return f"{self.model} {self.ragged or f'{len(self.lengths)}x{self.lengths[0]:g}'}"
+
+    @property
+    def fresh(self) -> bool:
+        """Whether every run has a process of its own: side by side they would take more memory than machines have."""
+        return max(self.lengths) > _FRESH
 
     @property
     def rounds(self) -> int:
         """Timed runs of each provider, unless the user says otherwise."""
-        return 11 if self.audio <= 10 else 7 if self.audio <= _SHORT else 5
-
-    @property
-    def warms_up(self) -> bool:
-        """Whether everybody runs once more between being verified, which takes longer than timing, and being timed."""
-        return self.audio <= _SHORT
+        return 1 if self.fresh else 7 if self.audio <= 10 else 5 if self.audio <= 30 else 3
 
     @property
     def samples(self) -> int:
         """Of the longest utterance."""
-        return int(max(self.seconds) * audio.RATE)
+        return int(max(self.lengths) * audio.RATE)
 
     @property
     def audio(self) -> float:
         """Seconds of audio, padding left out."""
-        return sum(self.seconds)
+        return sum(self.lengths)
 
-    def inputs(self) -> Inputs:
-        """The arguments of a forward."""
-        waveforms = audio.utterances(len(self.seconds), self.samples)
+    def inputs(self, heard: str | Path | None = None) -> Inputs:
+        """The arguments of a forward: speech from a file of the user's, or from the clip of the package."""
+        normalise = checkpoint.source(MODELS[self.model].path).normalise
+        utterances = audio.utterances(len(self.lengths), self.samples, heard)
+        waveforms = torch.cat([checkpoint.prepare(waveform, normalise) for waveform in utterances])
         if not self.ragged:
             return {"input_values": waveforms}
-        lengths = torch.tensor([int(s * audio.RATE) for s in self.seconds])
+        lengths = torch.tensor([int(s * audio.RATE) for s in self.lengths])
         mask = torch.arange(self.samples) < lengths[:, None]
         return {"input_values": waveforms * mask, "attention_mask": mask.long()}
 
     def operations(self) -> dict[str, float]:
         """Of each stage, by the direct algorithm; a training step counts as three forwards."""
         spec = MODELS[self.model]
-        found = flops.forward(spec.config, len(self.seconds), self.samples, spec.cls == "WavLMForXVector")
+        found = flops.forward(spec.config, len(self.lengths), self.samples, spec.cls)
         return {stage: (3 if self.train else 1) * count for stage, count in found.items()}
 
 
-def _of(model: str, batch: int, seconds: float, **options: Any) -> Case:
-    return Case(model, (float(seconds),) * batch, **options)
+def of(model: str, batch: int, length: float, group: str, **options: Any) -> Case:
+    """`batch` utterances of `length` seconds each."""
+    return Case(model, (float(length),) * batch, group, **options)
 
 
-_RAGGED = tuple(float(s) for s in torch.linspace(2, 15, 8).tolist())
-_ALL = (
-    _of("base", 1, 2),
-    _of("base", 1, 10, stages=True),
-    _of("base", 8, 10, stages=True),
-    _of("base", 1, 30),
-    Case("base", _RAGGED, ragged="ragged 8x2-15"),
-    _of("xvector", 1, 10),
-    _of("xvector", 8, 10),
-    _of("train", 4, 5, train=True),
-    _of("large", 1, 10),
-    _of("large", 8, 10),
-    _of("base", 1, 120, alone=True),
-)
-CASES = {case.name: case for case in _ALL}
-QUICK = ("base 1x2", "base 1x10")
+_RAGGED = tuple(float(s) for s in torch.linspace(2, 10, 4).tolist())
+_PLAIN = ("transformers", "wavlm_fast")
+
+
+def _all() -> Iterator[Case]:
+    yield of("base", 1, 2, "latency")
+    yield of("base", 1, 10, "latency", stages=True, layers=True, memory=True, everybody=True)
+    yield of("base", 1, 30, "latency", memory=True)
+    yield of("base", 8, 10, "throughput", stages=True)
+    yield Case("base", _RAGGED, "ragged", ragged="ragged 4x2-10")
+    for batch in (1, 4, 16, 64):
+        yield of("base", batch, 1, "batch", families=_PLAIN)
+    yield of("base", 1, 60, "length", families=_PLAIN)
+    yield of("base", 1, 120, "length", memory=True)
+    yield of("base", 1, 600, "length", memory=True)
+    yield of("large", 1, 10, "latency")
+    for model in ("ctc", "classification", "frames", "xvector"):
+        yield of(model, 1, 10, "classes", families=_PLAIN)
+    yield of("train", 2, 5, "training", train=True)
+
+
+CASES = {case.name: case for case in _all()}
+QUICK = ("base 1x2",)
+
+
+def grid(model: str, batches: list[int], lengths: list[float]) -> dict[str, Case]:
+    """The cases of a user's own batch sizes and seconds."""
+    found = (of(model, b, s, "latency" if b == 1 else "throughput", memory=True) for b in batches for s in lengths)
+    return {case.name: case for case in found}
 
 
 class Output(nn.Module):
@@ -146,20 +173,27 @@ class Output(nn.Module):
         super().__init__()
         self.model, self.output = model, output
 
+    @classmethod
+    def of(cls, model: str) -> Output:
+        """One of MODELS."""
+        return cls(MODELS[model].build(), MODELS[model].output)
+
     def forward(self, input_values: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         return getattr(self.model(input_values, attention_mask=attention_mask), self.output)
 
-    def copy(self, dtype: torch.dtype = torch.float32, fast: bool = False) -> Output:
-        """The same model in another dtype or on our modules; parameters that need not differ are shared."""
+    def copy(self, dtype: torch.dtype = torch.float32, fast: bool = False, **options: Any) -> Output:
+        """The same model in another dtype or on our modules (`options`: of `accelerate`).
+
+        Parameters that need not differ are shared.
+        """
         shared = {id(p): p for p in self.parameters()} if dtype == torch.float32 else {}
         made = copy.deepcopy(self, shared).to(dtype)
-        return accelerate(made) if fast else made
+        return accelerate(made, **options) if fast else made
 
 
 def bound(module: Output, inputs: Inputs) -> Callable[[], Tensor]:
-    """The call that is timed: inference on inputs in the module's dtype."""
-    dtype = next(module.parameters()).dtype
-    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    """The call that is timed: inference on inputs of the module's dtype and device."""
+    inputs = placed(module, inputs)
 
     def call() -> Tensor:
         with torch.inference_mode():
@@ -168,17 +202,28 @@ def bound(module: Output, inputs: Inputs) -> Callable[[], Tensor]:
     return call
 
 
-def bound_step(module: Output, inputs: Inputs) -> Callable[[], Tensor]:
-    """A training step without its optimizer: forward, and backward from a sum with fixed random weights."""
-    dtype, weights = next(module.parameters()).dtype, []
+def placed(module: nn.Module, inputs: Inputs) -> Inputs:
+    """The inputs on the module's device, waveforms in its dtype."""
+    parameter = next(module.parameters())
+    found = {name: value.to(parameter.device) for name, value in inputs.items()}
+    return {name: value.to(parameter.dtype) if value.is_floating_point() else value for name, value in found.items()}
+
+
+def bound_step(module: Output, inputs: Inputs) -> Callable[[], dict[str, Tensor]]:
+    """A training step: forward, backward from a sum with fixed random weights, and an optimizer that sets the weights
+    to what they are, so that every step is the same and yet counts as a change of all of them."""
+    inputs = placed(module, inputs)
+    weights: list[Tensor] = []
     module.train()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, weight_decay=0.0)
 
     def call() -> dict[str, Tensor]:
-        module.zero_grad(set_to_none=True)
-        out = module(inputs["input_values"].to(dtype))
+        optimizer.zero_grad(set_to_none=True)
+        out = module(**inputs)
         if not weights:
-            weights.append(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype))
+            weights.append(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out))
         (out * weights[0]).mean().backward()
+        optimizer.step()
         return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
     return call

@@ -18,14 +18,14 @@ STAGES = (
 )  # fmt: skip
 
 
-def forward(config: WavLMConfig, batch: int, samples: int, head: bool = False) -> dict[str, float]:
+def forward(config: WavLMConfig, batch: int, samples: int, cls: str = "WavLMModel") -> dict[str, float]:
     """Operations of each stage.
 
     Args:
         config: of the model.
         batch: utterances.
         samples: of each, padding included: transformers and ours compute padded frames too.
-        head: whether the x-vector head is on top.
+        cls: transformers' class, which decides what head is on top.
 
     Returns:
         Stage -> operations, for every one of STAGES.
@@ -47,9 +47,20 @@ def forward(config: WavLMConfig, batch: int, samples: int, head: bool = False) -
         "feed-forward out": T * C * config.intermediate_size,
     }
     found |= {stage: config.num_hidden_layers * count for stage, count in layer.items()}
-    if head:
-        found["head"] = _xvector(config, T)
+    found["head"] = _head(config, cls, T)
     return {stage: 2.0 * batch * count for stage, count in found.items()}
+
+
+def _head(config: WavLMConfig, cls: str, T: int) -> int:
+    """Multiplications of what is on top of the encoder for one utterance."""
+    C = config.hidden_size
+    if cls == "WavLMForCTC":
+        return T * C * config.vocab_size
+    if cls == "WavLMForSequenceClassification":
+        return T * C * config.classifier_proj_size + config.classifier_proj_size * config.num_labels
+    if cls == "WavLMForAudioFrameClassification":
+        return T * C * config.num_labels
+    return _xvector(config, T) if cls == "WavLMForXVector" else 0
 
 
 def _xvector(config: WavLMConfig, T: int) -> int:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from wavlm_fast import measure
 from wavlm_fast.backends import cpu
 
-_SIZE, _RUNS = 4096, 6  # of the product that shows what matrix units do
+_SIZE, _GPU_SIZE, _RUNS = 4096, 8192, 6  # of the product that shows what matrix units do
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,11 @@ class Peaks:
         return ("fp32", self.fp32), ("bf16", self.bf16)
 
 
-def peaks() -> Peaks:
+def peaks(device: str = "cpu") -> Peaks:
     """Measure; takes about a second."""
+    if device != "cpu":
+        fp32, bf16 = (_product(dtype, _GPU_SIZE, device) for dtype in (torch.float32, torch.bfloat16))
+        return Peaks(fp32, bf16, "a large product by the vendor's library")
     if cpu.EXTENSION_PROBLEM is not None:
         return Peaks(None, None, f"not measured: {cpu.EXTENSION_PROBLEM}")
     fp32, bf16 = (torch.ops.wavlm_fast_cpu.peak(dtype) for dtype in ("float32", "bfloat16"))
@@ -60,11 +63,6 @@ def _has_matrix_unit() -> bool:
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
-def _product() -> float:
-    a, b = (torch.ones(_SIZE, _SIZE, dtype=torch.bfloat16) for _ in range(2))
-    seconds = []
-    for _ in range(_RUNS):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        seconds.append(time.perf_counter() - start)
-    return 2.0 * _SIZE**3 / min(seconds)
+def _product(dtype: torch.dtype = torch.bfloat16, size: int = _SIZE, device: str = "cpu") -> float:
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    return 2.0 * size**3 / min(measure.interleave({"product": lambda: torch.mm(a, b)}, _RUNS, device)["product"])

@@ -1,4 +1,4 @@
-"""Who runs a model: transformers, the runtimes that people turn to instead, and ours."""
+"""Who runs a model: transformers, what people turn to instead, and ours."""
 
 from __future__ import annotations
 
@@ -15,22 +15,31 @@ from typing import Any
 
 import torch
 
+from wavlm_fast import use_backend
+
+from . import peers
 from .cases import Inputs, Output, bound
 
 Call = Callable[[], Any]
-SINGLE, HALF = torch.float32, torch.bfloat16
-SHORT = {SINGLE: "fp32", HALF: "bf16"}
+SINGLE, HALF, SIXTEEN = torch.float32, torch.bfloat16, torch.float16
+SHORT = {SINGLE: "fp32", HALF: "bf16", SIXTEEN: "fp16"}
 _EXAMPLE_SAMPLES = 16_000  # what exporters trace with; cases have other lengths
+FREED = "originals freed"
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to run, and a folder in which what was exported from it stays for the next case."""
+    """A model to run, where, and a folder in which what was exported from it stays for the next case."""
 
-    module: Output
+    module: Output  # in float32, on the CPU
     inputs: Inputs
     folder: Path
     threads: int
+    device: str = "cpu"
+
+    def copy(self, dtype: torch.dtype, fast: bool = False, **options: Any) -> Output:
+        """The model in `dtype` on the device."""
+        return self.module.copy(dtype, fast, **options).to(self.device)
 
     def exported(self, suffix: str, export: Callable[[Path], None]) -> Path:
         """The exported file, with or without a mask, made at the first call."""
@@ -51,30 +60,35 @@ class Provider:
     """One way to run a model.
 
     `build` gives the call that is timed, on the subject's inputs, with anything that `torch.as_tensor` takes for a
-    result; for training `fast` tells which of the two models it is, and None that it does not train.
+    result. `trains` gives the model for a training step, where there is one.
     """
 
     family: str
     dtype: torch.dtype
     build: Callable[[Subject], Call]
-    fast: bool | None = None
+    trains: Callable[[Subject], Output] | None = None
+    prepare: Callable[[Subject], Any] | None = None  # makes the files that `build` reads
+    packages: tuple[str, ...] = ()  # imported to see whether it can run at all
     note: Callable[[], str] = lambda: ""
+    everywhere: bool = True  # otherwise only in the cases for everybody: setting it up takes minutes
+    dense: bool = True  # attention weights exist as a whole
+    memory: bool = False  # only its memory differs from another provider's
 
     @property
     def ours(self) -> bool:
-        return bool(self.fast)
+        return self.family.startswith(OURS)
 
 
 BASELINE, OURS = "transformers", "wavlm_fast"
 
 
-def providers() -> tuple[dict[str, Provider], dict[str, str]]:
-    """What this machine can run, in the order of the tables, and the reasons why it cannot run the rest."""
+def providers(device: str = "cpu") -> tuple[dict[str, Provider], dict[str, str]]:
+    """What this machine can run on `device`, in the order of the tables, and the reasons why not the rest."""
     found, absent = {}, {}
-    for name, (provider, packages) in _every().items():
-        missing = [p for p in packages if importlib.util.find_spec(p) is None]
-        reason = f"{' and '.join(missing)} not installed (they come with the extra 'peers')" if missing else None
-        for package in packages if reason is None else ():
+    for name, provider in _every(device).items():
+        missing = [p for p in provider.packages if importlib.util.find_spec(p) is None]
+        reason = f"{' and '.join(missing)} not installed (pip install 'wavlm-fast[bench]')" if missing else None
+        for package in provider.packages if reason is None else ():
             try:
                 importlib.import_module(package)
             except Exception as error:  # a broken installation raises what it likes
@@ -83,56 +97,146 @@ def providers() -> tuple[dict[str, Provider], dict[str, str]]:
             found[name] = provider
         else:
             absent[name] = reason
+    if device != "cpu":
+        absent |= dict.fromkeys(("ONNX Runtime fp32", "OpenVINO f32", "OpenVINO bf16"), "runs on the CPU here")
     return found, absent
 
 
-def _every() -> dict[str, tuple[Provider, tuple[str, ...]]]:
-    onnx = ("onnxruntime", "onnx")
+def _every(device: str) -> dict[str, Provider]:
+    return _on_gpu() if device != "cpu" else _on_cpu()
+
+
+def _on_cpu() -> dict[str, Provider]:
+    onnx, openvino = ("onnxruntime", "onnx"), {"prepare": _openvino_file, "packages": ("openvino",)}
     return {
-        "transformers fp32": (Provider(BASELINE, SINGLE, _torch(SINGLE, False), False), ()),
-        "transformers bf16": (Provider(BASELINE, HALF, _torch(HALF, False), False), ()),
-        "ONNX Runtime fp32": (Provider("ONNX Runtime", SINGLE, _onnxruntime), onnx),
-        "OpenVINO f32": (Provider("OpenVINO", SINGLE, _openvino("f32")), ("openvino",)),
-        "OpenVINO bf16": (Provider("OpenVINO", HALF, _openvino("bf16"), note=_openvino_bf16), ("openvino",)),
-        "wavlm_fast fp32": (Provider(OURS, SINGLE, _torch(SINGLE, True), True), ()),
-        "wavlm_fast bf16": (Provider(OURS, HALF, _torch(HALF, True), True), ()),
+        **_eager((SINGLE, HALF)),
+        **_compiled((SINGLE,)),
+        **_attention((SINGLE,)),
+        "ONNX Runtime fp32": Provider("ONNX Runtime", SINGLE, _onnxruntime, prepare=_onnx_file, packages=onnx),
+        "OpenVINO f32": Provider("OpenVINO", SINGLE, _openvino("f32"), **openvino),
+        "OpenVINO bf16": Provider("OpenVINO", HALF, _openvino("bf16"), **openvino, note=_openvino_bf16),
+        **_fast((SINGLE, HALF)),
+        f"{OURS} fp32, {FREED}": Provider(f"{OURS}, {FREED}", SINGLE, _freed, dense=False, memory=True),
     }
 
 
-def _torch(dtype: torch.dtype, fast: bool) -> Callable[[Subject], Call]:
-    return lambda subject: bound(subject.module.copy(dtype, fast), subject.inputs)
+def _on_gpu() -> dict[str, Provider]:
+    return {
+        **_eager((SINGLE, SIXTEEN, HALF)),
+        **_compiled((SIXTEEN, HALF)),
+        **_attention((SIXTEEN, HALF)),
+        **_fast((SINGLE, SIXTEEN, HALF)),
+    }
 
 
-def _onnxruntime(subject: Subject) -> Call:
-    import onnxruntime
+def _eager(dtypes: tuple[torch.dtype, ...]) -> dict[str, Provider]:
+    return {f"{BASELINE} {SHORT[d]}": Provider(BASELINE, d, _torch(d), trains=_trained(d)) for d in dtypes}
+
+
+def _trained(dtype: torch.dtype, fast: bool = False) -> Callable[[Subject], Output] | None:
+    """Half precision does not train without scaled losses or masters of the weights, which are nobody's here."""
+    return (lambda subject: subject.copy(dtype, fast)) if dtype == SINGLE else None
+
+
+def _compiled(dtypes: tuple[torch.dtype, ...]) -> dict[str, Provider]:
+    def build(dtype: torch.dtype) -> Callable[[Subject], Call]:
+        return lambda subject: _run(peers.compiled, subject.copy(dtype), subject)
+
+    family = f"{BASELINE} + compile"
+    return {f"{family} {SHORT[d]}": Provider(family, d, build(d), everywhere=False) for d in dtypes}
+
+
+def _attention(dtypes: tuple[torch.dtype, ...]) -> dict[str, Provider]:
+    """transformers' model around other attention than its own."""
+    forms = {"SDPA, dense bias": (peers.with_sdpa, True), "FlexAttention": (peers.with_flex, False)}
+
+    def build(change: Callable, dtype: torch.dtype) -> Callable[[Subject], Call]:
+        return lambda subject: _run(change, subject.copy(dtype), subject)
+
+    return {
+        f"{name} {SHORT[d]}": Provider(name, d, build(change, d), everywhere=False, dense=dense)
+        for name, (change, dense) in forms.items()
+        for d in dtypes
+    }
+
+
+def _fast(dtypes: tuple[torch.dtype, ...]) -> dict[str, Provider]:
+    found = {
+        f"{OURS} {SHORT[d]}": Provider(OURS, d, _torch(d, True), trains=_trained(d, True), dense=False) for d in dtypes
+    }
+    name = f"{OURS} reference"
+    for dtype in dtypes:
+        found[f"{name} {SHORT[dtype]}"] = Provider(name, dtype, _reference(dtype), everywhere=False, dense=False)
+    return found
+
+
+def _run(change: Callable[[Output], Callable], module: Output, subject: Subject) -> Call:
+    changed = change(module)
+    return bound(changed, subject.inputs)
+
+
+def _torch(dtype: torch.dtype, fast: bool = False) -> Callable[[Subject], Call]:
+    return lambda subject: bound(subject.copy(dtype, fast), subject.inputs)
+
+
+def _reference(dtype: torch.dtype) -> Callable[[Subject], Call]:
+    def build(subject: Subject) -> Call:
+        forward = bound(subject.copy(dtype, True), subject.inputs)
+
+        def call() -> Any:
+            with use_backend("reference"):
+                return forward()
+
+        return call
+
+    return build
+
+
+def _freed(subject: Subject) -> Call:
+    return bound(subject.copy(SINGLE, True, keep_originals=False), subject.inputs)
+
+
+def _onnx_file(subject: Subject) -> Path:
+    names = list(subject.inputs)
+    axes = {name: {0: "batch", 1: "samples"} for name in names} | {"output": {0: "batch"}}
 
     def export(path: Path) -> None:
-        names = list(subject.inputs)
-        axes = {name: {0: "batch", 1: "samples"} for name in names} | {"output": {0: "batch"}}
         # Of torch's two exporters the older makes the graph that ONNX Runtime is faster on.
         torch.onnx.export(
             subject.module, subject.example(), str(path), input_names=names, output_names=["output"],
             dynamic_axes=axes, dynamo=False, opset_version=17,
         )  # fmt: skip
 
+    return subject.exported(".onnx", export)
+
+
+def _onnxruntime(subject: Subject) -> Call:
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = subject.threads, 1
     # While it runs its threads may spin; after that they would take the time of whoever is next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    path = subject.exported(".onnx", export)
+    path = _onnx_file(subject)
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     feeds = {name: value.numpy() for name, value in subject.inputs.items()}
     return lambda: session.run(None, feeds)[0]
 
 
+def _openvino_file(subject: Subject) -> Path:
+    import openvino
+
+    def export(path: Path) -> None:
+        shapes = [openvino.PartialShape([-1, -1])] * len(subject.inputs)
+        model = openvino.convert_model(subject.module, example_input=subject.example(), input=shapes)
+        openvino.save_model(model, str(path), compress_to_fp16=False)
+
+    return subject.exported(".xml", export)
+
+
 def _openvino(precision: str) -> Callable[[Subject], Call]:
     def build(subject: Subject) -> Call:
         import openvino
-
-        def export(path: Path) -> None:
-            shapes = [openvino.PartialShape([-1, -1])] * len(subject.inputs)
-            model = openvino.convert_model(subject.module, example_input=subject.example(), input=shapes)
-            openvino.save_model(model, str(path), compress_to_fp16=False)
 
         options = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -140,7 +244,7 @@ def _openvino(precision: str) -> Callable[[Subject], Call]:
             "INFERENCE_NUM_THREADS": subject.threads,
             "NUM_STREAMS": 1,
         }
-        path = subject.exported(".xml", export)
+        path = _openvino_file(subject)
         request = openvino.Core().compile_model(str(path), "CPU", options).create_infer_request()
         feeds = [value.numpy() for value in subject.inputs.values()]
         return lambda: request.infer(feeds, share_inputs=True, share_outputs=True)[0]

@@ -13,11 +13,13 @@ import torch
 
 from wavlm_fast import measure, memory
 
-from .cases import Case, bound, bound_step
+from . import fresh
+from .cases import MODELS, Case, bound, bound_step
 from .peaks import Peaks
+from .progress import Meter
 from .providers import BASELINE, SHORT, Call, Provider, Subject
-from .stages import Stage, breakdown
-from .verify import Judge
+from .stages import breakdown
+from .verify import Judge, affordable, narrow
 
 _STAGE_ROUNDS, _BRIEF = 7, 8000  # forwards, and samples of one that is nearly nothing but Python
 _SETTLE = 0.02  # seconds in which the idle threads of one runtime stop spinning before another one runs
@@ -28,9 +30,15 @@ class Row:
     """One provider in one case. Without `problem` it has times."""
 
     case: str
+    group: str
+    model: str
+    cls: str
+    batch: int
+    length: float  # seconds of the longest utterance
     provider: str
     family: str
     dtype: str
+    ours: bool
     audio: float  # seconds, of all utterances
     gflop: float  # by the direct algorithm
     error: float | None = None  # largest, relative to the largest value of the truth
@@ -45,20 +53,27 @@ class Row:
     share: float | None = None  # of that peak
     ours_faster: measure.Timing | None = None  # ours in the same dtype over this, round by round
 
+    @classmethod
+    def of(cls, case: Case, name: str, provider: Provider) -> Row:
+        """A row to be filled."""
+        return cls(
+            case.name, case.group, case.model, MODELS[case.model].cls, len(case.lengths), max(case.lengths),
+            name, provider.family, SHORT[provider.dtype], provider.ours,
+            case.audio, sum(case.operations().values()) / 1e9, note=provider.note(),
+        )  # fmt: skip
+
+    def timed(self, times: list[float], peak: float | None) -> None:
+        """Fill in what follows from the seconds of each round, with the machine's peak in operations per second."""
+        self.seconds = measure.Timing.of(times)
+        self.factor = self.audio / self.seconds.median
+        self.gflops = self.gflop / self.seconds.median
+        if peak is not None:
+            self.peak_gflops, self.share = peak / 1e9, self.gflops / (peak / 1e9)
+
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
         timings = {name: getattr(self, name) and getattr(self, name).as_dict() for name in ("seconds", "ours_faster")}
         return {**vars(self), **timings}
-
-
-class Meter:
-    """What a run tells of its progress; this one tells nobody."""
-
-    def doing(self, what: str) -> None:
-        """Name the step that begins."""
-
-    def done(self, seconds: float) -> None:
-        """Some seconds of audio have passed through a model."""
 
 
 def run_case(
@@ -74,73 +89,101 @@ def run_case(
     Args:
         case: what is run.
         subject: its model and inputs.
-        providers: by name; a training step is for those of them that train, in float32. Whoever fails gets a row
-            that says why.
-        peaks: measures the machine's, which is done before and after every timing.
+        providers: by name. Whoever fails gets a row that says why.
+        peaks: measures the machine's, which is done before and after the timing.
         rounds: timed runs of each.
         meter: told of every run.
 
     Yields:
-        A row for each provider, in their order; again, with more in them, whenever some have been timed.
+        A row for each provider, in their order: first empty, then with what was measured.
     """
-    operations = sum(case.operations().values())
-    if case.train:
-        providers = {n: p for n, p in providers.items() if p.fast is not None and p.dtype == torch.float32}
-    rows = {
-        name: Row(case.name, name, p.family, SHORT[p.dtype], case.audio, operations / 1e9, note=p.note())
-        for name, p in providers.items()
-    }
+    rows = {name: Row.of(case, name, p) for name, p in providers.items()}
     yield list(rows.values())
     meter.doing(f"{case.name}: float64")
-    judge = Judge(case, subject.module, subject.inputs)
-    ours: dict[str, Call] = {}  # meets peer after peer
+    judge = Judge(case, subject)
+    calls: dict[str, Call] = {}
+    for name, provider in providers.items():
+        meter.doing(f"{case.name}: {name}")
+        call = _verified(case, rows[name], provider, subject, judge)
+        meter.done(case.audio)
+        if call is not None:
+            calls[name] = call
+    meter.doing(f"{case.name}: timing {len(calls)} providers in turn")
+    before = peaks()
+    between = partial(_between, case, meter)
+    found = measure.interleave(calls, rounds, subject.device, warm_up=case.audio <= 30, between=between)
+    _compare(rows, providers, found)
+    peak = before.best(peaks())
+    for name, times in found.items():
+        rows[name].timed(times, peak.of(providers[name].dtype))
+    yield list(rows.values())
+    calls.clear()
+    memory.give_back_freed()
+
+
+def run_fresh(
+    case: Case, subject: Subject, providers: Mapping[str, Provider], rounds: int, meter: Meter
+) -> Iterator[tuple[list[Row], list[dict[str, Any]]]]:
+    """`run_case` where every run has a process of its own, which tells its peak of memory too.
+
+    Yields:
+        Rows and memory, first without times; again after every round.
+    """
+    rows = {name: Row.of(case, name, p) for name, p in providers.items()}
+    peaks: dict[str, dict[str, Any]] = {}
+    yield list(rows.values()), []
+    meter.doing(f"{case.name}: float64")
+    checked, checker = (case, subject) if affordable(case) else narrow(case, subject)
+    judge = Judge(checked, checker)
     seconds: defaultdict[str, list[float]] = defaultdict(list)
-    for group in _groups(case, providers):
-        calls: dict[str, Call] = {}
-        for name in group:
-            call = ours.get(name)
-            if call is None and rows[name].problem is None:
-                meter.doing(f"{case.name}: {name}")
-                call = _verified(case, rows[name], providers[name], subject, judge)
-                meter.done(case.audio)
-            if call is not None:
-                calls[name] = call
-        ours |= {name: call for name, call in calls.items() if providers[name].ours}
-        meter.doing(f"{case.name}: timing {len(calls)} providers in turn")
-        before = peaks()
-        between = partial(_between, case, subject, meter)
-        found = measure.interleave(calls, rounds, warm_up=case.warms_up, between=between)
-        _compare(rows, providers, found)
-        peak = before.best(peaks())
-        for name, times in found.items():
-            seconds[name] += times
-            _fill(rows[name], seconds[name], peak.of(providers[name].dtype))
-        yield list(rows.values())
-        del calls, call
-        memory.give_back_freed()
-
-
-def _groups(case: Case, providers: Mapping[str, Provider]) -> Iterator[list[str]]:
-    """Who is timed in turn with whom: all with all, or each peer with ours of its dtype."""
-    ours = [name for name, p in providers.items() if p.ours]
-    peers = [name for name in providers if name not in ours]
-    if not case.alone or not peers:
-        yield list(providers)
-        return
-    for peer in peers:
-        yield [peer, *(name for name in ours if providers[name].dtype == providers[peer].dtype)]
+    for index in range(rounds):
+        for name in list(providers) if index % 2 == 0 else list(reversed(providers)):
+            row, provider = rows[name], providers[name]
+            if row.problem is not None:
+                continue
+            meter.doing(f"{case.name}: {name}, in a process of its own")
+            result = fresh.run(case, name, provider, subject)
+            meter.done(case.audio)
+            peaks[name] = fresh.worst(peaks.get(name), fresh.row(case, name, provider, result))
+            if isinstance(result, str):
+                row.problem = f"does not run this case: {result}"
+                continue
+            seconds[name].append(result.seconds)
+            if index == 0:
+                if checked is not case:
+                    row.note = "held against float64 on a narrow model of this length"
+                    result = fresh.run(checked, name, provider, checker)
+                if isinstance(result, str):
+                    _failed(row, provider, result)
+                else:
+                    _judge(row, provider, judge, result.output)
+        timed = {n: s for n, s in seconds.items() if rows[n].problem is None and not providers[n].memory}
+        _compare(rows, providers, timed)
+        for name, times in timed.items():
+            rows[name].timed(times, None)
+        yield [row for row in rows.values() if not providers[row.provider].memory], list(peaks.values())
 
 
 def _verified(case: Case, row: Row, provider: Provider, subject: Subject, judge: Judge) -> Call | None:
     """The provider's call, and in `row` how right it is; None, and in `row` why, if it is not to be timed."""
     try:
-        call = _step(provider, subject) if case.train else provider.build(subject)
+        call = bound_step(provider.trains(subject), subject.inputs) if case.train else provider.build(subject)
         result = call()
     except Exception as error:  # whatever a runtime raises at what it cannot do
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        row.problem = f"does not run this case: {lines[0]}"
-        row.wrong = provider.ours or provider.family == BASELINE
+        _failed(row, provider, lines[0])
         return None
+    _judge(row, provider, judge, result)
+    return None if row.wrong else call
+
+
+def _failed(row: Row, provider: Provider, why: str) -> None:
+    row.problem = f"does not run this case: {why}"
+    row.wrong = provider.ours or provider.family == BASELINE
+
+
+def _judge(row: Row, provider: Provider, judge: Judge, result: Any) -> None:
+    """Fill in the error, and the problem of a result that is wrong."""
     if provider.family == BASELINE:
         judge.note(provider.dtype, result)
     verdict = judge.verdict(provider.dtype, result)
@@ -149,42 +192,41 @@ def _verified(case: Case, row: Row, provider: Provider, subject: Subject, judge:
     if provider.ours and verdict.remark:  # of ours more is asked: outliers must not hide what they do to the rest
         row.problem = f"wrong: {verdict.remark}"
     row.wrong = row.problem is not None
-    return None if row.wrong else call
 
 
-def _step(provider: Provider, subject: Subject) -> Call:
-    return bound_step(subject.module.copy(provider.dtype, bool(provider.fast)), subject.inputs)
-
-
-def _between(case: Case, subject: Subject, meter: Meter) -> None:
+def _between(case: Case, meter: Meter) -> None:
     """Between two runs, off the clock."""
     meter.done(case.audio)
     time.sleep(_SETTLE)
-    if case.train:
-        # As after an optimizer's step: the weights count as new, and whoever packs them must pack them again.
-        with torch.no_grad():
-            for parameter in subject.module.parameters():
-                parameter.mul_(1.0)
 
 
 def _compare(rows: dict[str, Row], providers: Mapping[str, Provider], found: Mapping[str, list[float]]) -> None:
-    """Ours over the others, in the same precision."""
-    for ours in (name for name in found if providers[name].ours):
+    """Ours as users get it over all others, in the same precision."""
+    for ours in (name for name in found if providers[name].ours and providers[name].everywhere):
         for name in found:
-            if not providers[name].ours and providers[name].dtype == providers[ours].dtype:
+            if name != ours and providers[name].dtype == providers[ours].dtype:
                 rows[name].ours_faster = measure.ratio(found[name], found[ours])
 
 
-def _fill(row: Row, times: list[float], peak: float | None) -> None:
-    row.seconds = measure.Timing.of(times)
-    row.factor = row.audio / row.seconds.median
-    row.gflops = row.gflop / row.seconds.median
-    if peak is not None:
-        row.peak_gflops, row.share = peak / 1e9, row.gflops / (peak / 1e9)
-
-
-def run_stages(case: Case, subject: Subject, dtype: torch.dtype) -> list[Stage]:
-    """Where the time of ours goes."""
-    module = subject.module.copy(dtype, fast=True)
+def run_stages(case: Case, subject: Subject, provider: str, dtype: torch.dtype, peak: float | None) -> list[dict[str, Any]]:
+    """Where the time of ours goes: rows for --json, with the machine's peak in GFLOP/s."""
+    module = subject.copy(dtype, fast=True)
     brief = {name: value[:1, :_BRIEF] for name, value in subject.inputs.items()}
-    return breakdown(module, bound(module, subject.inputs), bound(module, brief), case.operations(), _STAGE_ROUNDS)
+    found = breakdown(module, bound(module, subject.inputs), bound(module, brief), case.operations(), _STAGE_ROUNDS)
+    head = {"case": case.name, "provider": provider, "dtype": SHORT[dtype]}
+    return [{**head, **stage.as_dict(), "peak_gflops": peak} for stage in found]
+
+
+def run_layers(case: Case, subject: Subject, providers: Mapping[str, Provider]) -> list[dict[str, Any]]:
+    """The error at every layer, relative to its largest value, of transformers and ours."""
+    waveform = subject.inputs["input_values"]
+    truth = measure.layers(subject.module.copy(torch.float64).model, waveform)
+    rows = []
+    for dtype in dict.fromkeys(p.dtype for p in providers.values()):
+        theirs, ours = (measure.layers(subject.copy(dtype, fast).model, waveform) for fast in (False, True))
+        for layer in measure.compare(theirs, ours, truth):
+            for family, error in ((BASELINE, layer.all.theirs), ("wavlm_fast", layer.all.ours)):
+                head = {"case": case.name, "provider": f"{family} {SHORT[dtype]}", "dtype": SHORT[dtype]}
+                sizes = {"error": error / layer.largest, "allowed": layer.all.allowed / layer.largest}
+                rows.append({**head, "layer": layer.layer, "largest": layer.largest, **sizes})
+    return rows

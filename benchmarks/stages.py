@@ -12,7 +12,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,7 +63,9 @@ class Stage:
     operations: float | None  # None where there is no telling
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For --json."""
+        gflop = None if self.operations is None else self.operations / 1e9
+        return {"stage": self.name, "ops": self.ops, "seconds": self.seconds, "gflop": gflop}
 
 
 class Clock(TorchDispatchMode):

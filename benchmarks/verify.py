@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import WavLMConfig
 
 from wavlm_fast import accelerate, measure, use_backend
 from wavlm_fast.parity import rule
 from wavlm_fast.parity.run_models import allowed_gradients
 
-from .cases import Case, Inputs, Output, bound, bound_step
+from . import flops
+from .cases import MODELS, Case, Inputs, Output, Spec, bound, bound_step
+from .providers import Subject
 
-_DENSE_LIMIT = 4e9  # bytes that transformers' attention weights in float64 may take
+_DENSE_LIMIT = 8e9  # bytes that transformers' attention weights may take
+_EXACT_LIMIT = 4e12  # operations that a truth in float64 may take
 _SAME = 1e-10  # as far as our reference may be from transformers, both in float64
 _CHECKED_SAMPLES = 32_000
+_NARROW = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256,
+           "conv_dim": (64,) * 7}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,15 +35,34 @@ class Verdict:
     remark: str = ""
 
 
+def affordable(case: Case) -> bool:
+    """Whether float64 gets through a case in a minute or so."""
+    return sum(case.operations().values()) <= _EXACT_LIMIT
+
+
+def narrow(case: Case, subject: Subject) -> tuple[Case, Subject]:
+    """The same utterances through a model of few channels and layers, for which float64 is affordable.
+
+    What a length can break is broken there too: an index, a tile at the end, a bias far from the diagonal.
+    """
+    name = f"{case.model}, narrow"
+    spec = MODELS[case.model]
+    MODELS[name] = Spec(spec.cls, {**spec.config.to_diff_dict(), **_NARROW}, spec.output)
+    return replace(case, model=name), replace(subject, module=Output.of(name), folder=subject.folder / "narrow")
+
+
 class Judge:
     """Knows a case's truth, and how far transformers is from it in each dtype: twice that is allowed.
 
     The result of a forward is its output; of a training step, the gradients by parameter.
     """
 
-    def __init__(self, case: Case, module: Output, inputs: Inputs) -> None:
-        self._case, self._module, self._inputs = case, module, inputs
-        self._truth = _gradients(module, torch.float64, inputs) if case.train else _output(module, inputs)
+    def __init__(self, case: Case, subject: Subject) -> None:
+        self._case, self._module, self._inputs = case, subject.module, subject.inputs
+        if case.train:
+            self._truth = _gradients(self._module, torch.float64, self._inputs)
+        else:
+            self._truth = _output(self._module, torch.float64, self._inputs)
         self._usual: dict[torch.dtype, Any] = {}
 
     def note(self, dtype: torch.dtype, result: Any) -> None:
@@ -50,7 +75,7 @@ class Judge:
             if self._case.train:
                 self._usual[dtype] = _gradients(self._module, dtype, self._inputs)
             else:
-                self._usual[dtype] = bound(self._module.copy(dtype), self._inputs)()
+                self._usual[dtype] = _output(self._module, dtype, self._inputs)
         usual, found = self._usual[dtype], _kept(result)
         return _of_gradients(self._module, usual, found, self._truth) if self._case.train else self._of(usual, found)
 
@@ -69,30 +94,35 @@ class Judge:
 
 
 def _kept(result: Any) -> Any:
-    """A runtime may use its buffers again, and so does torch for gradients."""
-    return {k: v.clone() for k, v in result.items()} if isinstance(result, dict) else torch.as_tensor(result).clone()
+    """On the CPU; a runtime may use its buffers again, and so does torch for gradients."""
+    if isinstance(result, dict):
+        return {name: value.detach().cpu().clone() for name, value in result.items()}
+    return torch.as_tensor(result).cpu().clone()
 
 
 def _gradients(module: Output, dtype: torch.dtype, inputs: Inputs) -> dict[str, Tensor]:
     return _kept(bound_step(module.copy(dtype), inputs)())
 
 
-def _output(module: Output, inputs: Inputs) -> Tensor:
-    """transformers in float64; where its attention weights would not fit, our reference, once seen to be equal."""
-    waveforms = inputs["input_values"]
-    exact = module.copy(torch.float64)
-    config = module.model.config
-    frames = waveforms.shape[1] / 320
-    if len(waveforms) * config.num_attention_heads * frames**2 * 4 * 8 <= _DENSE_LIMIT:
-        return bound(exact, inputs)()
+def _output(module: Output, dtype: torch.dtype, inputs: Inputs) -> Tensor:
+    """transformers in `dtype`; where its attention weights would not fit, our reference, once seen to be equal."""
+    plain = module.copy(dtype)
+    if dense_bytes(module.model.config, inputs["input_values"], dtype) <= _DENSE_LIMIT:
+        return bound(plain, inputs)()
     short = {name: value[:1, :_CHECKED_SAMPLES] for name, value in inputs.items()}
+    exact = module.copy(torch.float64)
     expected = bound(exact, short)()
-    accelerate(exact)
     with use_backend("reference"):
-        off = rule.error_of(bound(exact, short)(), expected) / rule.magnitude(expected)
+        off = rule.error_of(bound(accelerate(exact), short)(), expected) / rule.magnitude(expected)
         if not off <= _SAME:
             raise AssertionError(f"our reference in float64 is {off:.1e} from transformers: there is no truth to trust")
-        return bound(exact, inputs)()
+        return bound(accelerate(plain), inputs)()
+
+
+def dense_bytes(config: WavLMConfig, waveforms: Tensor, dtype: torch.dtype) -> float:
+    """About what attention takes where its weights exist as a whole: scores, bias, weights and a copy."""
+    frames = flops.frames(config, waveforms.shape[1])[-1]
+    return 4.0 * len(waveforms) * config.num_attention_heads * frames**2 * dtype.itemsize
 
 
 def _of_gradients(

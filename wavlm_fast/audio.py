@@ -99,9 +99,9 @@ def fit(waveform: torch.Tensor, samples: int) -> torch.Tensor:
     return waveform.repeat(times)[:samples]
 
 
-def utterances(batch: int, samples: int) -> torch.Tensor:
-    """[B, S] of real speech: the clip, shifted from one to the next, repeated to the length."""
-    speech, _ = load(clip())
+def utterances(batch: int, samples: int, path: str | Path | None = None) -> torch.Tensor:
+    """[B, S] of real speech: a file, or the clip, shifted from one to the next, repeated to the length."""
+    speech, _ = load(path or clip())
     return torch.stack([fit(speech.roll(-_SHIFT * index), samples) for index in range(batch)])
 
 

@@ -46,9 +46,9 @@ def load(name: str | None, dtype: torch.dtype = torch.float32, seed: int = 0) ->
         model = make_sensitive(_transformers_model(WavLMConfig()), seed)
         return model.to(dtype).eval(), Source(None, False)
     _quieten()
-    config = _config(name)
+    found = config(name)
     try:
-        model, problems = _plain_class().from_pretrained(name, config=config, output_loading_info=True)
+        model, problems = _plain_class().from_pretrained(name, config=found, output_loading_info=True)
     except Exception as error:  # whatever a broken file makes safetensors, pickle or transformers raise
         raise UserError(f"the WavLM checkpoint {name} cannot be loaded: {_first_line(error)}") from error
     missing = sorted(set(problems["missing_keys"]) - {"masked_spec_embed"})  # only training reads that one
@@ -59,7 +59,16 @@ def load(name: str | None, dtype: torch.dtype = torch.float32, seed: int = 0) ->
     mismatched = [key if isinstance(key, str) else key[0] for key in problems.get("mismatched_keys") or ()]
     if mismatched:
         raise UserError(f"{name} is not the shape that its config.json says, for example {mismatched[0]}")
-    return model.to(dtype).eval(), Source(name, _normalises(name, config))
+    return model.to(dtype).eval(), source(name)
+
+
+def source(name: str | None) -> Source:
+    """What `load` says of a checkpoint, without loading it.
+
+    Raises:
+        UserError: the path or id does not lead to one.
+    """
+    return Source(name, name is not None and _normalises(name, config(name)))
 
 
 def prepare(waveform: torch.Tensor, normalise: bool) -> torch.Tensor:
@@ -98,7 +107,12 @@ def _transformers_model(config: WavLMConfig) -> WavLMModel:
         return _plain_class()(config)
 
 
-def _config(name: str) -> WavLMConfig:
+def config(name: str) -> WavLMConfig:
+    """The configuration of a checkpoint.
+
+    Raises:
+        UserError: the path or id does not lead to one.
+    """
     path = Path(name).expanduser()
     looks_local = (
         os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1 or (os.sep == "\\" and "\\" in name)

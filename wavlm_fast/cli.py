@@ -20,7 +20,7 @@ COMMANDS = {
     "demo": "run transformers' WavLM and ours on real speech: errors against float64, times, memory, what ran where",
     "doctor": "say what is installed, what this machine can do, and what will run where",
     "parity": "prove every op and every model class equal to transformers on this machine",
-    "bench": "time transformers and ours, after verifying both",
+    "bench": "how much faster, how much memory, how equal: ours against transformers and other runtimes",
     "extract": "write the hidden states of audio files",
 }
 _USER_ERROR = 2
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = next((a for a in arguments if a in COMMANDS), None)
     prog = f"wavlm-fast {command}" if command else "wavlm-fast"
     try:
-        args = parser(command).parse_args(arguments)
+        args = parser(command).parse_args(arguments, argparse.Namespace(arguments=arguments))
         current()  # a misspelt WAVLM_FAST_BACKEND is refused before anything is loaded
         status = _module(args.command).run(args)
         sys.stdout.flush()

@@ -56,14 +56,14 @@ def print_table(out: Console, title: str, shown: Table) -> None:
     out.print("\n".join(lines) + "\n", markup=False, soft_wrap=True)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 
@@ -73,7 +73,15 @@ def write_json(target: str, value: Any) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    text = json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
+    write_text(target, json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(target: str, text: str) -> None:
+    """Write a text as `write_json` does.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     if target == "-":
         sys.stdout.write(text)
         return
@@ -83,7 +91,7 @@ def write_json(target: str, value: Any) -> None:
         unfinished.write_text(text)
         unfinished.replace(path)
     except OSError as error:
-        raise UserError(f"the JSON file {target} cannot be written: {error.strerror or error}") from error
+        raise UserError(f"the file {target} cannot be written: {error.strerror or error}") from error
     finally:
         if unfinished.exists():
             unfinished.unlink()
@@ -138,21 +146,23 @@ def device_argument(text: str) -> str:
     return text
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """--model, --dtype, --device and --threads, the same for every subcommand."""
+def add_model_arguments(parser: argparse.ArgumentParser, many_dtypes: bool = False) -> None:
+    """--model, --dtype, --device and --threads, the same for every subcommand; `many_dtypes` for one that runs all."""
     parser.add_argument(
         "--model",
         metavar="PATH_OR_ID",
         help="a WavLM checkpoint: a local folder or a hub id such as microsoft/wavlm-base-plus "
         "(default: the size of WavLM-base with seeded weights that make every part of the model matter)",
     )
-    parser.add_argument(
-        "--dtype",
-        type=dtype_argument,
-        default="float32",
-        metavar="DTYPE",
-        help=f"{', '.join(DTYPES)} (default: float32)",
-    )
+    names = ", ".join(DTYPES)
+    if many_dtypes:
+        parser.add_argument(
+            "--dtype", type=dtype_argument, nargs="+", metavar="DTYPE", help=f"only these of: {names} (default: all)"
+        )
+    else:
+        parser.add_argument(
+            "--dtype", type=dtype_argument, default="float32", metavar="DTYPE", help=f"{names} (default: float32)"
+        )
     parser.add_argument("--device", type=device_argument, default="cpu", help="cpu (default), cuda or cuda:N")
     parser.add_argument("--threads", type=positive_int, metavar="N", help="torch's CPU threads (default: torch's own)")
 

@@ -1,12 +1,10 @@
-"""The Triton kernels, as a package.
+"""The Triton kernels, as a package: the repository's folder kernels/, which installed lies beside this file.
 
-Installed, they lie in the folder beside this file. In a checkout they lie in the repository's folder kernels/, which
-must not be importable by its own name: that name belongs to another package. A module with a `__path__` is a package.
+The folder must not be importable by its own name: that name belongs to another package.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from ._folders import folder
 
-_installed = Path(__file__).with_suffix("")
-__path__ = [str(_installed if _installed.is_dir() else _installed.parent.parent / "kernels")]
+__path__ = [folder(__file__)]

@@ -55,18 +55,30 @@ def measure(
     Raises:
         UserError: the process failed, normally for want of memory.
     """
-    command = [sys.executable, "-m", __name__, provider, str(samples), str(batch), dtype, device]
+    command = [provider, str(samples), str(batch), dtype, device]
     for option, value in (("--audio", audio), ("--model", model), ("--threads", threads), ("--backend", backend)):
         if value is not None:
             command += [f"{option}={value}"]
     command += [] if keep_originals else ["--free-originals"]
+    try:
+        return Peak(**json.loads(in_new_process(__name__, *command)))
+    except UserError as error:
+        raise UserError(f"the process measuring the memory of {provider} {error}") from error
+
+
+def in_new_process(module: str, *arguments: str) -> str:
+    """Run `python -m module` with what this process can import, and return the last line that it prints.
+
+    Raises:
+        UserError: it failed; the message says how it ended.
+    """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"the process measuring the memory of {provider} ended with status {done.returncode}: {last}")
-    return Peak(**json.loads(done.stdout.strip().splitlines()[-1]))
-
+        raise UserError(f"ended with status {done.returncode}: {last}")
+    return done.stdout.strip().splitlines()[-1]
 
 def main() -> None:
     """Measure in this process and print a `Peak` as JSON."""
@@ -96,7 +108,12 @@ def _measure_here(args: argparse.Namespace) -> Peak:
         model = accelerate(model.eval(), keep_originals=not args.free_originals)
     call = measure.forward(model, waveform)
     with use_backend(args.backend) if args.backend else contextlib.nullcontext():
-        return _on_gpu(call) if args.device.startswith("cuda") else _on_cpu(call)
+        return peak_of(call, args.device)
+
+
+def peak_of(call: Callable[[], Any], device: str) -> Peak:
+    """The peak of this process while it makes a call."""
+    return _on_gpu(call) if device.startswith("cuda") else _on_cpu(call)
 
 
 def _on_gpu(call: Callable[[], Any]) -> Peak:

@@ -7,33 +7,36 @@ import pytest
 import torch
 from tiny_models import SIZES
 
-from benchmarks import cases, cpu, peaks
+from wavlm_fast import cli
+from wavlm_fast.benchmarks import cases, peaks, suite
 
 PEAKS = peaks.Peaks(2e11, 4e11, "made up")
-OURS_AND_THEIRS = ("--provider", "transformers", "wavlm_fast")
+OURS_AND_THEIRS = ("--provider", "transformers fp32", "transformers bf16", "wavlm_fast fp32", "wavlm_fast bf16")
 
 
 @pytest.fixture
 def tiny(monkeypatch):
     """Put cases of a tiny model in place of all others: tiny() -> the model `Output`, transformers' own."""
-    random = cases.MODELS["train"].options
     models = {
         "base": cases.Spec(options=SIZES),
+        "ctc": cases.Spec("WavLMForCTC", SIZES, "logits"),
+        "classification": cases.Spec("WavLMForSequenceClassification", SIZES, "logits"),
+        "frames": cases.Spec("WavLMForAudioFrameClassification", SIZES, "logits"),
         "xvector": cases.Spec("WavLMForXVector", SIZES, "embeddings"),
-        "train": cases.Spec(options={**SIZES, **random}),
+        "train": cases.Spec(options={**SIZES, **cases.NOTHING_RANDOM}),
     }
     made = [
-        cases.Case("base", (0.5,), stages=True),
-        cases.Case("base", (0.5, 0.3), ragged="ragged"),
-        cases.Case("xvector", (0.6,)),
-        cases.Case("train", (0.5,), train=True),
-        cases.Case("base", (1.0,), alone=True),
+        cases.of("base", 1, 0.5, "latency", stages=True, layers=True),
+        cases.Case("base", (0.5, 0.3), "ragged", ragged="ragged"),
+        *(cases.of(model, 1, 0.6, "classes") for model in ("ctc", "classification", "frames", "xvector")),
+        cases.of("train", 1, 0.5, "training", train=True),
+        cases.of("base", 1, 1, "length", memory=True),
     ]
     for name, found in (("MODELS", models), ("CASES", {case.name: case for case in made})):
         getattr(cases, name).clear()
         getattr(cases, name).update(found)
-    monkeypatch.setattr(cpu, "peaks", lambda: PEAKS)
-    return lambda name="base": cases.Output(models[name].build(), models[name].output)
+    monkeypatch.setattr(suite, "peaks", lambda device: PEAKS)
+    return lambda name="base": cases.Output.of(name)
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +70,8 @@ def bench(tiny, capsys, tmp_path):
 
     def call(*arguments, only=OURS_AND_THEIRS):
         path = tmp_path / "found.json"
-        status = cpu.main(["--threads", "1", "--rounds", "5", "--json", str(path), *only, *arguments])
+        path.unlink(missing_ok=True)
+        status = cli.main(["bench", "--threads", "1", "--rounds", "5", "--json", str(path), *only, *arguments])
         said = capsys.readouterr()
         return Ended(status, said.out, said.err, json.loads(path.read_text()) if path.exists() else {})
 

@@ -5,19 +5,28 @@ import torch
 from tiny_models import SIZES
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import cases, flops
+from wavlm_fast.benchmarks import cases, flops
 
 LARGE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
 
 
-@pytest.mark.parametrize("cls", ["WavLMModel", "WavLMForXVector"])
+@pytest.mark.parametrize(
+    "cls",
+    [
+        "WavLMModel",
+        "WavLMForCTC",
+        "WavLMForSequenceClassification",
+        "WavLMForAudioFrameClassification",
+        "WavLMForXVector",
+    ],
+)
 @pytest.mark.parametrize("form", [{}, LARGE], ids=["base", "large"])
 def test_the_formula_counts_what_torch_counts(cls, form):
     spec = cases.Spec(cls, {**SIZES, **form})
     batch, samples = 3, 9000
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         spec.build()(torch.randn(batch, samples))
-    found = flops.forward(spec.config, batch, samples, head=cls == "WavLMForXVector")
+    found = flops.forward(spec.config, batch, samples, cls)
     assert sum(found.values()) == counter.get_total_flops()
     assert list(found) == list(flops.STAGES)
     if cls == "WavLMModel":

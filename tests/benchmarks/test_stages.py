@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from wavlm_fast.benchmarks.providers import Subject
 
-from benchmarks import cases, flops, rounds, stages
-from benchmarks.providers import Subject
+from wavlm_fast.benchmarks import cases, flops, rounds, stages
 
 
 @pytest.fixture
@@ -21,16 +21,16 @@ def op(name, namespace="wavlm_fast"):
 
 def test_breakdown(subject):
     case = cases.CASES["base 1x0.5"]
-    found = {stage.name: stage for stage in rounds.run_stages(case, subject, torch.float32)}
+    found = {row["stage"]: row for row in rounds.run_stages(case, subject, "ours", torch.float32, None)}
     assert list(found)[: len(flops.STAGES) - 1] == [stage for stage in flops.STAGES if stage != "head"]
     assert list(found)[-3:] == [stages.OTHER_OPS, stages.REST, stages.WHOLE]
-    assert found["attention"].ops.startswith("2 gated_attention")
-    assert found["qkv"].ops == "2 linear_act"
-    assert found["feature encoder"].ops == "6 strided_conv"
-    counted = sum(stage.operations or 0 for name, stage in found.items() if name != stages.WHOLE)
-    assert counted == pytest.approx(sum(case.operations().values()))
-    assert found[stages.WHOLE].operations == pytest.approx(counted)
-    assert all(stage.seconds > 0 for name, stage in found.items() if name != stages.REST)
+    assert found["attention"]["ops"].startswith("2 gated_attention")
+    assert found["qkv"]["ops"] == "2 linear_act"
+    assert found["feature encoder"]["ops"] == "6 strided_conv"
+    counted = sum(row["gflop"] or 0 for name, row in found.items() if name != stages.WHOLE)
+    assert counted == pytest.approx(sum(case.operations().values()) / 1e9)
+    assert found[stages.WHOLE]["gflop"] == pytest.approx(counted)
+    assert all(row["seconds"] > 0 for name, row in found.items() if name != stages.REST)
 
 
 def test_no_op_of_ours_is_missed(subject, monkeypatch):
@@ -77,5 +77,5 @@ def test_operations_of_a_stage_that_is_spread_over_ops_are_not_guessed(subject, 
     """Where the work of a stage is in two rows, neither is credited with it."""
     monkeypatch.setattr(stages.Clock, "stage", lambda self, op, args: "qkv" if op.is_view else "qkv + gate")
     case = cases.CASES["base 1x0.5"]
-    found = {stage.name: stage for stage in rounds.run_stages(case, subject, torch.float32)}
-    assert found["qkv"].operations is found["qkv + gate"].operations is None
+    found = {row["stage"]: row for row in rounds.run_stages(case, subject, "ours", torch.float32, None)}
+    assert found["qkv"]["gflop"] is found["qkv + gate"]["gflop"] is None

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.cpu` times only what is right, and keeps all that it measured."""
+"""`wavlm-fast bench` times only what is right, and keeps all that it measured."""
 
 import dataclasses
 import importlib.util
@@ -6,8 +6,8 @@ import importlib.util
 import pytest
 import torch
 
-from benchmarks import cases, cpu, peaks, providers, rounds, verify
 from wavlm_fast import use_backend
+from wavlm_fast.benchmarks import cases, fresh, peaks, providers, rounds, suite, verify
 
 THEIRS, OURS = "transformers fp32", "wavlm_fast fp32"
 
@@ -19,7 +19,7 @@ def with_provider(monkeypatch):
     def put(name, build, like=THEIRS, **changes):
         found, absent = providers.providers()
         found[name] = dataclasses.replace(found[like], build=build, **changes)
-        monkeypatch.setattr(cpu, "providers", lambda: (found, absent))
+        monkeypatch.setattr(suite, "providers", lambda device: (found, absent))
 
     return put
 
@@ -53,8 +53,12 @@ def test_rows(bench):
         assert row["share"] == pytest.approx(row["gflops"] / row["peak_gflops"])
         assert 0 < row["error"] <= row["allowed"]
         assert bool(row["ours_faster"]) == provider.startswith("transformers")
+        assert row["ours"] == provider.startswith("wavlm_fast")
+        assert row["batch"] == 1
+        assert row["length"] == audio
+        assert row["cls"] == ("WavLMModel" if row["model"] == "base" else "WavLMForXVector")
     about = ended.found
-    assert about["command"].startswith("python -m benchmarks.cpu --threads 1 --rounds 5 ")
+    assert about["command"].startswith("wavlm-fast bench --threads 1 --rounds 5 ")
     assert about["threads"] == 1
     assert about["machine"]
     assert about["date"]
@@ -65,7 +69,7 @@ def test_rows(bench):
 def test_the_better_peak_counts(bench, monkeypatch):
     """Another process may have had a core while one of them was measured."""
     found = [peaks.Peaks(1e11, None, "made up"), peaks.Peaks(3e11, None, "made up"), peaks.Peaks(2e11, None, "made up")]
-    monkeypatch.setattr(cpu, "peaks", lambda: found.pop(0))
+    monkeypatch.setattr(suite, "peaks", lambda device: found.pop(0))
     ended = bench("--case", "xvector 1x0.6")
     assert ended.found["peaks"] == {"fp32": 3e11, "bf16": None, "how": "made up"}
     assert ended.rows["xvector 1x0.6", OURS]["peak_gflops"] == 300
@@ -145,14 +149,71 @@ def test_absent_providers_are_listed_with_the_reason(bench, monkeypatch):
     assert f"OpenVINO bf16 is left out: {reason}" in ended.out
 
 
-def test_long_cases_meet_ours_peer_by_peer(bench, with_provider, monkeypatch):
-    """With the truth of our own reference, where transformers' float64 takes too much memory."""
-    monkeypatch.setattr(verify, "_DENSE_LIMIT", 0)
-    with_provider("transformers again", off_by(0), family="another")
-    ended = bench("--case", "base 1x1")
+@pytest.fixture
+def processes(monkeypatch):
+    """Runs in processes of their own, made in this one; who ran on how many layers."""
+    ran = []
+
+    def run(case, name, provider, subject):
+        ran.append((name, case.model))
+        if name == "transformers bf16":
+            return "the process ended with status -9: no message"
+        result = torch.as_tensor(provider.build(subject)()).cpu()
+        return fresh.Result(0.5 if provider.ours else 1.0, fresh.memory.Peak(3 * 10**9, 10**9), result)
+
+    monkeypatch.setattr(fresh, "run", run)
+    return ran
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_long_cases_run_in_processes_of_their_own(bench, processes, monkeypatch, exact):
+    """Held against float64 as they are where that is affordable, and otherwise on a narrow model."""
+    monkeypatch.setattr(cases, "_FRESH", 0.9)
+    if not exact:
+        monkeypatch.setattr(verify, "_EXACT_LIMIT", 0)
+        monkeypatch.setattr(verify, "_NARROW", {"hidden_size": 16, "num_hidden_layers": 1})
+    ended = bench("--case", "base 1x1", "--rounds", "5")
     assert ended.status == 0, ended
-    rounds_of = {name: row["seconds"]["rounds"] for (_, name), row in ended.rows.items()}
-    assert rounds_of == {THEIRS: 5, "transformers bf16": 5, "transformers again": 5, OURS: 10, "wavlm_fast bf16": 5}
+    ours, theirs, failed = (ended.rows["base 1x1", name] for name in (OURS, THEIRS, "transformers bf16"))
+    assert ours["seconds"]["rounds"] == 5
+    assert theirs["ours_faster"]["median"] == 2
+    assert 0 < ours["error"] <= ours["allowed"]
+    assert failed["problem"] == "does not run this case: the process ended with status -9: no message"
+    assert not failed["wrong"]
+    assert {model for _, model in processes} == ({"base"} if exact else {"base", "base, narrow"})
+    assert ("narrow model" in ours["note"]) != exact
+    peaks = {row["provider"]: row for row in ended.found["memory"]}
+    assert peaks[OURS]["peak_bytes"] == 3 * 10**9
+    assert peaks["transformers bf16"]["peak_bytes"] is None
+
+
+def test_a_wrong_provider_gets_no_time_in_a_process_of_its_own(bench, processes, with_provider, monkeypatch):
+    monkeypatch.setattr(cases, "_FRESH", 0.9)
+    with_provider("transformers off", off_by(1e-3), family="another")
+    row = bench("--case", "base 1x1").rows["base 1x1", "transformers off"]
+    assert row["wrong"]
+    assert row["seconds"] is row["ours_faster"] is None
+
+
+def test_who_needs_more_memory_than_there_is_does_not_start(tiny, monkeypatch):
+    monkeypatch.setattr(fresh, "installed", lambda: 1000)
+    case = cases.CASES["base 1x1"]
+    subject = providers.Subject(tiny(), case.inputs(), None, 1)
+    found = fresh.run(case, THEIRS, providers.providers()[0][THEIRS], subject)
+    assert found.startswith("needs about 0 GB for attention weights, this machine has ")
+
+
+def test_a_process_of_its_own(tiny, tmp_path):
+    """For real, on our model with freed originals and on theirs: the same output as in this process."""
+    case = cases.CASES["base 1x0.5"]
+    subject = providers.Subject(tiny(), case.inputs(), tmp_path, 1)
+    there = providers.providers()[0]
+    expected = cases.bound(tiny(), case.inputs())()
+    for name in ("transformers fp32", "wavlm_fast fp32, originals freed"):
+        found = fresh.run(case, name, there[name], subject)
+        torch.testing.assert_close(found.output, expected, atol=1e-3, rtol=1e-4)
+        assert found.seconds > 0
+        assert found.peak.total > found.peak.forward >= 0
 
 
 def test_no_truth_without_a_reference_that_equals_transformers(tiny, monkeypatch):
@@ -167,7 +228,7 @@ def test_no_truth_without_a_reference_that_equals_transformers(tiny, monkeypatch
 
 
 def test_interruption_keeps_what_was_measured(bench, monkeypatch):
-    right = cpu.run_case
+    right = suite.run_case
 
     def run_case(case, *rest):
         found = right(case, *rest)
@@ -176,7 +237,7 @@ def test_interruption_keeps_what_was_measured(bench, monkeypatch):
             raise KeyboardInterrupt
         yield from found
 
-    monkeypatch.setattr(cpu, "run_case", run_case)
+    monkeypatch.setattr(suite, "run_case", run_case)
     ended = bench("--case", "base 1x0.5", "xvector 1x0.6")
     assert ended.status == 130
     assert ended.rows["base 1x0.5", OURS]["seconds"]
@@ -205,20 +266,71 @@ def test_markdown_holds_the_summary(bench, tmp_path):
     assert "base 1x0.5, ours in bf16, stage by stage" in text
 
 
-def test_memory_is_measured_in_processes_of_their_own(bench, monkeypatch):
-    peak = cpu.memory.Peak(3 * 10**9, 10**9)
-    asked = []
-    monkeypatch.setattr(cpu.memory, "measure", lambda provider, **options: asked.append((provider, options)) or peak)
-    ended = bench("--case", "memory")
-    assert [(who, o["keep_originals"], o["samples"] // 16_000, o["threads"]) for who, o in asked] == [
-        ("transformers", True, 120, 1), ("wavlm_fast", True, 120, 1), ("wavlm_fast", False, 120, 1),
-        ("wavlm_fast", True, 600, 1), ("wavlm_fast", False, 600, 1)]  # fmt: skip
-    assert ended.found["memory"][2]["peak_bytes"] == 3 * 10**9
-    assert "| wavlm_fast, originals freed |      600 |     3.00 |" in ended.out
+def test_memory_is_measured_where_a_case_asks_for_it(bench, processes):
+    ended = bench("--case", "base 1x1", "base 1x0.5", only=("--provider", "wavlm_fast fp32"))
+    assert {(row["provider"], row["audio"]) for row in ended.found["memory"]} == {
+        (OURS, 1.0), ("wavlm_fast fp32, originals freed", 1.0)}  # fmt: skip
+    assert processes == [(OURS, "base"), ("wavlm_fast fp32, originals freed", "base")]
 
 
-def test_a_filter_that_leaves_nothing(bench, capsys):
-    assert bench("--filter", "opera").status == 2
+def test_errors_at_every_layer(bench):
+    ended = bench("--case", "base 1x0.5")
+    found = ended.found["layers"]
+    assert {row["provider"] for row in found} == {THEIRS, OURS, "transformers bf16", "wavlm_fast bf16"}
+    names = [row["layer"] for row in found if row["provider"] == OURS]
+    assert names == ["conv features", "embedding", "layer 1", "layer 2", "output"]
+    assert all(0 < row["error"] <= row["allowed"] for row in found)
+
+
+def test_stages_of_ours(bench):
+    ended = bench("--case", "base 1x0.5")
+    assert {row["provider"] for row in ended.found["stages"]} == {OURS, "wavlm_fast bf16"}
+    assert ended.found["stages"][-1]["stage"] == "in one piece"
+
+
+def test_the_classes(bench):
+    ended = bench("--filter", "1x0.6")
+    assert ended.status == 0, ended
+    assert {row["cls"] for row in ended.found["rows"]} == {
+        "WavLMForCTC", "WavLMForSequenceClassification", "WavLMForAudioFrameClassification", "WavLMForXVector",
+    }  # fmt: skip
+    assert all(row["seconds"] for row in ended.found["rows"])
+
+
+def test_every_output_of_a_run_is_written(bench, tmp_path):
+    csv, page = tmp_path / "found.csv", tmp_path / "page"
+    ended = bench("--case", "base 1x0.5", "--csv", str(csv), "--report", str(page))
+    assert ended.status == 0, ended
+    kinds = {line.partition(",")[0] for line in csv.read_text().splitlines()[1:]}
+    assert {"rows", "stages", "layers"} <= kinds
+    assert "<svg" in (page / "index.html").read_text()
+
+
+def test_own_cases_and_audio(bench, tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    heard = tmp_path / "heard.wav"
+    soundfile.write(heard, torch.rand(8000).numpy() - 0.5, 16_000)
+    only = ("--provider", "transformers fp32", "wavlm_fast fp32")
+    ended = bench("--batch", "1", "2", "--seconds", "0.3", "--audio", str(heard), only=only)
+    assert {case for case, _ in ended.rows} == {"base 1x0.3", "base 2x0.3"}
+    assert ended.found["audio"] == str(heard)
+    assert ended.rows["base 2x0.3", THEIRS]["error"] != ended.rows["base 1x0.3", THEIRS]["error"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--filter", "opera"), "no case's name contains 'opera'"),
+        (("--case", "opera"), "a case of base 1x0.5, "),
+        (("--provider", "opera"), "no provider is left"),
+        (("--csv", "/nowhere/found.csv"), "the file /nowhere/found.csv cannot be written"),
+    ],
+)
+def test_refusals_come_before_anything_runs(bench, monkeypatch, arguments, sentence):
+    monkeypatch.setattr(suite, "_run", lambda *args: pytest.fail("it ran"))
+    ended = bench(*arguments, only=())
+    assert ended.status == 2
+    assert sentence in ended.err
 
 
 @pytest.mark.parametrize("name", ["ONNX Runtime fp32", "OpenVINO f32", "OpenVINO bf16"])

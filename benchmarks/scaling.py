@@ -1,0 +1,48 @@
+"""How cost grows with the length of the audio and with the batch: exponents fitted to what was measured."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+_FEWEST = 3  # points of a fit
+_UNEVEN = ("ragged", "training", "op")  # groups whose cases differ in more than batch and length
+
+
+def exponent(points: Iterable[tuple[float, float]]) -> float:
+    """The slope of the straight line through the points' logarithms, by least squares: y grows as x to this power."""
+    logs = [(math.log(x), math.log(y)) for x, y in points]
+    x_mean, y_mean = (sum(column) / len(logs) for column in zip(*logs, strict=True))
+    return sum((x - x_mean) * (y - y_mean) for x, y in logs) / sum((x - x_mean) ** 2 for x, _ in logs)
+
+
+def scaling(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows for --json: of each provider, time against length and batch, and memory of a forward against length.
+
+    Args:
+        found: a document with "rows" and "memory".
+    """
+    points: defaultdict[tuple, dict[float, float]] = defaultdict(dict)
+    for row in found["rows"]:
+        if row["seconds"] is None or row["group"] in _UNEVEN or row["cls"] != "WavLMModel":
+            continue
+        who = row["model"], row["provider"], row["dtype"]
+        took = row["seconds"]["median"]
+        if row["batch"] == 1:
+            points[(*who, "length", "seconds", 1)][row["length"]] = took
+        points[(*who, "batch", "seconds", row["length"])][row["batch"]] = took
+    for row in found["memory"]:
+        if row["forward_bytes"] and row["batch"] == 1:
+            points["", row["provider"], row["dtype"], "length", "memory", 1][row["audio"]] = row["forward_bytes"]
+    return [
+        _row(provider, dtype, along, quantity, sorted(at.items()))
+        for (_, provider, dtype, along, quantity, _), at in points.items()
+        if len(at) >= _FEWEST
+    ]
+
+
+def _row(provider: str, dtype: str, along: str, quantity: str, points: list[tuple[float, float]]) -> dict[str, Any]:
+    head = {"provider": provider, "dtype": dtype, "along": along, "quantity": quantity}
+    return {**head, "points": points, "exponent": exponent(points), "local": exponent(points[-2:])}
