@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: kernels/ and benchmarks/ as packages of wavlm_fast, and the C++ extension `wavlm_fast._C`.
+"""What pyproject.toml cannot say: folders that are packages of wavlm_fast, and the C++ extension `wavlm_fast._C`.
 
 How csrc/ is built:
 - `csrc/*.cpp` are compiled once, for the baseline of the platform. They hold the checked entries and registrations.

@@ -208,7 +208,9 @@ def _compare(rows: dict[str, Row], providers: Mapping[str, Provider], found: Map
                 rows[name].ours_faster = measure.ratio(found[name], found[ours])
 
 
-def run_stages(case: Case, subject: Subject, provider: str, dtype: torch.dtype, peak: float | None) -> list[dict[str, Any]]:
+def run_stages(
+    case: Case, subject: Subject, provider: str, dtype: torch.dtype, peak: float | None
+) -> list[dict[str, Any]]:
     """Where the time of ours goes: rows for --json, with the machine's peak in GFLOP/s."""
     module = subject.copy(dtype, fast=True)
     brief = {name: value[:1, :_BRIEF] for name, value in subject.inputs.items()}

@@ -146,14 +146,15 @@ def selected(args: argparse.Namespace) -> list[Case | OpCase]:
     Raises:
         UserError: there is no such case, or the filter leaves nothing.
     """
-    if args.model or args.batch or args.seconds:
+    own = bool(args.model or args.batch or args.seconds)
+    if own:
         if args.model:
             MODELS[_OWN] = Spec(path=args.model)
         there = grid(_OWN if args.model else "base", args.batch or [1, 8], args.seconds or [2.0, 10.0, 30.0])
     else:
         there = dict(CASES)
     of_ops = {case.name: case for case in ops.op_cases("base", 1, 10.0)}
-    asked = args.case or (there if args.model or args.batch or args.seconds else QUICK if args.quick else [*there, "ops"])
+    asked = args.case or (there if own else QUICK if args.quick else [*there, "ops"])
     unknown = [name for name in asked if name not in there and name not in of_ops and name != "ops"]
     if unknown:
         raise UserError(f"a case of {', '.join(there)}, ops is wanted, got {unknown[0]!r}")
@@ -180,7 +181,9 @@ def _asked(args: argparse.Namespace, name: str, provider: Provider) -> bool:
     )
 
 
-def _run(cases: Sequence[Case | OpCase], available: dict[str, Provider], args: argparse.Namespace, found: Found) -> None:
+def _run(
+    cases: Sequence[Case | OpCase], available: dict[str, Provider], args: argparse.Namespace, found: Found
+) -> None:
     whole = [case for case in cases if isinstance(case, Case)]
     rounds = {c.name: args.rounds or (5 if args.quick else c.rounds) for c in whole}
     with tempfile.TemporaryDirectory() as folder, bar(sum(_runs(c, rounds[c.name], available) for c in whole)) as meter:
