@@ -1,3 +1,0 @@
-def compiled(m): return m
-def with_sdpa(m): return m
-def with_flex(m): return m
