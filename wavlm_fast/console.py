@@ -56,14 +56,14 @@ def print_table(out: Console, title: str, shown: Table) -> None:
     out.print("\n".join(lines) + "\n", markup=False, soft_wrap=True)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 
@@ -73,17 +73,25 @@ def write_json(target: str, value: Any) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    text = json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
+    text = json.dumps(finite(value), indent=1, allow_nan=False) + "\n"
     if target == "-":
         sys.stdout.write(text)
         return
-    path = Path(target)
+    write_file(Path(target), text, "JSON file")
+
+
+def write_file(path: Path, text: str, kind: str) -> None:
+    """Write a file, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written; the sentence calls it by its kind.
+    """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        unfinished.write_text(text)
+        unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(path)
     except OSError as error:
-        raise UserError(f"the JSON file {target} cannot be written: {error.strerror or error}") from error
+        raise UserError(f"the {kind} {path} cannot be written: {error.strerror or error}") from error
     finally:
         if unfinished.exists():
             unfinished.unlink()
