@@ -85,7 +85,7 @@ def page(found: Found) -> str:
     """The page as text."""
     found = console.finite(found)
     drawn, missing = _drawn(plots(found))
-    shown = tables.sections(found)
+    shown = [section for section in tables.sections(found) if section.tables or section.key in drawn]
     facts = "".join(f"<dt>{html.escape(what)}</dt><dd>{html.escape(text)}</dd>\n" for what, text in tables.about(found))
     links = " ".join(f'<a href="#{section.key}">{html.escape(section.heading)}</a>' for section in shown)
     device = found.get("device") or "cpu"

@@ -28,7 +28,7 @@ def markdown(found: Found) -> str:
     found = console.finite(found)
     about = "".join(f"- {in_markdown(what)}: {in_markdown(text)}\n" for what, text in tables.about(found))
     parts = [_FIRST_LINE, "# Results", about.strip() or "Nothing was measured."]
-    for section in tables.sections(found):
+    for section in (section for section in tables.sections(found) if section.tables):
         parts += [f"## {section.heading}", in_markdown(section.method)]
         parts += [table.markdown().strip() for table in section.tables]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -98,8 +98,8 @@ def read(path: Path) -> Found:
         raise UserError(f"the results {path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise UserError(f"the results {path} are no JSON: {error}") from error
-    if not isinstance(found, dict) or "rows" not in found:
-        raise UserError(f'the results {path} are not what `wavlm-fast bench --json` writes: there is no "rows"')
+    if not isinstance(found, dict) or not isinstance(found.get("rows"), list):
+        raise UserError(f'the results {path} are not what `wavlm-fast bench --json` writes: there is no list "rows"')
     return found
 
 

@@ -239,9 +239,9 @@ class Section:
 
 
 def sections(found: Found) -> list[Section]:
-    """Everything that a run found, in the order that people read it; nothing that it did not measure."""
+    """Everything that a run found, in the order that people read it; sections of what it did not measure are empty."""
     rows, memory, stages = (entries(found, name) for name in ("rows", "memory", "stages"))
-    made = [
+    return [
         Section("gains", "What ours gains", of_gains(found)),
         Section("speed", "Case by case", summaries(found)),
         Section("scaling", "Cost against audio length and batch", of_scaling(entries(found, "scaling"))),
@@ -251,7 +251,6 @@ def sections(found: Found) -> list[Section]:
         Section("ops", "Single ops", of_ops(rows)),
         Section("cases", "Every measurement", [of_case(group) for group in split(rows, "case")]),
     ]
-    return [section for section in made if section.tables]
 
 
 def about(found: Found) -> list[tuple[str, str]]:
