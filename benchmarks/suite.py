@@ -92,10 +92,6 @@ class Found:
         """A case, as far as it came."""
         self.rows += rows
         self.show(tables.of_case(rows))
-        for row in rows:
-            for remark in filter(None, (row["problem"], row["note"])):
-                self.say(f"{row['provider']}: {remark}")
-        self.say("")
 
     def show(self, table: tables.Table) -> None:
         table.show(self.out)
@@ -277,15 +273,13 @@ def _finish(found: Found, args: argparse.Namespace) -> None:
     document = found.as_dict()
     if document["memory"]:
         found.show(tables.of_memory(document["memory"]))
-    if document["scaling"]:
-        found.show(tables.of_scaling(document["scaling"]))
-    for table in tables.summaries(document):
+    for table in (*tables.of_scaling(document["scaling"]), *tables.summaries(document), *tables.of_gains(document)):
         found.show(table)
     if args.json:
         console.write_json(args.json, document)
     if args.csv:
-        console.write_text(args.csv, tables.csv_rows(document))
+        console.write_file(Path(args.csv), tables.csv_rows(document), "CSV file")
     if args.markdown:
-        console.write_text(args.markdown, results.markdown(document))
+        console.write_file(Path(args.markdown), results.markdown(document), "Markdown file")
     if args.report:
         found.say(f"the report is {report.write_report(document, Path(args.report))}")

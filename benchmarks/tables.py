@@ -1,132 +1,321 @@
-"""Measurements as tables, for the terminal and in Markdown."""
+"""Which tables the document of a run makes, the same for terminal, Markdown and HTML; and all of it as CSV."""
 
 from __future__ import annotations
 
-import re
+import csv
+import io
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-
-from rich.console import Console
+from dataclasses import dataclass
+from typing import Any
 
 from wavlm_fast import console
 
-from .cases import CASES, Case
-from .peaks import Peaks
-from .providers import BASELINE, OURS
-from .rounds import Row
-from .stages import WHOLE, Stage
+from .document import (
+    OP,
+    SWEEPS,
+    Found,
+    Row,
+    bare,
+    entries,
+    gains,
+    is_ours,
+    label,
+    median,
+    number,
+    peers,
+    split,
+    title_of,
+)
+from .providers import BASELINE
+from .stages import WHOLE
+from .table import NONE, Table, as_error, as_gb, as_share, digits, figure, spread
+
+PLAIN = ("latency", "throughput", "long")  # groups of cases that batch and length tell apart
+_MOST_COLUMNS = 8  # of cases side by side, that a page is wide enough
 
 
-@dataclass
-class Table:
-    """Cells of text under a title."""
+def of_case(rows: Sequence[Row]) -> Table:
+    """One case, a provider a row; what kept a provider from being timed, and other remarks, below."""
+    unit, scale = ("ms", 1e3) if max((median(r, "seconds") or 0 for r in rows), default=0) < 0.1 else ("seconds", 1.0)
+    figures = (unit, "10-90 %", "rounds", "x real time", "GFLOP/s", "of peak", "ours is", "10-90 %")
+    table = Table(_title(rows[0]), ("provider", "error", "allowed", *figures))
 
-    title: str
-    columns: tuple[str, ...]
-    rows: list[tuple[str, ...]] = field(default_factory=list)
-    text: int = 1  # how many columns at the left are text
+    def time(seconds: float) -> str:
+        return digits(scale * seconds)
 
-    def show(self, out: Console) -> None:
-        shown = console.table(*self.columns, text=self.text)
-        for row in self.rows:
-            shown.add_row(*row)
-        console.print_table(out, self.title, shown)
-
-    def markdown(self) -> str:
-        rule = ["---" if i < self.text else "---:" for i in range(len(self.columns))]
-        lines = (" | ".join(cells) for cells in (self.columns, rule, *self.rows))
-        return f"{self.title}\n\n" + "".join(f"| {line} |\n" for line in lines)
-
-
-def of_case(case: Case, rows: Sequence[Row]) -> Table:
-    """One case, a provider a row."""
-    many = len(case.seconds)
-    length = f"{min(case.seconds):g} to {max(case.seconds):g}" if case.ragged else f"{case.seconds[0]:g}"
-    kind = ", forward and backward" if case.train else ", padded, with mask" if case.ragged else ""
-    what = f"{many} utterance{'s' if many > 1 else ''} of {length} s{kind}, {rows[0].gflop:.1f} GFLOP"
-    figures = ("seconds", "10-90 %", "x real time", "GFLOP/s", "of peak", "ours is", "10-90 %")
-    table = Table(f"{case.name}: {what}", ("provider", "error", "allowed", *figures))
     for row in rows:
-        verdict = tuple("-" if e is None else f"{e:.1e}" for e in (row.error, row.allowed))
-        if row.seconds is None:
-            table.rows.append((row.provider, *verdict, *["-"] * 7))
-            continue
-        t, faster = row.seconds, row.ours_faster
-        ours = (f"{faster.median:.2f} x", f"{faster.p10:.2f}-{faster.p90:.2f}") if faster else ("", "")
-        times = (f"{t.median:.3f}", f"{t.p10:.3f}-{t.p90:.3f}", f"{row.factor:.1f}", f"{row.gflops:.0f}")
-        table.rows.append((row.provider, *verdict, *times, _percent(row.share), *ours))
-    return table
+        timing, faster = row["seconds"], row["ours_faster"]
+        table.rows.append((
+            row["provider"], as_error(row["error"]), as_error(row["allowed"]),
+            figure(median(row, "seconds"), time), spread(timing, time),
+            figure((timing or {}).get("rounds"), str), figure(row["factor"], "{:.1f}".format),
+            figure(row["gflops"], "{:.0f}".format), as_share(row["share"]),
+            figure(median(row, "ours_faster"), "{:.2f} x".format), spread(faster, "{:.2f}".format),
+        ))  # fmt: skip
+        table.remarks += [f"{row['provider']}: {remark}" for remark in (row["problem"], row["note"]) if remark]
+    return table.without_empty_columns()
 
 
-def of_stages(case: str, dtype: str, stages: Sequence[Stage], peak_gflops: float | None) -> Table:
-    """Where the time of ours goes in one case."""
+def _title(row: Row) -> str:
+    gflop = figure(row["gflop"], lambda count: f"{digits(count)} GFLOP")
+    if row["group"] == OP:
+        return f"{row['case']}: {gflop}"
+    many = f"{row['batch']} utterance{'s' if row['batch'] > 1 else ''} of"
+    kind = {
+        "ragged": f"up to {row['length']:g} s, padded, with mask",
+        "training": f"{row['length']:g} s, forward, backward and optimizer step",
+    }.get(row["group"], f"{row['length']:g} s")
+    return f"{row['case']}: {row['cls']}, {many} {kind}, {gflop}"
+
+
+def of_stages(rows: Sequence[Row]) -> Table:
+    """Where the time goes in one case of one provider."""
     columns = ("stage", "ops", "ms", "of time", "GFLOP", "GFLOP/s", "of peak")
-    table = Table(f"{case}, ours in {dtype}, stage by stage", columns, text=2)
-    total = sum(s.seconds for s in stages if s.name != WHOLE)
-    for stage in stages:
-        table.rows.append((stage.name, stage.ops, *_rates(stage.seconds, total, stage.operations, peak_gflops)))
+    table = Table(f"{title_of(rows[0]['case'])}, {label(rows[0])}, stage by stage", columns, text=2)
+    total = sum(number(row["seconds"]) or 0 for row in rows if row["stage"] != WHOLE)
+    for row in rows:
+        seconds, gflop = number(row["seconds"]), number(row["gflop"])
+        rate = gflop / seconds if gflop and seconds else None
+        peak = number(row["peak_gflops"])
+        table.rows.append((
+            row["stage"], row["ops"], figure(seconds, lambda s: f"{1e3 * s:.1f}"),
+            as_share(seconds / total if seconds is not None and total else None),
+            figure(gflop or None, "{:.2f}".format), figure(rate, "{:.0f}".format),
+            as_share(rate / peak if rate and peak else None),
+        ))  # fmt: skip
     return table
 
 
-def _rates(seconds: float, total: float, operations: float | None, peak_gflops: float | None) -> tuple[str, ...]:
-    times = (f"{1e3 * seconds:.1f}", _percent(seconds / total))
-    if not operations or not seconds:
-        return (*times, "-", "-", "-")
-    rate = operations / seconds / 1e9
-    return (*times, f"{operations / 1e9:.2f}", f"{rate:.0f}", _percent(rate / peak_gflops if peak_gflops else None))
-
-
-def of_memory(found: Iterable[dict]) -> Table:
+def of_memory(rows: Sequence[Row]) -> Table:
     """Peak memory of a process that runs one forward."""
-    table = Table(
-        "Peak memory of a process, WavLM-base, fp32", ("provider", "audio, s", "peak, GB", "forward alone, GB")
-    )
-    for row in found:
-        sizes = (row["peak_bytes"], row["forward_bytes"])
-        cells = ["-" if size is None else f"{size / 1e9:.2f}" for size in sizes]
-        table.rows.append((row["provider"], f"{row['audio']:g}", *cells))
+    columns = ("provider", "utterances", "of, s", "peak, GB", "forward alone, GB")
+    table = Table("Peak memory of a fresh process that runs one forward", columns)
+    for row in rows:
+        sizes = (as_gb(row["peak_bytes"]), as_gb(row["forward_bytes"]))
+        table.rows.append((label(row), f"{row['batch']}", f"{row['audio']:g}", *sizes))
+    for same in split((row for row in rows if row["problem"]), "provider", "dtype", "problem"):
+        sizes = ", ".join(title_of(f"{row['batch']}x{row['audio']:g}") for row in same)
+        table.remarks.append(f"{label(same[0])}, {sizes}: {same[0]['problem']}")
     return table
 
 
-def summaries(rows: Sequence[Row]) -> list[Table]:
-    """What the README shows: a column per case, a row per figure of ours."""
-    names = list(dict.fromkeys(row.case for row in rows))
-    plain = [n for n in names if CASES[n].model == "base" and not CASES[n].ragged]
-    plain.sort(key=lambda n: (max(CASES[n].seconds), len(CASES[n].seconds)))
-    groups = (("WavLM-base", plain, True), ("Others", [n for n in names if n not in plain], False))
-    return [_summary(title, cases, rows, short) for title, cases, short in groups if cases]
+def of_scaling(rows: Sequence[Row]) -> list[Table]:
+    """Time and memory against audio length and batch, a table of each, with the exponents of fitted powers."""
+    units = {"length": ("audio length", "{:g} s"), "batch": ("batch", "×{:g}")}
+    quantities = {"seconds": ("Seconds of one forward", digits), "memory": ("Peak memory, GB,", as_gb)}
+    tables = []
+    for group in split(rows, "along", "quantity"):
+        (along, head), (quantity, write) = units[group[0]["along"]], quantities[group[0]["quantity"]]
+        ends = sorted({x for row in group for x, _ in row["points"]})
+        columns = ("provider", *map(head.format, ends), "exponent", "of the last two")
+        table = Table(f"{quantity} against {along}", columns)
+        for row in group:
+            points = dict(row["points"])
+            exponents = (figure(row[name], "{:.2f}".format) for name in ("exponent", "local"))
+            table.rows.append((label(row), *(figure(points.get(x), write) for x in ends), *exponents))
+        tables.append(table)
+    return tables
 
 
-def _summary(title: str, cases: Sequence[str], rows: Sequence[Row], short: bool) -> Table:
-    heads = (re.sub(r"(\d)x(\d)", r"\1×\2", name.partition(" ")[2] if short else name) + " s" for name in cases)
-    table = Table("", (title, *heads))
-    found = {(row.case, row.provider): row for row in rows}
-    providers = list(dict.fromkeys(row.provider for row in rows))
-    dtypes = {row.provider: row.dtype for row in rows}
-    ours = [p for p in providers if p.startswith(OURS)]
+def of_layers(rows: Sequence[Row]) -> list[Table]:
+    """max |x - truth| at every layer, a table for each case and dtype."""
+    tables = []
+    for group in split(rows, "case", "dtype"):
+        found = {(row["layer"], row["provider"]): row for row in group}
+        names = list(dict.fromkeys(row["provider"] for row in group))
+        title = f"{title_of(group[0]['case'])} in {group[0]['dtype']}: max |x - truth| and max |truth| of each layer"
+        table = Table(title, ("layer", "largest value", *names, "allowed"))
+        for same in split(group, "layer"):
+            layer = same[0]["layer"]
+            errors = (as_error(found.get((layer, name), {}).get("error")) for name in names)
+            allowed = max((a for row in same if (a := number(row["allowed"])) is not None), default=None)
+            table.rows.append((layer, figure(same[0]["largest"], "{:.3g}".format), *errors, as_error(allowed)))
+        tables.append(table.without_empty_columns())
+    return tables
 
-    def add(label: str, providers: Iterable[str], cell: Callable[[Row], str]) -> None:
+
+def of_ops(rows: Sequence[Row]) -> list[Table]:
+    """Single ops, a row for each and dtype: ours, and over whom how many times as fast."""
+    rows = [row for row in rows if row["group"] == OP]
+    others = list(dict.fromkeys(bare(name) for name in peers(rows)))
+    figures = ("error", "ms", "GFLOP/s", "of peak", *(f"over {name}" for name in others))
+    table = Table("Ours in single ops, and how many times as fast as others", ("op", "dtype", *figures), text=2)
+    for group in split(rows, "case", "dtype"):
+        ours = next(filter(is_ours, group), {})
+        faster = {bare(row["provider"]): median(row, "ours_faster") for row in group if not is_ours(row)}
+        figures = (
+            as_error(ours.get("error")), figure(median(ours, "seconds"), lambda s: digits(1e3 * s)),
+            figure(ours.get("gflops"), "{:.0f}".format), as_share(ours.get("share")),
+        )  # fmt: skip
+        over = (figure(faster.get(name), "{:.2f}".format) for name in others)
+        table.rows.append((title_of(group[0]["case"].removeprefix(f"{OP} ")), group[0]["dtype"], *figures, *over))
+    return [table.without_empty_columns()] if rows else []
+
+
+def of_gains(found: Found) -> list[Table]:
+    """What ours gains over everybody: the answer in one table."""
+    speed, memory = ("cases", "times as fast", "least", "most"), ("its memory, GB", "ours, GB", "on audio of")
+    table = Table("Ours over each of the others", ("over", *speed, "its error", "ours", *memory))
+    for gain in gains(found):
+        theirs, ours = gain.memory or ({}, {})
+        on = title_of(f"{theirs['batch']}x{theirs['audio']:g}") if theirs else NONE
+        ratios = (f"{x:.2f}" for x in (gain.median, min(gain.faster), max(gain.faster)))
+        sizes = (as_gb(theirs.get("peak_bytes")), as_gb(ours.get("peak_bytes")))
+        errors = (as_error(gain.error), as_error(gain.our_error))
+        table.rows.append((gain.peer, f"{len(gain.faster)}", *ratios, *errors, *sizes, on))
+    return [table.without_empty_columns()] if table.rows else []
+
+
+def summaries(found: Found) -> list[Table]:
+    """What the README shows: a column per case, a row per figure of ours; sweeps and ops have tables of their own."""
+    rows = [row for row in entries(found, "rows") if row["group"] not in (OP, *SWEEPS)]
+    plain = sorted((r for r in rows if r["group"] in PLAIN), key=lambda row: (row["length"], row["batch"]))
+    tables = []
+    for group in split(plain, "model", "cls"):
+        title = f"{group[0]['cls'].removesuffix('Model')}-{group[0]['model']}"
+        tables += _summary(title, group, lambda row: title_of(f"{row['batch']}x{row['length']:g}"))
+    others = [row for row in rows if row["group"] not in PLAIN]
+    return tables + _summary("Other classes, padded batches, training", others, lambda row: title_of(row["case"]))
+
+
+def _summary(title: str, rows: Sequence[Row], head: Callable[[Row], str]) -> list[Table]:
+    heads = {row["case"]: head(row) for row in rows}
+    cases = list(heads)
+    parts = [cases[i : i + _MOST_COLUMNS] for i in range(0, len(cases), _MOST_COLUMNS)]
+    return [_of_cases(title, {case: heads[case] for case in part}, rows) for part in parts]
+
+
+def _of_cases(title: str, heads: dict[str, str], rows: Sequence[Row]) -> Table:
+    rows = [row for row in rows if row["case"] in heads]
+    table = Table(title, ("", *heads.values()))
+    found = {(row["case"], row["provider"]): row for row in rows}
+    dtypes = {row["provider"]: row["dtype"] for row in rows}
+    ours = list(dict.fromkeys(row["provider"] for row in rows if is_ours(row)))
+    eager = list(dict.fromkeys(row["provider"] for row in rows if row["family"] == BASELINE))
+
+    def add(text: str, providers: Iterable[str], cell: Callable[[Row], str]) -> None:
         for provider in providers:
-            cells = [cell(found[name, provider]) if (name, provider) in found else "" for name in cases]
-            if any(cells):
-                table.rows.append((label.format(provider, dtypes[provider]), *cells))
+            cells = [cell(found[case, provider]) if (case, provider) in found else NONE for case in heads]
+            if any(c != NONE for c in cells):
+                shown = ("" if c == NONE else c for c in cells)
+                table.rows.append((text.format(provider, dtypes[provider]), *shown))
 
-    peers = [p for p in providers if p not in ours]
-    eager = [p for p in peers if p.startswith(BASELINE)]
-    add("{1} over {0}", peers, lambda r: f"{r.ours_faster.median:.2f}" if r.ours_faster else "")
-    add("{0}, seconds of audio per second", ours, lambda r: f"{r.factor:.1f}" if r.factor else "")
-    add("{0}, share of the {1} peak", ours, lambda r: _percent(r.share) if r.share else "")
-    add("{0}, error", [*eager, *ours], lambda r: "" if r.error is None else f"{r.error:.1e}")
+    add("{1} over {0}", peers(rows), lambda r: figure(median(r, "ours_faster"), "{:.2f}".format))
+    add("{0}, seconds of audio per second", ours, lambda r: figure(r["factor"], "{:.1f}".format))
+    add("{0}, share of the {1} peak", ours, lambda r: as_share(r["share"]))
+    add("{0}, error", [*eager, *ours], lambda r: as_error(r["error"]))
     return table
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.0f} %"
+_METHOD = {
+    "gains": "Ratios are of runs side by side, in the same precision; a case counts where both were right and timed. "
+    "Errors are the largest over these cases, max |x - truth| / max |truth| with the truth computed in float64.",
+    "speed": "“fp32 over X” is how many times as fast ours is as X on the same input and threads: the median of the "
+    "ratios of runs side by side. A gap: X was wrong, or does not run the case. The share of the peak counts the "
+    "products of the direct algorithm; an algorithm with fewer of them may pass 100 %.",
+    "scaling": "The exponent is that of a power of the length or the batch, fitted to all points (dotted in plots) "
+    "and to the last two: 1 is cost in proportion, 2 with the square.",
+    "memory": "The most that a process of its own held at any time, Python, libraries, weights and all; and how much "
+    "of it the forward alone added.",
+    "stages": "The ops of one forward, timed one by one. “In one piece” is the forward as everybody runs it. The peak "
+    "is this machine's, measured.",
+    "layers": "Allowed is twice the error of transformers in the same dtype, and a few roundings.",
+    "cases": "“Ours is” how many times as fast in the same dtype. Who is off by more than is allowed gets no time; the "
+    "reason stands below the table.",
+}
 
 
-def head(machine: str, threads: int, versions: dict[str, str], peaks: Peaks) -> str:
+@dataclass(frozen=True)
+class Section:
+    """Tables under one heading, and how their figures came about; `key` is what plots are filed under."""
+
+    key: str
+    heading: str
+    tables: list[Table]
+
+    @property
+    def method(self) -> str:
+        return _METHOD.get(self.key, "")
+
+
+def sections(found: Found) -> list[Section]:
+    """Everything that a run found, in the order that people read it; sections of what it did not measure are empty."""
+    rows, memory, stages = (entries(found, name) for name in ("rows", "memory", "stages"))
+    return [
+        Section("gains", "What ours gains", of_gains(found)),
+        Section("speed", "Case by case", summaries(found)),
+        Section("scaling", "Cost against audio length and batch", of_scaling(entries(found, "scaling"))),
+        Section("memory", "Memory", [of_memory(memory)] if memory else []),
+        Section("stages", "Where the time goes", [of_stages(g) for g in split(stages, "case", "provider", "dtype")]),
+        Section("layers", "Error by layer", of_layers(entries(found, "layers"))),
+        Section("ops", "Single ops", of_ops(rows)),
+        Section("cases", "Every measurement", [of_case(group) for group in split(rows, "case")]),
+    ]
+
+
+def about(found: Found) -> list[tuple[str, str]]:
+    """Where the figures come from: (what, text)."""
+    versions = found.get("versions") or {}
+    named = {name: version for name, version in versions.items() if version}
+    device, features = found.get("device") or "cpu", found.get("features") or ()
+    facts = {
+        "command": found.get("command"),
+        "date": found.get("date"),
+        "machine": ", ".join(filter(None, (found.get("machine"), *features))),
+        "device": "" if device == "cpu" else device,
+        "threads": f"{found['threads']}" if found.get("threads") else "",
+        "peaks": _peaks(found.get("peaks") or {}),
+        "versions": ", ".join(f"{name} {version}" for name, version in named.items()),
+        "environment": " ".join(f"{name}={value}" for name, value in (found.get("environment") or {}).items()),
+        "weights": found.get("model") or "seeded, such that every part of the model matters",
+        "audio": found.get("audio"),
+    }
+    absent = [(f"without {name}", reason) for name, reason in (found.get("absent") or {}).items()]
+    return [(name, text) for name, text in [*facts.items(), *absent] if text]
+
+
+def _peaks(peaks: dict[str, Any]) -> str:
+    figures = (f"{name} {figure(peaks.get(name), lambda p: f'{p / 1e9:.0f} GFLOP/s')}" for name in ("fp32", "bf16"))
+    return f"{', '.join(figures)} ({peaks['how']})" if peaks.get("how") else ""
+
+
+def head(found: Found) -> str:
     """One paragraph on where the figures come from."""
     shown = ("python", "torch", "transformers", "onnxruntime", "openvino")
+    versions = found.get("versions") or {}
     # OpenVINO's name of itself holds its commit and branch.
-    found = ", ".join(f"{name} {versions[name].partition('-')[0]}" for name in shown if versions.get(name))
-    return f"{machine}, {threads} threads; {found}. Measured peaks: {peaks}."
+    named = ", ".join(f"{name} {versions[name].partition('-')[0]}" for name in shown if versions.get(name))
+    where = found["machine"] if found.get("device", "cpu") == "cpu" else f"{found['device']}, {found['machine']}"
+    return f"{where}, {found['threads']} threads; {named}. Measured peaks: {_peaks(found.get('peaks') or {}) or NONE}."
+
+
+_KINDS = {"rows": "case", "stages": "stage", "layers": "layer", "memory": "memory", "scaling": "scaling"}
+_TIMINGS, _PARTS = ("seconds", "ours_faster"), ("median", "p10", "p90", "rounds")
+
+
+def csv_rows(found: Found) -> str:
+    """Every measurement as a line of CSV: its kind, then the columns of all kinds, empty where a kind lacks one."""
+    lines = [
+        {"kind": kind, **line}
+        for name, kind in _KINDS.items()
+        for row in entries(console.finite(found), name)
+        for line in (_points(row) if kind == "scaling" else [_flat(row) if kind == "case" else row])
+    ]
+    columns = list(dict.fromkeys(column for line in lines for column in line)) or ["kind"]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return out.getvalue()
+
+
+def _flat(row: Row) -> Row:
+    """A case's row with its timings as columns of their own."""
+    flat = {name: value for name, value in row.items() if name not in _TIMINGS}
+    timings = {(name, part): (row[name] or {}).get(part) for name in _TIMINGS for part in _PARTS}
+    return flat | {f"{name}_{part}": value for (name, part), value in timings.items()}
+
+
+def _points(row: Row) -> list[Row]:
+    rest = {name: value for name, value in row.items() if name != "points"}
+    return [{**rest, "x": x, "y": y} for x, y in row["points"]]
