@@ -252,6 +252,31 @@ def _case(op: str, name: str, build: Build, **more: Any) -> Case:
     return Case(op, name, build, **more)
 
 
+_BUILDERS: dict[str, Callable[..., Build]] = {
+    "feature_encoder": stack,
+    "waveform_conv": _waveform,
+    "strided_conv": _strided,
+    "positional_conv": _positional,
+    "linear_act": _linear,
+    "add_layer_norm": _norm,
+    "position_gate": _gate,
+    "gated_attention": _attention,
+    "encoder_layer": layer,
+    "tdnn": _tdnn,
+    "stats_pool": _pool,
+}
+
+
+def case_of(op: str, name: str, *sizes: Any, **options: Any) -> Case:
+    """A case of other sizes than those of CASES.
+
+    Args:
+        op, name: identify it; equal names have equal random numbers.
+        sizes, options: what the builder of the op's cases takes.
+    """
+    return _case(op, name, _BUILDERS[op](*sizes, **options))
+
+
 _WIDE_NORM = frozenset({"norm_weight", "norm_bias"})
 _BOTH = {"upstream": (0, 1)}
 

@@ -58,10 +58,10 @@ def encoder_layer_of(parts: _Parts) -> Callable[..., Tensor]:
         def linear(i: int, x: Tensor, act: str = "none") -> Tensor:
             return parts["linear_act"](x, weights[i], biases[i], act)
 
-        def add_norm(x: Tensor, residual: Tensor, i: int) -> Tensor:
+        def add_norm(x: Tensor, residual: Tensor | None, i: int) -> Tensor:
             return parts["add_layer_norm"](x, residual, norms[2 * i], norms[2 * i + 1], eps[i], False)[1]
 
-        entered = add_norm(x, torch.zeros_like(x), 0) if norm_first else x
+        entered = add_norm(x, None, 0) if norm_first else x
         q, k, v = (linear(i, entered).unflatten(-1, (gate[2].numel(), -1)) for i in range(3))
         gates = parts["position_gate"](entered, *gate)
         attended = parts["gated_attention"](q, k, v, gates, rel_bias, key_lengths, 0.0, None, scale)[0]

@@ -86,9 +86,9 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tens
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, keep_sum: bool
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, keep_sum: bool
 ) -> tuple[Tensor, Tensor]:
-    total = x + residual
+    total = x if residual is None else x + residual
     return total if keep_sum else x.new_empty(0), _affine(_standardise(total, -1, eps), weight, bias)
 
 

@@ -81,9 +81,9 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tens
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, keep_sum: bool
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, keep_sum: bool
 ) -> tuple[Tensor, Tensor]:
-    total = residual + x
+    total = x if residual is None else residual + x
     return total if keep_sum else x.new_empty(0), F.layer_norm(total, (total.shape[-1],), weight, bias, eps)
 
 
@@ -106,24 +106,56 @@ def gated_attention(
     seed: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    batch, frames, heads, width = q.shape
+    batch, frames, heads, _ = q.shape
     gate, rel_bias = _low(q.dtype, gate, rel_bias)
-    mask = (gate[..., None] * toeplitz(rel_bias)).view(batch * heads, frames, frames)
+    kept = None
+    if dropout_p:
+        kept = kept_weights(seed.item(), batch, heads, frames, dropout_p).view(-1, frames, frames)
+        kept = kept.to(q.device, q.dtype) / (1 - dropout_p)
     empty = torch.zeros(batch, dtype=torch.bool, device=q.device)
     if key_lengths is not None:
         empty = key_lengths == 0
-        past = torch.arange(frames, device=q.device) >= torch.where(empty, frames, key_lengths)[:, None]
+        key_lengths = torch.where(empty, frames, key_lengths)
+    out, scores, _ = attend(q, k, v, gate, toeplitz(rel_bias), key_lengths, scale, kept)
+    lse = scores.logsumexp(-1).view(batch, heads, frames).masked_fill(empty[:, None, None], -math.inf)
+    return out.masked_fill(empty[:, None, None, None], 0), lse
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    bias: Tensor,
+    key_lengths: Tensor | None,
+    scale: float,
+    kept: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What transformers and torch's `multi_head_attention_forward` compute between the projections.
+
+    Args:
+        q, k, v: `[B, T, H, D]`.
+        gate: `[B, H, T]`.
+        bias: dense, `[H, T, T]` or `[B, H, T, T]`.
+        key_lengths: `[B]` integers from 1, or None.
+        scale: of the scores.
+        kept: factors of the weights, `[B·H, T, T]`, or None.
+
+    Returns:
+        `[B, T, H, D]`, not contiguous; the scores and the weights, `[B·H, T, T]`.
+    """
+    batch, frames, heads, width = q.shape
+    mask = (gate[..., None] * bias).view(batch * heads, frames, frames)
+    if key_lengths is not None:
+        past = torch.arange(frames, device=q.device) >= key_lengths[:, None]
         past = past[:, None, None].expand(-1, heads, -1, -1).reshape(batch * heads, 1, frames)
         mask = mask + torch.zeros_like(past, dtype=q.dtype).masked_fill_(past, -math.inf)
     q, k, v = (x.transpose(1, 2).reshape(batch * heads, frames, width) for x in (q, k, v))
     scores = torch.baddbmm(mask, q * scale, k.transpose(-2, -1))
     weights = F.softmax(scores, dim=-1)
-    if dropout_p:
-        kept = kept_weights(seed.item(), batch, heads, frames, dropout_p).view(-1, frames, frames)
-        weights = weights * kept.to(q.device, q.dtype) / (1 - dropout_p)
-    out = torch.bmm(weights, v).view(batch, heads, frames, width).transpose(1, 2)
-    lse = scores.logsumexp(-1).view(batch, heads, frames).masked_fill(empty[:, None, None], -math.inf)
-    return out.masked_fill(empty[:, None, None, None], 0), lse
+    if kept is not None:
+        weights = weights * kept
+    return torch.bmm(weights, v).view(batch, heads, frames, width).transpose(1, 2), scores, weights
 
 
 def tdnn(x: Tensor, weight: Tensor, bias: Tensor | None, kernel_size: int, dilation: int, act: str) -> Tensor:

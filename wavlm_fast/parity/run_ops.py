@@ -24,7 +24,7 @@ def _attention(*args: Any) -> tuple[Tensor, Tensor]:
     return torch.ops.wavlm_fast.gated_attention(*args)
 
 
-_FRONTS: dict[str, Callable[..., Any]] = {
+FRONTS: dict[str, Callable[..., Any]] = {
     "waveform_conv": lambda x, w, b, stride, norm, nw, nb, eps, act: ops.waveform_conv(
         x, w, b, stride=stride, norm=norm, norm_weight=nw, norm_bias=nb, eps=eps, activation=act
     ),
@@ -67,7 +67,7 @@ def _is_leaf(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _rounded(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+def rounded(case: Case, dtype: torch.dtype) -> dict[str, Any]:
     """The inputs as the dtype holds them, on the CPU."""
     wide = torch.promote_types(dtype, torch.float32)
     return {
@@ -76,7 +76,7 @@ def _rounded(case: Case, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _evaluate(
+def evaluate(
     case: Case, function: Callable[..., Any], leaves: dict[str, Any], upstream: list[Tensor] | None
 ) -> tuple[Named, Named]:
     """Outputs, and gradients with respect to every floating leaf when `upstream` gradients are given."""
@@ -95,28 +95,36 @@ def _evaluate(
     return named, {f"d{k}": torch.zeros_like(v) if g is None else g for (k, v), g in pairs}
 
 
-def _upstream(case: Case, outputs: Named, dtype: torch.dtype) -> list[Tensor]:
+def upstream_of(case: Case, outputs: Named, dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     shapes = [list(outputs.values())[i].shape for i in case.upstream]
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
 
 
-def _on(leaves: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def moved(leaves: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in leaves.items()}
 
 
 @cache
 def expected(case: Case, dtype: torch.dtype, device: torch.device) -> Expected:
     """Truth in float64 on the CPU, and what the plain path on the device leaves as allowance."""
-    rounded = _rounded(case, dtype)
-    exact = {k: v.double() if _is_leaf(v) else v for k, v in rounded.items()}
-    truth, _ = _evaluate(case, definitions.TABLE[case.op], exact, None)
-    upstream = _upstream(case, truth, dtype) if case.differentiate else None
+    return expect(case, dtype, device, definitions.TABLE[case.op], torch.device("cpu"))
+
+
+def expect(
+    case: Case, dtype: torch.dtype, device: torch.device, meaning: Callable[..., Any], where: torch.device
+) -> Expected:
+    """Truth as `meaning` computes it in float64 on the device `where`, and what the plain path on `device` leaves as
+    allowance; all on the CPU."""
+    leaves = rounded(case, dtype)
+    exact = {k: v.double() if _is_leaf(v) else v for k, v in leaves.items()}
+    there = moved(exact, where)
+    truth, gradients = evaluate(case, meaning, there, None)
+    upstream = upstream_of(case, truth, dtype) if case.differentiate else None
     if upstream is not None:
-        truth, gradients = _evaluate(case, definitions.TABLE[case.op], exact, [g.double() for g in upstream])
-    else:
-        gradients = {}
-    usual, usual_gradients = _evaluate(case, plain.TABLE[case.op], _on(rounded, device), upstream)
+        truth, gradients = evaluate(case, meaning, there, [g.double() for g in upstream])
+    truth, gradients = ({k: v.detach().cpu() for k, v in found.items()} for found in (truth, gradients))
+    usual, usual_gradients = evaluate(case, plain.TABLE[case.op], moved(leaves, device), upstream)
     allowed = {k: allowed_error(usual[k], t, dtype) for k, t in truth.items()}
     allowed_gradients = {
         k: allowed_error(usual_gradients[k], t, dtype, _natural(case, truth, upstream, exact[k[1:]], t, dtype))
@@ -190,13 +198,13 @@ def run_case(case: Case, backend: str, dtype: torch.dtype, device: torch.device)
 def _judge(
     case: Case, backend: str, dtype: torch.dtype, device: torch.device, quantity: str, want: Expected, base: dict
 ) -> Result:
-    upstream = _upstream(case, want.outputs, dtype) if quantity == "gradient" else None
+    upstream = upstream_of(case, want.outputs, dtype) if quantity == "gradient" else None
     truth = want.outputs if upstream is None else want.gradients
     allowed = want.allowed_outputs if upstream is None else want.allowed_gradients
     worst = ("", 0.0, 0.0)
     try:
         for run in (_as_it_is, _poisoned):
-            outputs, gradients = run(case, backend, _on(_rounded(case, dtype), device), upstream)
+            outputs, gradients = run(case, backend, moved(rounded(case, dtype), device), upstream)
             _check_contract(case.op, outputs, dtype)
             found = outputs if upstream is None else gradients
             errors = [(k, error_of(found[k], t), allowed[k]) for k, t in truth.items()]
@@ -225,7 +233,7 @@ def _check_contract(op: str, outputs: Named, dtype: torch.dtype) -> None:
 
 def _as_it_is(case: Case, backend: str, leaves: dict[str, Any], upstream: list[Tensor] | None) -> tuple[Named, Named]:
     with backends.use_backend(backend):
-        return _evaluate(case, _FRONTS[case.op], leaves, upstream)
+        return evaluate(case, FRONTS[case.op], leaves, upstream)
 
 
 def _poisoned(case: Case, backend: str, leaves: dict[str, Any], upstream: list[Tensor] | None) -> tuple[Named, Named]:
