@@ -172,6 +172,7 @@ class Output(nn.Module):
     def __init__(self, model: nn.Module, output: str) -> None:
         super().__init__()
         self.model, self.output = model, output
+        self.train(model.training)
 
     @classmethod
     def of(cls, model: str) -> Output:

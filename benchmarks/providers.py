@@ -170,9 +170,8 @@ def _fast(dtypes: tuple[torch.dtype, ...]) -> dict[str, Provider]:
     return found
 
 
-def _run(change: Callable[[Output], Callable], module: Output, subject: Subject) -> Call:
-    changed = change(module)
-    return bound(changed, subject.inputs)
+def _run(change: Callable[[Output], Output], module: Output, subject: Subject) -> Call:
+    return bound(change(module), subject.inputs)
 
 
 def _torch(dtype: torch.dtype, fast: bool = False) -> Callable[[Subject], Call]:

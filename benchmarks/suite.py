@@ -23,6 +23,7 @@ from wavlm_fast.errors import UserError
 
 from . import fresh, ops, report, results, scaling, tables
 from .cases import CASES, MODELS, QUICK, Case, Output, Spec, grid
+from .op_providers import OpProvider
 from .ops import OpCase
 from .peaks import Peaks, peaks
 from .progress import Meter, bar
@@ -32,7 +33,7 @@ from .rounds import Row, run_case, run_fresh, run_layers, run_stages
 _INTERRUPTED, _WRONG = 130, 1
 _STAGE_RUNS = 16
 _PEERS = ("openvino", "onnxruntime", "onnx")
-_OP_ROUNDS = 11
+_OP_ROUNDS, _OP_BUDGET = 7, 3.0  # seconds
 _OWN = "model"  # what a user's checkpoint is called in the names of cases
 
 
@@ -170,7 +171,7 @@ def writable(args: argparse.Namespace) -> None:
         raise UserError(f"a folder for the report is wanted, {args.report} is a file")
 
 
-def _asked(args: argparse.Namespace, name: str, provider: Provider) -> bool:
+def _asked(args: argparse.Namespace, name: str, provider: Provider | OpProvider) -> bool:
     dtypes = [console.DTYPES[name] for name in args.dtype or ()]
     return (not dtypes or provider.dtype in dtypes) and (
         not args.provider or any(text in name for text in args.provider)
@@ -198,10 +199,10 @@ def _run(
         memory.give_back_freed()
         of_ops = [case for case in cases if isinstance(case, OpCase)]
         there = ops.op_providers(args.device)[0] if of_ops else {}
-        there = {n: p for n, p in there.items() if _asked(args, n, p)}
+        there = {n: p for n, p in there.items() if (p.everywhere or args.provider) and _asked(args, n, p)}
         for case in of_ops:
-            meter.doing(case.name)
-            found.add(ops.run_op(case, there, args.rounds or _OP_ROUNDS))
+            rounds = args.rounds or _OP_ROUNDS
+            found.add(ops.run_op(case, there, rounds, found.measured_peaks, _OP_BUDGET, meter.doing))
 
 
 def _for(case: Case, available: Mapping[str, Provider]) -> dict[str, Provider]:
