@@ -77,7 +77,7 @@ def write_report(found: Found, folder: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"the report folder {folder} cannot be made: {error.strerror or error}") from error
-    console.write_text(str(path), page(found))
+    console.write_file(path, page(found), "report")
     return path
 
 

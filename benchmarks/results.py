@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif args.file:
             print(markdown(found), end="")
         else:
-            console.write_text(str(RESULTS), markdown(found))
+            console.write_file(RESULTS, markdown(found), "results")
     except UserError as error:
         print(f"python -m benchmarks.results: {error}", file=sys.stderr)
         return _USER_ERROR

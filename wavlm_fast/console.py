@@ -73,25 +73,25 @@ def write_json(target: str, value: Any) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    write_text(target, json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
-
-
-def write_text(target: str, text: str) -> None:
-    """Write a text as `write_json` does.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    text = json.dumps(finite(value), indent=1, allow_nan=False) + "\n"
     if target == "-":
         sys.stdout.write(text)
         return
-    path = Path(target)
+    write_file(Path(target), text, "JSON file")
+
+
+def write_file(path: Path, text: str, kind: str) -> None:
+    """Write a file, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written; the sentence calls it by its kind.
+    """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(path)
     except OSError as error:
-        raise UserError(f"the file {target} cannot be written: {error.strerror or error}") from error
+        raise UserError(f"the {kind} {path} cannot be written: {error.strerror or error}") from error
     finally:
         if unfinished.exists():
             unfinished.unlink()

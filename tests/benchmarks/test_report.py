@@ -317,6 +317,6 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     with pytest.raises(UserError, match="cannot be made: Not a directory"):
         report.write_report(made_up.only("memory"), tmp_path / "file" / "below")
     (tmp_path / "index.html").mkdir()
-    with pytest.raises(UserError, match="the file .*index.html cannot be written: Is a directory"):
+    with pytest.raises(UserError, match="the report .*index.html cannot be written: Is a directory"):
         report.write_report(made_up.only("memory"), tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "index.html"]
