@@ -14,9 +14,8 @@ from .providers import BASELINE, OURS
 Found = dict[str, Any]  # the whole document
 Row = dict[str, Any]  # an entry of one of its lists
 
-SWEEPS = ("length", "batch")  # groups of cases that differ in one number, and are shown against it
-OP = "op"
-_DTYPE = re.compile(r"\s*\b(?:b?f|fp)(?:16|32)$")
+OP = "op"  # the group of cases that are single ops
+_DTYPE = re.compile(r"\s*\b(?:b?f|fp)(?:16|32)\b")
 
 
 def entries(found: Found, name: str) -> list[Row]:
@@ -25,10 +24,10 @@ def entries(found: Found, name: str) -> list[Row]:
 
 
 def split(rows: Iterable[Row], *keys: str) -> list[list[Row]]:
-    """Rows that agree in the keys, together; in order of appearance."""
+    """Rows that agree in the keys, or in lacking one, together; in order of appearance."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+        groups.setdefault(tuple(row.get(key) for key in keys), []).append(row)
     return list(groups.values())
 
 
@@ -66,6 +65,12 @@ def peers(rows: Iterable[Row]) -> list[str]:
 def title_of(case: str) -> str:
     """A case's name as people write it: base 1×10 s."""
     return re.sub(r"\b(\d+)x([\d.-]+)$", r"\1×\2 s", case)
+
+
+def which(row: Row) -> str:
+    """Of what a row of the scaling tells, as far as it says."""
+    at = f"of {row['at']:g} s each" if row.get("along") == "batch" and number(row.get("at")) else ""
+    return "".join(f", {text}" for text in (row.get("model"), at) if text)
 
 
 @dataclass(frozen=True)
@@ -110,9 +115,9 @@ def _largest(values: Iterable[Any]) -> float | None:
 
 
 def ours_beside(row: Row, rows: Iterable[Row]) -> Row | None:
-    """Ours in the row's case and dtype."""
-    same = (r for r in rows if is_ours(r) and r["case"] == row["case"] and r["dtype"] == row["dtype"])
-    return next(same, None)
+    """Ours in the row's case and dtype: of several the first that was timed."""
+    same = [r for r in rows if is_ours(r) and r["case"] == row["case"] and r["dtype"] == row["dtype"]]
+    return next((r for r in same if r["seconds"]), same[0] if same else None)
 
 
 def memory_beside(memory: Sequence[Row], peer: Sequence[str], dtype: str) -> tuple[Row, Row] | None:

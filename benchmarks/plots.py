@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .document import OP, SWEEPS, Found, Row, bare, entries, label, median, number, peers, split, title_of
+from .document import OP, Found, Row, bare, entries, label, median, number, peers, split, title_of, which
 from .providers import BASELINE, OURS
 from .stages import WHOLE
 
@@ -28,6 +28,7 @@ _LINES = {"fp32": "-", "bf16": "--"}  # further dtypes are dotted
 _WIDTH = 10.5  # inches
 _TICKS = (0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 100, 200, 500, 1000)
 _FINE_TICKS = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9, 10)
+_LEAST_BAND, _LINE = 0.24, 0.085  # inches of a case, and of a peer in it
 _LONGEST_BAR = 1.5  # of the peak; algorithms with fewer multiplications than the direct one pass any end
 _SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 _NAMED = re.compile(r"#((?![0-9a-fA-F]{6}\b)[\w.-]+)")  # what refers to an element by its id, and is no colour
@@ -109,13 +110,11 @@ def plots(found: Found) -> list[Plot]:
     """All plots that there is data for, in the order of the page's sections."""
     look = Look(found)
     rows = entries(found, "rows")
-    sweeps = [row for row in rows if row["group"] in SWEEPS]
     ops = [row for row in rows if row["group"] == OP]
-    models = [row for row in rows if row["group"] not in (OP, *SWEEPS)]
+    models = [row for row in rows if row["group"] != OP]
     made = [
         _faster(models, look, "speed", "Ours over each of the others, case by case"),
         *_scaling(entries(found, "scaling"), look),
-        _faster(sweeps, look, "scaling", "Ours over each of the others, with length and batch"),
         *(_stages(group) for group in split(entries(found, "stages"), "case", "provider", "dtype")),
         *(_layers(group, look) for group in split(entries(found, "layers"), "case", "dtype")),
         _faster(ops, look, "ops", "Ours over each of the others, op by op"),
@@ -144,50 +143,75 @@ class Look:
 
 
 def _faster(rows: Sequence[Row], look: Look, section: str, title: str) -> Plot | None:
-    """Dots with whiskers: a line per case, a panel per dtype."""
-    rows = [row for row in rows if (median(row, "ours_faster") or 0) > 0]
+    """Dots with whiskers: a band per case, a line in it per peer, a panel per dtype."""
+    others = peers(rows)
+    rows = [row for row in rows if row["provider"] in others and (median(row, "ours_faster") or 0) > 0]
     if not rows:
         return None
-    cases = list(dict.fromkeys(row["case"] for row in rows))
+    bands = _bands(rows)
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    most = max(len(group) for group in split(rows, "case", "dtype"))
-    names = ", ".join(peers(rows))
     alt = (
-        f"How many times as fast ours is as {names}, in {len(cases)} cases, on a logarithmic axis: medians of the "
-        "ratios of runs side by side, with whiskers from the 10th to the 90th percentile. The tables hold the figures."
+        f"How many times as fast ours is as {', '.join(peers(rows))}, in {len(bands)} cases, on a logarithmic axis: "
+        "medians of the ratios of runs side by side, with whiskers from the 10th to the 90th percentile. The tables "
+        "hold the figures."
     )
+    height = bands[-1].end
 
     def draw(figure: Figure) -> None:
         panels = figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
         for axes, dtype in zip(panels, dtypes, strict=True):
-            shown = [row for row in rows if row["dtype"] == dtype]
-            _dots(axes, shown, cases, look)
+            _dots(axes, [row for row in rows if row["dtype"] == dtype], bands, look)
             axes.set_title(dtype)
             axes.set_xlabel("times as fast (log scale)")
-        panels[0].set_yticks(range(len(cases)), [title_of(case.removeprefix(f"{OP} ")) for case in cases])
-        panels[0].set_ylim(len(cases) - 0.5, -0.5)
+            axes.tick_params(axis="x", labeltop=height > 3)
+        names = [title_of(band.case.removeprefix(f"{OP} ")) for band in bands]
+        panels[0].set_yticks([(band.start + band.end) / 2 for band in bands], names)
+        panels[0].set_ylim(height, 0)
         _legend(figure, panels)
 
-    return Plot(section, title, alt, 1.3 + len(cases) * (0.14 + 0.06 * most), draw)
+    return Plot(section, title, alt, 1.4 + height, draw)
 
 
-def _dots(axes: Axes, rows: Sequence[Row], cases: Sequence[str], look: Look) -> None:
-    names = peers(rows)
-    for place, name in enumerate(names):
+@dataclass(frozen=True)
+class _Band:
+    """Where a case is along the axis of cases, in inches."""
+
+    case: str
+    start: float
+    end: float
+
+
+def _bands(rows: Sequence[Row]) -> list[_Band]:
+    """Bands as high as the most peers that a dtype has in the case."""
+    bands, start = [], 0.0
+    for of_case in split(rows, "case"):
+        most = max(map(len, split(of_case, "dtype")))
+        bands.append(_Band(of_case[0]["case"], start, start + max(_LEAST_BAND, 0.1 + _LINE * most)))
+        start = bands[-1].end
+    return bands
+
+
+def _dots(axes: Axes, rows: Sequence[Row], bands: Sequence[_Band], look: Look) -> None:
+    heights = {}
+    for band in bands:
+        own = [row["provider"] for row in rows if row["case"] == band.case]
+        first = (band.start + band.end - _LINE * (len(own) - 1)) / 2
+        heights |= {(band.case, name): first + _LINE * place for place, name in enumerate(own)}
+    for name in peers(rows):
         own = [row for row in rows if row["provider"] == name]
-        offset = 0.68 * ((place + 0.5) / len(names) - 0.5)
         middle = [row["ours_faster"]["median"] for row in own]
-        ends = [[abs(m - (number(row["ours_faster"][end]) or m)) for m, row in zip(middle, own, strict=True)]
-                for end in ("p10", "p90")]  # fmt: skip
+        ends = [
+            [abs(m - (number(row["ours_faster"][end]) or m)) for m, row in zip(middle, own, strict=True)]
+            for end in ("p10", "p90")
+        ]
         style = {**look.of(name, own[0]["dtype"]), "linestyle": "none"}
-        heights = [cases.index(row["case"]) + offset for row in own]
-        axes.errorbar(middle, heights, xerr=ends, elinewidth=0.9, capsize=1.5, label=name, **style)
+        places = [heights[row["case"], name] for row in own]
+        axes.errorbar(middle, places, xerr=ends, elinewidth=0.9, capsize=1.5, label=name, **style)
     axes.axvline(1, color="#555555", linewidth=0.9)
-    for place in range(0, len(cases), 2):
-        axes.axhspan(place - 0.5, place + 0.5, color="#f4f4f4", linewidth=0)
+    for band in bands[::2]:
+        axes.axhspan(band.start, band.end, color="#f4f4f4", linewidth=0)
     axes.set_xscale("log")
     axes.tick_params(axis="y", length=0)
-    axes.tick_params(axis="x", labeltop=len(cases) > 8)
     axes.grid(axis="x")
     low, high = axes.get_xlim()
     _plain_ticks(axes, "x", _FINE_TICKS if high / low < 5 else _TICKS)
@@ -218,8 +242,8 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
 def _scaling(rows: Sequence[Row], look: Look) -> Iterator[Plot]:
     """Time and memory on two logarithmic axes, against length and against batch."""
     units = {"length": "audio length, s", "batch": "utterances in a batch"}
-    quantities = {"seconds": ("time of one forward, s", 1.0), "memory": ("peak memory of the process, GB", 1e9)}
-    for group in split([row for row in rows if len(_points(row)) > 1], "along"):
+    quantities = {"seconds": ("time of one forward, s", 1.0), "memory": ("memory that one forward adds, GB", 1e9)}
+    for group in split([row for row in rows if len(_points(row)) > 1], "along", "model", "at"):
         along = group[0]["along"]
         panels = split(group, "quantity")
         what = " and ".join(quantities[panel[0]["quantity"]][0] for panel in panels)
@@ -238,7 +262,7 @@ def _scaling(rows: Sequence[Row], look: Look) -> Iterator[Plot]:
             f"powers, for {', '.join(dict.fromkeys(label(row) for row in group))}. The tables below hold the figures."
         )
         title = {"length": "Cost against audio length", "batch": "Cost against batch"}[along]
-        yield Plot("scaling", title, alt, 3.7 + 0.19 * max(map(len, panels)), draw)
+        yield Plot("scaling", title + which(group[0]), alt, 3.7 + 0.19 * max(map(len, panels)), draw)
 
 
 def _points(row: Row) -> list[tuple[float, float]]:
@@ -332,11 +356,11 @@ def _bars(
 
 def _layers(rows: Sequence[Row], look: Look) -> Plot | None:
     """Lines: the error of each layer, relative to the layer's largest value."""
-    errors = [row for row in rows if (number(row["error"]) or 0) > 0 and number(row["largest"])]
+    errors = [row for row in rows if (number(row["error"]) or 0) > 0]
     if not errors:
         return None
     layers = list(dict.fromkeys(row["layer"] for row in rows))
-    allowed = {r["layer"]: r["allowed"] / r["largest"] for r in rows if number(r["allowed"]) and number(r["largest"])}
+    allowed = {row["layer"]: row["allowed"] for row in rows if number(row["allowed"])}
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -345,8 +369,12 @@ def _layers(rows: Sequence[Row], look: Look) -> Plot | None:
             axes.plot(places, list(allowed.values()), color="#555555", linestyle=(0, (1, 1.5)), label="allowed")
         for own in split(errors, "provider"):
             places = [layers.index(row["layer"]) for row in own]
-            values = [row["error"] / row["largest"] for row in own]
-            axes.plot(places, values, label=label(own[0]), **look.of(own[0]["provider"], own[0]["dtype"]))
+            axes.plot(
+                places,
+                [row["error"] for row in own],
+                label=label(own[0]),
+                **look.of(own[0]["provider"], own[0]["dtype"]),
+            )
         axes.set_yscale("log")
         low, high = axes.get_ylim()
         _plain_ticks(axes, "y", _decades((1, 2, 3, 5) if high / low < 50 else (1,)), "{:.0e}".format)

@@ -47,7 +47,7 @@ svg text { font-family: inherit !important; }
   main { max-width: none; padding: 0; }
   nav { display: none; }
   h2, .method, caption, thead, figcaption { break-after: avoid; }
-  figure, tr { break-inside: avoid; }
+  figure, tr, .wide, .method { break-inside: avoid; }
   svg { max-height: 235mm; }
   .tables { display: block; }
   .wide { overflow: visible; }
@@ -134,12 +134,18 @@ def answer(found: Found) -> list[str]:
     if not known:
         return []
     first, *others = known
-    many = f"median of {len(first.faster)} cases, {min(first.faster):.2f} to {max(first.faster):.2f}"
-    said = f"On this machine wavlm_fast is {first.median:.2f} times as fast as {first.peer} ({many})"
+    spread = f"{min(first.faster):.2f} to {max(first.faster):.2f}"
+    said = f"On this machine wavlm_fast is {first.median:.2f} times as fast as {first.peer} ({_of(first)}, {spread})"
     if others:
         nearest = min(others, key=lambda gain: gain.median)
-        said += f", and {nearest.median:.2f} times as fast as {nearest.peer}, the nearest of {len(others)} others"
+        said += f", and {nearest.median:.2f} times as fast as {nearest.peer} ({_of(nearest)})"
+        said += f", the nearest of {len(others)} others" if len(others) > 1 else ""
     return [f"{said}.", *filter(None, (_on_memory(known), _on_errors(first)))]
+
+
+def _of(gain: Gain) -> str:
+    many = len(gain.faster)
+    return f"median of {many} cases" if many > 1 else "one case"
 
 
 def _on_memory(known: Sequence[Gain]) -> str:

@@ -12,7 +12,6 @@ from wavlm_fast import console
 
 from .document import (
     OP,
-    SWEEPS,
     Found,
     Row,
     bare,
@@ -22,15 +21,17 @@ from .document import (
     label,
     median,
     number,
+    ours_beside,
     peers,
     split,
     title_of,
+    which,
 )
 from .providers import BASELINE
 from .stages import WHOLE
 from .table import NONE, Table, as_error, as_gb, as_share, digits, figure, spread
 
-PLAIN = ("latency", "throughput", "long")  # groups of cases that batch and length tell apart
+PLAIN = ("latency", "throughput", "long", "length")  # groups of cases that batch and length tell apart
 _MOST_COLUMNS = 8  # of cases side by side, that a page is wide enough
 
 
@@ -57,15 +58,15 @@ def of_case(rows: Sequence[Row]) -> Table:
 
 
 def _title(row: Row) -> str:
-    gflop = figure(row["gflop"], lambda count: f"{digits(count)} GFLOP")
+    gflop = f", {digits(row['gflop'])} GFLOP" if number(row["gflop"]) else ""
     if row["group"] == OP:
-        return f"{row['case']}: {gflop}"
+        return f"{row['case']}{gflop}"
     many = f"{row['batch']} utterance{'s' if row['batch'] > 1 else ''} of"
     kind = {
         "ragged": f"up to {row['length']:g} s, padded, with mask",
         "training": f"{row['length']:g} s, forward, backward and optimizer step",
     }.get(row["group"], f"{row['length']:g} s")
-    return f"{row['case']}: {row['cls']}, {many} {kind}, {gflop}"
+    return f"{row['case']}: {row['cls']}, {many} {kind}{gflop}"
 
 
 def of_stages(rows: Sequence[Row]) -> Table:
@@ -102,13 +103,16 @@ def of_memory(rows: Sequence[Row]) -> Table:
 def of_scaling(rows: Sequence[Row]) -> list[Table]:
     """Time and memory against audio length and batch, a table of each, with the exponents of fitted powers."""
     units = {"length": ("audio length", "{:g} s"), "batch": ("batch", "×{:g}")}
-    quantities = {"seconds": ("Seconds of one forward", digits), "memory": ("Peak memory, GB,", as_gb)}
+    quantities = {
+        "seconds": ("Seconds of one forward", digits),
+        "memory": ("GB that one forward adds at its peak", as_gb),
+    }
     tables = []
-    for group in split(rows, "along", "quantity"):
+    for group in split(rows, "along", "quantity", "model", "at"):
         (along, head), (quantity, write) = units[group[0]["along"]], quantities[group[0]["quantity"]]
         ends = sorted({x for row in group for x, _ in row["points"]})
         columns = ("provider", *map(head.format, ends), "exponent", "of the last two")
-        table = Table(f"{quantity} against {along}", columns)
+        table = Table(f"{quantity} against {along}{which(group[0])}", columns)
         for row in group:
             points = dict(row["points"])
             exponents = (figure(row[name], "{:.2f}".format) for name in ("exponent", "local"))
@@ -118,13 +122,13 @@ def of_scaling(rows: Sequence[Row]) -> list[Table]:
 
 
 def of_layers(rows: Sequence[Row]) -> list[Table]:
-    """max |x - truth| at every layer, a table for each case and dtype."""
+    """max |x - truth| / max |truth| at every layer, a table for each case and dtype."""
     tables = []
     for group in split(rows, "case", "dtype"):
         found = {(row["layer"], row["provider"]): row for row in group}
         names = list(dict.fromkeys(row["provider"] for row in group))
-        title = f"{title_of(group[0]['case'])} in {group[0]['dtype']}: max |x - truth| and max |truth| of each layer"
-        table = Table(title, ("layer", "largest value", *names, "allowed"))
+        title = f"{title_of(group[0]['case'])} in {group[0]['dtype']}: max |x - truth| / max |truth|"
+        table = Table(title, ("layer", "max |truth|", *names, "allowed"))
         for same in split(group, "layer"):
             layer = same[0]["layer"]
             errors = (as_error(found.get((layer, name), {}).get("error")) for name in names)
@@ -141,7 +145,7 @@ def of_ops(rows: Sequence[Row]) -> list[Table]:
     figures = ("error", "ms", "GFLOP/s", "of peak", *(f"over {name}" for name in others))
     table = Table("Ours in single ops, and how many times as fast as others", ("op", "dtype", *figures), text=2)
     for group in split(rows, "case", "dtype"):
-        ours = next(filter(is_ours, group), {})
+        ours = ours_beside(group[0], group) or {}
         faster = {bare(row["provider"]): median(row, "ours_faster") for row in group if not is_ours(row)}
         figures = (
             as_error(ours.get("error")), figure(median(ours, "seconds"), lambda s: digits(1e3 * s)),
@@ -167,8 +171,8 @@ def of_gains(found: Found) -> list[Table]:
 
 
 def summaries(found: Found) -> list[Table]:
-    """What the README shows: a column per case, a row per figure of ours; sweeps and ops have tables of their own."""
-    rows = [row for row in entries(found, "rows") if row["group"] not in (OP, *SWEEPS)]
+    """What the README shows: a column per case, a row per figure; batches and ops have tables of their own."""
+    rows = [row for row in entries(found, "rows") if row["group"] not in (OP, "batch")]
     plain = sorted((r for r in rows if r["group"] in PLAIN), key=lambda row: (row["length"], row["batch"]))
     tables = []
     for group in split(plain, "model", "cls"):

@@ -73,17 +73,17 @@ def test_headline():
         (
             "over transformers, fp32, one utterance of 10 s",
             "1.59 times as fast",
-            "wavlm-fast bench --filter 'base 1x10'",
+            "wavlm-fast bench --case 'base 1x10'",
         ),
         (
             "over OpenVINO f32, the fastest of 2 others, fp32, 8 utterances of 10 s",
             "1.31 times as fast",
-            "wavlm-fast bench --filter 'base 8x10'",
+            "wavlm-fast bench --case 'base 8x10'",
         ),
         (
             "peak memory, fp32, 120 s of audio",
             "4.02 GB (transformers: 2.01 GB)",
-            "wavlm-fast bench --filter memory",
+            "wavlm-fast bench --case 'base 1x120'",
         ),
     ]
 
