@@ -174,7 +174,8 @@ def with_sdpa(model: nn.Module) -> nn.Module:
 def with_flex(model: nn.Module) -> nn.Module:
     """A copy of a transformers WavLM, on the same parameters, whose attention is torch's FlexAttention.
 
-    On CPUs it computes no gradients, and no float64.
+    The attention is compiled, the rest is not. On CPUs it computes no gradients and no float64, and `compiled` fails on
+    the model around it: torch 2.13 finds no kernel for an attention in the middle of a graph there.
 
     Raises:
         ValueError: there is no attention module of transformers' in it.
