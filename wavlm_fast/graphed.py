@@ -48,8 +48,8 @@ def graphed(
     Args:
         model: an accelerated WavLM on a GPU, in eval mode.
         example_inputs: keyword arguments as the model is called with, or a list of such dicts: `input_values`, perhaps
-            `attention_mask`, and the flags `output_hidden_states`, `output_attentions` and `return_dict`. Values do not
-            matter.
+            `attention_mask`, and the flags `output_hidden_states`, `output_attentions` and `return_dict`. Values
+            and devices do not matter.
         clone: whether each call returns tensors of its own. With False they are the graph's, and the next call with
             the same shapes overwrites them.
 
@@ -90,19 +90,22 @@ class Graphed:
     def capture(self) -> None:
         """Make all graphs anew, for the model and torch's settings as they are now."""
         with self._lock:
-            self._forget(why_not(self.model))
-            if self._refusal is None:
-                self._capture_all()
-            if self._refusal is not None:
-                logger.info("no CUDA graphs: %s", self._refusal)
+            reason = why_not(self.model)
+            self._forget(reason or "the last capture() was not completed")
+            if reason is None:
+                self._refusal = reason = self._capture_all()
+            if reason is not None:
+                logger.info("no CUDA graphs: %s", reason)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs."""
         given = dict(zip(self.__signature__.parameters, args, strict=False)) | kwargs
         fits = len(given) == len(args) + len(kwargs)
-        reason = self._why_not(given) if fits else "the arguments do not fit the model's signature"
+        reason = self._refusal or (_why_not_arguments(given) if fits else "the arguments do not fit the signature")
+        graph = self._graphs.get(_key(given)) if reason is None else None
+        reason = reason or self._why_not(given, graph)
         if reason is None:
-            return self._replay(given)
+            return self._replay(graph, given)
         if reason not in self.fallbacks:
             logger.info("a call runs without a CUDA graph: %s", reason)
         self.fallbacks[reason] += 1
@@ -121,46 +124,44 @@ class Graphed:
         self._held: list[Any] = []
         self._refusal = refusal
 
-    def _why_not(self, given: dict[str, Any]) -> str | None:
-        """Why no graph can serve a call; None when one can."""
-        if self._refusal is not None:
-            return self._refusal
-        reason = _why_not_arguments(given)
-        if reason is None and torch.is_grad_enabled():
-            reason = "gradients are enabled; call it under torch.no_grad() or torch.inference_mode()"
-        if reason is None and _key(given) not in self._graphs:
-            reason = f"no graph has these inputs: {_described(_key(given))}"
-        if reason is None and torch.cuda.is_current_stream_capturing():
-            reason = "the stream is being captured already"
-        if reason is not None:
-            return reason
+    def _why_not(self, given: dict[str, Any], graph: _Graph | None) -> str | None:
+        """Why `graph` cannot serve a call; None when it can."""
+        if torch.is_grad_enabled():
+            return "gradients are enabled; call it under torch.no_grad() or torch.inference_mode()"
+        if graph is None:
+            return f"no graph has these inputs: {_described(_key(given))}"
+        if torch.cuda.is_current_stream_capturing():
+            return "the stream is being captured already"
         reason = next((why for why, seen in _look_at(self.model).items() if seen != self._state[why]), None)
         if reason == _WEIGHTS:
             with self._lock:
                 self._forget(_WEIGHTS)
         return reason
 
-    def _capture_all(self) -> None:
+    def _capture_all(self) -> str | None:
+        """Make the graphs; what a capture stumbled over, if one did."""
         self._device = next(self.model.parameters()).device
         self._stream = torch.cuda.Stream(self._device)
         self._done = torch.cuda.Event()
         pool = torch.cuda.graph_pool_handle()
         for given in sorted(self._examples, key=lambda e: -e["input_values"].numel()):  # smaller ones reuse its memory
-            if _key(given) in self._graphs:
+            call = {name: v.detach().to(self._device) if name in _TENSORS else v for name, v in given.items()}
+            if _key(call) in self._graphs:
                 continue
             try:
-                self._graphs[_key(given)] = self._captured(given, pool)
+                self._graphs[_key(call)] = self._captured(call, pool)
             except _CaptureError as error:
-                self._forget(f"the model cannot be captured: {error}")
-                return
+                self._graphs.clear()
+                return f"the model cannot be captured: {error}"
         self._state = _look_at(self.model)
         # Graphs read memory by its address. What is held cannot be given to someone else.
         weights = [*self.model.parameters(), *self.model.buffers()]
         self._held = [*(w.detach() for w in weights), *derived.values(weights)]
+        return None
 
     def _captured(self, given: dict[str, Any], pool: Any) -> _Graph:
         with _as_captured(self._device):
-            inputs = {name: given[name].detach().clone() for name in _TENSORS if name in given}
+            inputs = {name: given[name].clone() for name in _TENSORS if name in given}
             call = {**given, **inputs}
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
@@ -176,8 +177,7 @@ class Graphed:
                 raise _CaptureError(f"{type(error).__name__}: {error}") from error
         return _Graph(graph, inputs, outputs)
 
-    def _replay(self, given: dict[str, Any]) -> Any:
-        graph = self._graphs[_key(given)]
+    def _replay(self, graph: _Graph, given: dict[str, Any]) -> Any:
         with self._lock, torch.cuda.device(self._device):
             stream = torch.cuda.current_stream()
             stream.wait_event(self._done)  # of a call on another stream

@@ -17,24 +17,24 @@ HALF = DTYPES[-1]  # the half precision that this device computes rightly
 
 
 def attention():
-    for dtype, T, D, lengths, dropout in ((HALF, 150, 64, [150, 131], 0.0), (torch.float32, 70, 96, None, 0.2)):
-        check_attention(attention_inputs(2 if lengths else 1, T, 1, D, lengths, dropout, dtype, far=40))
+    for dtype, T, D, lengths, dropout in ((HALF, 140, 64, [131], 0.0), (torch.float32, 70, 96, None, 0.2)):
+        check_attention(attention_inputs(1, T, 1, D, lengths, dropout, dtype))
 
 
 def far_attention():
-    check_attention(attention_inputs(1, 400, 1, 16, [390], far=20, dtype=HALF))
+    check_attention(attention_inputs(1, 270, 1, 16, [260], far=20, dtype=HALF))
 
 
 def strided_conv():
     for dtype in (HALF, torch.float32):
-        x, weight = randn(2, 150, 64, dtype=dtype), randn(48, 64, 3, dtype=dtype, scale=192**-0.5)
+        x, weight = randn(1, 150, 64, dtype=dtype), randn(48, 64, 3, dtype=dtype, scale=192**-0.5)
         vector = randn(48, dtype=dtype)
         compare_products("strided_conv", [x, weight, vector, 2, vector + 1, vector, 1e-5, "gelu"])
         compare_products("strided_conv", [x, weight, None, 2, None, None, 1e-5, "gelu"])
 
 
 def positional_conv():
-    x, weight = randn(1, 140, 48, dtype=HALF), randn(48, 24, 8, dtype=HALF, scale=192**-0.5)
+    x, weight = randn(1, 70, 48, dtype=HALF), randn(48, 24, 4, dtype=HALF, scale=96**-0.5)
     compare_products("positional_conv", [x, weight, randn(48, dtype=HALF), 2, "gelu", True])
 
 
@@ -49,20 +49,20 @@ def linear_act():
 
 
 def position_gate():
-    compare_pointwise("position_gate", [randn(2, 37, 3 * 64) * 3, randn(8, 64, scale=1 / 8), randn(8), randn(3) + 1])
+    compare_pointwise("position_gate", [randn(1, 37, 2 * 64) * 3, randn(8, 64, scale=1 / 8), randn(8), randn(2) + 1])
 
 
 def stats_pool():
-    compare_pointwise("stats_pool", [randn(2, 300, 150) + 3, torch.tensor([300, 131])], saved=True)
+    compare_pointwise("stats_pool", [randn(2, 150, 70) + 3, torch.tensor([150, 131])], saved=True)
 
 
 def waveform_conv():
     for norm in ("none", "group", "layer"):
-        check_waveform(waveform_inputs(2, 5 * 530, 40, 10, 5, norm, "gelu"))
+        check_waveform(waveform_inputs(1, 5 * 270, 20, 10, 5, norm, "gelu"))
 
 
 def layer_norm():
-    x, y, w, b = randn(3, 50, 600), randn(3, 50, 600, seed=1), randn(600), randn(600, seed=1)
+    x, y, w, b = randn(3, 600), randn(3, 600, seed=1), randn(600), randn(600, seed=1)
     for op, args in (("add_layer_norm", (x, y, w, b, 1e-5, True)), ("add_layer_norm_backward", (x, y, x, w, 1e-5))):
         truth, plain = REFERENCE[op].fn(*wide(args)), REFERENCE[op].fn(*args)
         for found, true, theirs in zip(kernel(op)(*args), truth, plain):
@@ -84,11 +84,11 @@ def test_alternatives_match_float64(op, index):
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
 def test_a_search_leaves_results_right(op, monkeypatch, tmp_path):
-    """Every configuration is launched twice before the launch that counts, as a search does."""
+    """Every configuration is launched before the launch that counts, as a search does."""
     searched = []
 
     def measure(launches):
-        for launch in 2 * launches:
+        for launch in launches:
             launch()
         searched.append(len(launches))
         return [float(len(launches) - index) for index in range(len(launches))]

@@ -325,3 +325,16 @@ def test_the_signature_is_the_models():
     model = fast_model("WavLMForXVector")
     graphed = wavlm_fast.graphed(model, example())
     assert inspect.signature(graphed) == inspect.signature(model.forward)
+
+
+def test_a_model_that_cannot_take_the_example_says_so_and_runs_on(cuda, monkeypatch):
+    model = fast_model("WavLMModel")
+    with pytest.raises(ValueError, match="at least 30 samples"):
+        wavlm_fast.graphed(model, example(samples=20))
+    graphed = wavlm_fast.graphed(model, example())
+    with monkeypatch.context() as broken:
+        broken.setattr(type(model), "forward", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            graphed.capture()
+    call(graphed, waveforms())
+    assert graphed.fallbacks == {"the last capture() was not completed": 1}
