@@ -10,9 +10,10 @@ import argparse
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from wavlm_fast.kernels._target import pretend
+from wavlm_fast.kernels._tuning import MOST, forced
 
 from .gpu_cases import DTYPES, MODELS, cases
 from .gpu_compile import ARCHITECTURES, Architecture, Built, Launch, build
@@ -42,16 +43,23 @@ def pretended(architecture: Architecture) -> str:
     return "hopper" if architecture.name in ("sm_90", "sm_100") else "cuda"
 
 
-def launches(architecture: Architecture, dtype: str) -> Iterator[tuple[str, Launch]]:
-    """Every distinct launch of both models, with its op."""
+def launches(
+    architecture: Architecture, dtype: str, indices: Iterable[int] = range(MOST)
+) -> Iterator[tuple[str, Launch, int]]:
+    """Every distinct launch of both models: its op, itself, and the index of its configuration in the kernel's list.
+
+    Defaults have index 0 and come first; kernels without a list have only that.
+    """
     seen = set()
-    with pretend(pretended(architecture)):
+    for index in indices:
         for model in MODELS:
             for case in cases(model, DTYPES[dtype]):
-                for launch in case.launches():
+                with pretend(pretended(architecture)), forced(index):
+                    made = case.launches()
+                for launch in made:
                     if launch.key not in seen:
                         seen.add(launch.key)
-                        yield case.op, launch
+                        yield case.op, launch, index
 
 
 def main_loop(built: Built) -> Counter:
@@ -91,10 +99,10 @@ def bound(launch: Launch, built: Built, architecture: Architecture) -> str:
     return f"{unit}, {100 * clocks['matrix'] / clocks[unit]:.0f} % of matrix peak"
 
 
-def faults(launch: Launch, built: Built, architecture: Architecture, dtype: str) -> list[str]:
-    """What is wrong with a compiled kernel, as sentences."""
+def faults(launch: Launch, built: Built, architecture: Architecture, dtype: str, index: int = 0) -> list[str]:
+    """What is wrong with a compiled kernel, as sentences. Alternatives to a default may spill: they are tried first."""
     found = []
-    if built.spilled:
+    if built.spilled and index == 0:
         found.append(f"spills {built.spilled} bytes per thread")
     if built.shared > architecture.shared_limit:
         found.append(f"needs {built.shared} bytes of shared memory, {architecture.shared_limit} exist")
@@ -126,6 +134,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--op", help="only ops whose name contains this")
+    parser.add_argument(
+        "--all", action="store_true", help="not only default configurations but every one that tuning tries"
+    )
     parser.add_argument("--quick", action="store_true", help=f"bfloat16 on {', '.join(QUICK)}")
     args = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
@@ -135,12 +146,12 @@ def main(arguments: list[str] | None = None) -> int:
     wrong = []
     for name in architectures:
         for dtype in dtypes:
-            for op, launch in launches(ARCHITECTURES[name], dtype):
+            for op, launch, index in launches(ARCHITECTURES[name], dtype, range(MOST) if args.all else [0]):
                 if args.op and args.op not in op:
                     continue
                 built = build(launch, ARCHITECTURES[name])
                 print(row(op, launch, built, ARCHITECTURES[name], dtype), flush=True)
-                found = faults(launch, built, ARCHITECTURES[name], dtype)
+                found = faults(launch, built, ARCHITECTURES[name], dtype, index)
                 wrong += [f"{launch.name} {name} {dtype}: {fault}" for fault in found]
     print("\n".join(wrong) if wrong else "No fault found.")
     return 1 if wrong else 0

@@ -9,6 +9,7 @@ or, for a model that exists already, `wavlm_fast.accelerate(model)`.
 from transformers import WavLMConfig
 
 from .backends import use_backend
+from .graphed import graphed
 from .models import (
     WavLMForAudioFrameClassification,
     WavLMForCTC,
@@ -29,6 +30,7 @@ __all__ = [
     "WavLMForXVector",
     "WavLMModel",
     "accelerate",
+    "graphed",
     "install",
     "report",
     "restore",

@@ -96,12 +96,16 @@ def releasing() -> Iterator[None]:
         _releases.reset(token)
 
 
-def nbytes(parameters: Iterable[torch.Tensor]) -> int:
-    """Memory in bytes of everything derived from `parameters`, and from what was derived from them."""
+def values(parameters: Iterable[torch.Tensor]) -> list[Any]:
+    """Everything derived from `parameters`, and from what was derived from them."""
     with _lock:
-        values = [e.value for p in parameters for e in _store.get(p, {}).values()]
-        further = nbytes(v for v in values if isinstance(v, torch.Tensor)) if values else 0
-        return sum(map(_tensor_bytes, values)) + further
+        found = [e.value for p in parameters for e in _store.get(p, {}).values()]
+        return found + values(v for v in found if isinstance(v, torch.Tensor)) if found else []
+
+
+def nbytes(parameters: Iterable[torch.Tensor]) -> int:
+    """Memory in bytes of `values(parameters)`."""
+    return sum(map(_tensor_bytes, values(parameters)))
 
 
 def forget(parameters: Iterable[torch.Tensor]) -> None:

@@ -65,6 +65,23 @@ class _FastModel(MayBeFreed):
             check_checkpoint(pretrained_model_name_or_path, kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
+    def _get_feature_vector_attention_mask(
+        self, feature_vector_length: int, attention_mask: Tensor, add_adapter: bool | None = None
+    ) -> Tensor:
+        """The mask `[B, T]` over frames, True where valid, from one `[B, S]` over samples.
+
+        transformers writes a one at the last valid frame, which on a GPU copies the number there; no graph can capture
+        that. On the CPU, where it refuses lengths past the end, it is asked itself.
+        """
+        if attention_mask.device.type == "cpu":
+            return with_lengths(
+                super()._get_feature_vector_attention_mask(feature_vector_length, attention_mask, add_adapter)
+            )
+        samples = attention_mask.cumsum(-1)[:, -1]
+        last = self._get_feat_extract_output_lengths(samples, add_adapter=add_adapter).to(torch.long)[:, None] - 1
+        last = torch.where(last < 0, last + feature_vector_length, last)  # an index from the end, there
+        return with_lengths(torch.arange(feature_vector_length, device=last.device) <= last)
+
 
 class WavLMModel(_FastModel, hf.WavLMModel):
     """transformers' `WavLMModel`, fast."""
@@ -74,9 +91,6 @@ class WavLMModel(_FastModel, hf.WavLMModel):
         if attention_mask is not None:
             check_mask(attention_mask, input_values)
         return super().forward(input_values, attention_mask, *args, **kwargs)
-
-    def _get_feature_vector_attention_mask(self, *args: Any, **kwargs: Any) -> Tensor:
-        return with_lengths(super()._get_feature_vector_attention_mask(*args, **kwargs))
 
     def _mask_hidden_states(
         self, hidden_states: Tensor, mask_time_indices: Tensor | None = None, attention_mask: Tensor | None = None
