@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from wavlm_fast import use_backend
+from wavlm_fast import graphed, use_backend
 
 from . import peers
-from .cases import Inputs, Output, bound
+from .cases import Inputs, Output, bound, placed
 
 Call = Callable[[], Any]
 SINGLE, HALF, SIXTEEN = torch.float32, torch.bfloat16, torch.float16
@@ -126,6 +126,7 @@ def _on_gpu() -> dict[str, Provider]:
         **_compiled((SIXTEEN, HALF)),
         **_attention((SIXTEEN, HALF)),
         **_fast((SINGLE, SIXTEEN, HALF)),
+        **{f"{OURS} {SHORT[d]}, graph": Provider(f"{OURS}, graph", d, _graph(d), dense=False) for d in (SIXTEEN, HALF)},
     }
 
 
@@ -185,6 +186,21 @@ def _reference(dtype: torch.dtype) -> Callable[[Subject], Call]:
         def call() -> Any:
             with use_backend("reference"):
                 return forward()
+
+        return call
+
+    return build
+
+
+def _graph(dtype: torch.dtype) -> Callable[[Subject], Call]:
+    def build(subject: Subject) -> Call:
+        module = subject.copy(dtype, True)
+        inputs = placed(module, subject.inputs)
+        model = graphed(module.model, inputs, clone=False)
+
+        def call() -> Any:
+            with torch.inference_mode():
+                return getattr(model(**inputs), module.output)
 
         return call
 

@@ -17,7 +17,7 @@ from . import fresh
 from .cases import MODELS, Case, bound, bound_step
 from .peaks import Peaks
 from .progress import Meter
-from .providers import BASELINE, SHORT, Call, Provider, Subject
+from .providers import BASELINE, OURS, SHORT, Call, Provider, Subject
 from .stages import breakdown
 from .verify import Judge, affordable, narrow
 
@@ -202,7 +202,7 @@ def _between(case: Case, meter: Meter) -> None:
 
 def _compare(rows: dict[str, Row], providers: Mapping[str, Provider], found: Mapping[str, list[float]]) -> None:
     """Ours as users get it over all others, in the same precision."""
-    for ours in (name for name in found if providers[name].ours and providers[name].everywhere):
+    for ours in (name for name in found if providers[name].family == OURS):
         for name in found:
             if name != ours and providers[name].dtype == providers[ours].dtype:
                 rows[name].ours_faster = measure.ratio(found[name], found[ours])
@@ -227,7 +227,7 @@ def run_layers(case: Case, subject: Subject, providers: Mapping[str, Provider]) 
     for dtype in dict.fromkeys(p.dtype for p in providers.values()):
         theirs, ours = (measure.layers(subject.copy(dtype, fast).model, waveform) for fast in (False, True))
         for layer in measure.compare(theirs, ours, truth):
-            for family, error in ((BASELINE, layer.all.theirs), ("wavlm_fast", layer.all.ours)):
+            for family, error in ((BASELINE, layer.all.theirs), (OURS, layer.all.ours)):
                 head = {"case": case.name, "provider": f"{family} {SHORT[dtype]}", "dtype": SHORT[dtype]}
                 sizes = {"error": error / layer.largest, "allowed": layer.all.allowed / layer.largest}
                 rows.append({**head, "layer": layer.layer, "largest": layer.largest, **sizes})

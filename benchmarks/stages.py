@@ -77,13 +77,20 @@ class Clock(TorchDispatchMode):
         self._stages = {p.data_ptr(): _stage_of(name) for name, p in module.named_parameters() if p.numel()}
         hidden = module.model.config.hidden_size
         self._merged = (3 * hidden, hidden)
+        self._on_gpu = any(p.is_cuda for p in module.parameters())
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.ops: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
+    def now(self) -> float:
+        """Seconds, once the device has nothing left to do."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        start = time.perf_counter()
+        start = self.now()
         result = op(*args, **(kwargs or {}))
-        took = time.perf_counter() - start
+        took = self.now() - start
         stage = self.stage(op, args)
         self.seconds[stage] += took
         # What the backend calls from outside of an op looks for changed weights.
@@ -125,16 +132,16 @@ def breakdown(module: nn.Module, call: Call, brief: Call, operations: Mapping[st
         Python, dispatch, freeing of memory. What the clock itself takes is left out. Last the forward as it is, in
         ops that are several stages in one piece.
     """
-    whole = statistics.median(measure.interleave({WHOLE: call}, rounds)[WHOLE])
+    whole = statistics.median(measure.interleave({WHOLE: call}, rounds, next(module.parameters()).device)[WHOLE])
     seconds: defaultdict[str, list[float]] = defaultdict(list)
     with in_steps(module):
         call()  # packs weights
         own = _cost_of_clock(module, brief, rounds)
         for _ in range(rounds):
-            start = time.perf_counter()
             with Clock(module) as clock:
+                start = clock.now()
                 call()
-            total = time.perf_counter() - start - own
+                total = clock.now() - start - own
             clock.seconds[REST] = total - sum(clock.seconds.values())
             for stage, took in clock.seconds.items():
                 seconds[stage].append(took)

@@ -27,7 +27,7 @@ from .op_providers import OpProvider
 from .ops import OpCase
 from .peaks import Peaks, peaks
 from .progress import Meter, bar
-from .providers import Provider, Subject, providers
+from .providers import OURS, Provider, Subject, providers
 from .rounds import Row, run_case, run_fresh, run_layers, run_stages
 
 _INTERRUPTED, _WRONG = 130, 1
@@ -239,7 +239,7 @@ def _case(case: Case, subject: Subject, chosen: dict[str, Provider], rounds: int
         meter.doing(f"{case.name}: errors at every layer")
         found.layers += run_layers(case, subject, {name: chosen[name] for name in right})
     for name, row in right.items():
-        if case.stages and chosen[name].ours and chosen[name].everywhere:
+        if case.stages and chosen[name].family == OURS:
             meter.doing(f"{case.name}: stages of {name}")
             stages = run_stages(case, subject, name, chosen[name].dtype, row.peak_gflops)
             meter.done(_STAGE_RUNS * case.audio)

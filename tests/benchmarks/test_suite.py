@@ -7,7 +7,6 @@ import importlib.util
 import pytest
 import torch
 
-from wavlm_fast import use_backend
 from wavlm_fast.benchmarks import cases, fresh, peaks, providers, rounds, suite, verify
 
 THEIRS, OURS = "transformers fp32", "wavlm_fast fp32"
