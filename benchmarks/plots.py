@@ -28,6 +28,7 @@ _LINES = {"fp32": "-", "bf16": "--"}  # further dtypes are dotted
 _WIDTH = 10.5  # inches
 _TICKS = (0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 100, 200, 500, 1000)
 _FINE_TICKS = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9, 10)
+_LONGEST_NAME = 32  # of a stage; that of an op that is several stages is a list of them
 _LEAST_BAND, _LINE = 0.24, 0.085  # inches of a case, and of a peer in it
 _LONGEST_BAR = 1.5  # of the peak; algorithms with fewer multiplications than the direct one pass any end
 _SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
@@ -310,11 +311,11 @@ def _stages(rows: Sequence[Row]) -> Plot | None:
         total = sum(row["seconds"] for row in rows if row["stage"] != WHOLE)
         seconds = [row["seconds"] for row in rows]
         texts = [
-            f"{1e3 * s:.1f}" + ("" if w or not total else f" ({s / total:.0%})")
+            f"{1e3 * s:.1f}" + ("" if w or total <= 0 else f" ({s / total:.0%})")
             for s, w in zip(seconds, whole, strict=True)
         ]
         _bars(times, [1e3 * s for s in seconds], texts, whole, None)
-        times.set_yticks(range(len(names)), names)
+        times.set_yticks(range(len(names)), [_shortened(name) for name in names])
         times.set_ylim(len(names) - 0.4, -0.6)
         times.set_xlabel("time, ms (share of all stages)")
         shares.set_visible(any(rates))
@@ -322,10 +323,15 @@ def _stages(rows: Sequence[Row]) -> Plot | None:
         texts = ["" if r is None else f"{r:.0%}" for r in rates]
         _bars(shares, rates, texts, whole, _LONGEST_BAR)
         shares.axvline(1, color="#000000", linewidth=1)
-        shares.set_xlabel("GFLOP/s, as a share of the measured peak" + (f" of {peak:.0f} GFLOP/s" if peak else ""))
+        shares.set_xlabel("share of the measured peak" + (f", {peak:.0f} GFLOP/s" if peak else ""))
         shares.xaxis.set_major_formatter(lambda value, position: f"{value:.0%}")
 
     return Plot("stages", title, alt, 0.9 + 0.25 * len(rows), draw)
+
+
+def _shortened(stages: str) -> str:
+    first, *_, last = stages.split(" + ") * 2
+    return stages if len(stages) <= _LONGEST_NAME else f"{first} + … + {last}"
 
 
 def _share_of_peak(row: Row) -> float | None:

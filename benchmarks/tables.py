@@ -80,7 +80,7 @@ def of_stages(rows: Sequence[Row]) -> Table:
         peak = number(row["peak_gflops"])
         table.rows.append((
             row["stage"], row["ops"], figure(seconds, lambda s: f"{1e3 * s:.1f}"),
-            as_share(seconds / total if seconds is not None and total else None),
+            as_share(seconds / total if seconds is not None and total > 0 else None),
             figure(gflop or None, "{:.2f}".format), figure(rate, "{:.0f}".format),
             as_share(rate / peak if rate and peak else None),
         ))  # fmt: skip

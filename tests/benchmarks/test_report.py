@@ -145,9 +145,18 @@ def test_axes_have_units(whole):
         "memory that one forward adds, GB (log scale)",
         "utterances in a batch (log scale)",
         "time, ms (share of all stages)",
-        "GFLOP/s, as a share of the measured peak of 200 GFLOP/s",
+        "share of the measured peak, 200 GFLOP/s",
         "max |x - truth| / max |truth| (log scale)",
     } <= texts
+
+
+def test_an_op_that_is_several_stages_leaves_room_for_its_bar():
+    pytest.importorskip("matplotlib")
+    found = made_up.only("stages")
+    found["stages"][0]["stage"] = "qkv + gate + attention + out proj + norms"
+    (plot,) = plots.plots(found)
+    assert "qkv + … + norms" in plot.svg("p")
+    assert "qkv + gate + attention + out proj + norms" in report.page(found)
 
 
 def test_plots_show_the_document():
@@ -190,6 +199,13 @@ def test_a_part_of_a_document(name):
     page = Page(report.page(found))
     assert len(page.all("table")) == sum(len(section.tables) for section in tables.sections(found)) > 0
     assert len(page.all("svg")) == len(plots.plots(found))
+
+
+def test_a_plot_without_a_table_is_shown():
+    pytest.importorskip("matplotlib")
+    found = made_up.only("rows")
+    found["rows"] = [row for row in found["rows"] if row["group"] == "batch"]
+    assert len(Page(report.page(found)).all("svg")) == 1
 
 
 def test_only_wrong_providers():
