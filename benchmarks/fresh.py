@@ -73,7 +73,8 @@ def installed() -> int:
 
 def row(case: Case, name: str, provider: Provider, result: Result | str) -> dict[str, Any]:
     """What is said of a provider's memory."""
-    head = {"provider": name, "dtype": SHORT[provider.dtype], "batch": len(case.lengths), "audio": max(case.lengths)}
+    sizes = {"model": case.model, "batch": len(case.lengths), "audio": max(case.lengths)}
+    head = {"provider": name, "dtype": SHORT[provider.dtype], **sizes}
     if isinstance(result, str):
         return {**head, "peak_bytes": None, "forward_bytes": None, "problem": result}
     return {**head, "peak_bytes": result.peak.total, "forward_bytes": result.peak.forward, "problem": None}

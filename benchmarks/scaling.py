@@ -31,18 +31,19 @@ def scaling(found: dict[str, Any]) -> list[dict[str, Any]]:
         who = row["model"], row["provider"], row["dtype"]
         took = row["seconds"]["median"]
         if row["batch"] == 1:
-            points[(*who, "length", "seconds", 1)][row["length"]] = took
+            points[(*who, "length", "seconds", None)][row["length"]] = took
         points[(*who, "batch", "seconds", row["length"])][row["batch"]] = took
     for row in found["memory"]:
         if row["forward_bytes"] and row["batch"] == 1:
-            points["", row["provider"], row["dtype"], "length", "memory", 1][row["audio"]] = row["forward_bytes"]
+            who = row["model"], row["provider"], row["dtype"]
+            points[(*who, "length", "memory", None)][row["audio"]] = row["forward_bytes"]
+    names = ("model", "provider", "dtype", "along", "quantity", "at")
     return [
-        _row(provider, dtype, along, quantity, sorted(at.items()))
-        for (_, provider, dtype, along, quantity, _), at in points.items()
-        if len(at) >= _FEWEST
+        dict(zip(names, key, strict=True)) | _fitted(sorted(found.items()))
+        for key, found in points.items()
+        if len(found) >= _FEWEST
     ]
 
 
-def _row(provider: str, dtype: str, along: str, quantity: str, points: list[tuple[float, float]]) -> dict[str, Any]:
-    head = {"provider": provider, "dtype": dtype, "along": along, "quantity": quantity}
-    return {**head, "points": points, "exponent": exponent(points), "local": exponent(points[-2:])}
+def _fitted(points: list[tuple[float, float]]) -> dict[str, Any]:
+    return {"points": points, "exponent": exponent(points), "local": exponent(points[-2:])}

@@ -90,9 +90,10 @@ class Found:
         return now
 
     def add(self, rows: list[dict[str, Any]]) -> None:
-        """A case, as far as it came."""
+        """A case, as far as it came; without rows where it is for nobody who was asked for."""
         self.rows += rows
-        self.show(tables.of_case(rows))
+        if rows:
+            self.show(tables.of_case(rows))
 
     def show(self, table: tables.Table) -> None:
         table.show(self.out)

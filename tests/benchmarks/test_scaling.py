@@ -24,12 +24,14 @@ def test_along_length_batch_and_memory():
     rows += [row(length=200, seconds=None)]
     rows[-1]["seconds"] = None
     memory = [
-        {"provider": "ours", "dtype": "fp32", "batch": 1, "audio": t, "forward_bytes": 7 * t} for t in (1.0, 2.0, 4.0)
+        {"model": "base", "provider": "ours", "dtype": "fp32", "batch": 1, "audio": t, "forward_bytes": 7 * t}
+        for t in (1.0, 2.0, 4.0)
     ]
     found = {(r["along"], r["quantity"]): r for r in scaling.scaling({"rows": rows, "memory": memory})}
     assert set(found) == {("length", "seconds"), ("batch", "seconds"), ("length", "memory")}
     length = found["length", "seconds"]
     assert length["points"] == [(1, 3), (4, 24), (16, 192)]
     assert length["exponent"] == length["local"] == pytest.approx(1.5)
+    assert found["batch", "seconds"]["at"] == 1
     assert found["batch", "seconds"]["exponent"] == pytest.approx(1)
     assert found["length", "memory"]["exponent"] == pytest.approx(1)
