@@ -43,6 +43,11 @@ def place(device: str, kernel: str, configs: tuple[dict[str, int], ...], what: t
     return _SEPARATOR.join((device, f"triton {triton.__version__}", kernel, digest, repr(what)))
 
 
+def exist() -> bool:
+    """Whether there are choices at all, for whatever device."""
+    return bool(_known(path()))
+
+
 def read(key: str, configs: tuple[dict[str, int], ...]) -> dict[str, int] | None:
     """The choice at a key; None where there is none among `configs`."""
     found = _known(path()).get(key)

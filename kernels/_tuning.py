@@ -87,12 +87,13 @@ class Tunable:
     def _choose(self, run: Callable[[Config], Any], key: tuple) -> Config:
         device, deterministic, arguments, *_ = key
         configs = self(*arguments)
-        if len(configs) == 1 or deterministic or not _can_tune(device):
+        searches = os.environ.get(AUTOTUNE) == "1"
+        if len(configs) == 1 or deterministic or not _can_tune(device) or not (searches or _tuned.exist()):
             self._chosen[key] = configs[0]
             return configs[0]
         place = _tuned.place(torch.cuda.get_device_name(device), self.name, configs, key[2:])
         config = _tuned.read(place, configs)
-        if config is None and os.environ.get(AUTOTUNE) == "1":
+        if config is None and searches:
             # A graph's capture must not hold the search, and must not settle the choice either.
             if torch.cuda.is_current_stream_capturing():
                 return configs[0]
