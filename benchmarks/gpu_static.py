@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import triton
 from wavlm_fast.kernels._target import pretend
+from wavlm_fast.kernels._tuning import MOST, forced
 
 from .gpu_architectures import ARCHITECTURES, Architecture
 from .gpu_bound import bound
@@ -89,25 +90,34 @@ def pretended(architecture: Architecture) -> str:
     return "hopper" if architecture.name in ("sm_90", "sm_100") else "cuda"
 
 
-def launches(architecture: Architecture, dtype: str) -> Iterator[tuple[str, Launch]]:
-    """Every distinct launch of both models, with its op."""
+def launches(
+    architecture: Architecture, dtype: str, indices: Iterable[int] = range(MOST)
+) -> Iterator[tuple[str, Launch, int]]:
+    """Every distinct launch of both models: its op, itself, and the index of its configuration in the kernel's list.
+
+    Defaults have index 0 and come first; kernels without a list have only that.
+    """
     seen = set()
-    with pretend(pretended(architecture)):
+    for index in indices:
         for model in MODELS:
             for case in cases(model, DTYPES[dtype]):
-                for launch in case.launches():
+                with pretend(pretended(architecture)), forced(index):
+                    made = case.launches()
+                for launch in made:
                     if launch.key not in seen:
                         seen.add(launch.key)
-                        yield case.op, launch
+                        yield case.op, launch, index
 
 
-def tasks(architectures: Iterable[str], dtypes: Iterable[str], op: str = "") -> list[Task]:
-    """What there is to compile, for ops whose name contains `op`."""
+def tasks(
+    architectures: Iterable[str], dtypes: Iterable[str], op: str = "", indices: Iterable[int] = range(MOST)
+) -> list[Task]:
+    """What there is to compile, for ops whose name contains `op` and configurations at `indices` of their lists."""
     return [
-        Task(found, launch, dtype, ARCHITECTURES[name])
+        Task(found, launch, dtype, ARCHITECTURES[name], index == 0)
         for name in architectures
         for dtype in dtypes
-        for found, launch in launches(ARCHITECTURES[name], dtype)
+        for found, launch, index in launches(ARCHITECTURES[name], dtype, indices)
         if op in found
     ]
 
@@ -207,7 +217,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--op", default="", help="only ops whose name contains this")
-    parser.add_argument("--quick", action="store_true", help=f"bfloat16 on {', '.join(QUICK)}, defaults only")
+    parser.add_argument("--defaults", action="store_true", help="only what runs without tuning")
+    parser.add_argument("--quick", action="store_true", help=f"defaults in bfloat16 on {', '.join(QUICK)}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; as many as cores by default")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     args = parser.parse_args(arguments)
@@ -215,7 +226,8 @@ def main(arguments: list[str] | None = None) -> int:
     architectures, dtypes = (QUICK, ("bf16",)) if args.quick else (args.arch, args.dtype)
     print(_HEAD)
     rows = []
-    for row in judge_all(tasks(architectures, dtypes, args.op), args.jobs):
+    indices = [0] if args.defaults or args.quick else range(MOST)
+    for row in judge_all(tasks(architectures, dtypes, args.op, indices), args.jobs):
         print(line(row), flush=True)
         rows.append(row)
     if args.json:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ._activation import activate_slope
+from ._tuning import Config, tunable
 
 # Programs, each with its own part of the sums: enough to fill a GPU. Not the number of processors: sums would differ.
 PARTS = 512
@@ -64,6 +65,16 @@ def _finish_bwd_kernel(
         tl.store(parts_ptr + 2 * size + part, dshift, mask=inside_c)
 
 
+@tunable
+def finish_configs(C: int, norm: bool, target: str) -> tuple[Config, ...]:
+    """Tiles and warps. 4096 numbers in four warps are 32 registers for each of the few tiles that live at once. A norm
+    needs whole rows.
+    """
+    block = triton.next_power_of_2(C) if norm else min(triton.next_power_of_2(C), 256)
+    default = {"BLOCK_T": max(1, 4096 // block), "BLOCK_C": block, "num_warps": 8 if block > 4096 else 4}
+    return default, {**default, "BLOCK_T": max(1, 2048 // block)}, {**default, "num_warps": 8}
+
+
 def finish_backward(
     grad: torch.Tensor,
     pre: torch.Tensor,
@@ -78,16 +89,17 @@ def finish_backward(
     C = grad.shape[-1]
     rows = grad.numel() // C
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
-    block = triton.next_power_of_2(C) if norm else min(triton.next_power_of_2(C), 256)
-    # A tile of 4096 numbers in four warps: 32 registers for each of the few tiles that live at once.
-    block_t = max(1, 4096 // block)
-    rows_per_program = triton.cdiv(triton.cdiv(rows, PARTS), block_t) * block_t
-    programs = triton.cdiv(rows, rows_per_program)
     dpre = torch.empty_like(grad)
-    parts = torch.empty(3, programs, C, dtype=torch.float32, device=grad.device)
-    _finish_bwd_kernel[(programs, triton.cdiv(C, block))](
-        grad, pre, norm_weight, norm_bias, dpre, parts, rows, rows_per_program, C, eps,
-        NORM=norm is not None, ACTIVATION=activation, BLOCK_T=block_t, BLOCK_C=block,
-        num_warps=8 if block > 4096 else 4,
-    )  # fmt: skip
-    return dpre, parts.sum(1)
+
+    def run(config: Config) -> torch.Tensor:
+        rows_per_program = triton.cdiv(triton.cdiv(rows, PARTS), config["BLOCK_T"]) * config["BLOCK_T"]
+        programs = triton.cdiv(rows, rows_per_program)
+        parts = torch.empty(3, programs, C, dtype=torch.float32, device=grad.device)
+        _finish_bwd_kernel[(programs, triton.cdiv(C, config["BLOCK_C"]))](
+            grad, pre, norm_weight, norm_bias, dpre, parts, rows, rows_per_program, C, eps,
+            NORM=norm is not None, ACTIVATION=activation, **config,
+        )  # fmt: skip
+        return parts.sum(1)
+
+    sums = finish_configs.launch(run, grad.device, (C, norm is not None), (rows,), (grad.dtype, activation))
+    return dpre, sums

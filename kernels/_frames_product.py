@@ -14,6 +14,7 @@ import triton.language as tl
 
 from ._activation import activate
 from ._precision import dot_precision
+from ._tuning import Config, tunable
 
 
 @triton.jit
@@ -111,7 +112,8 @@ def _frames_product_bwd_weight_kernel(
     tl.store(parts_ptr + part * N + n[None, :], acc, mask=inside)
 
 
-def product_config(C: int, N: int, dtype: torch.dtype, norm: bool) -> dict[str, int]:
+@tunable
+def product_configs(C: int, N: int, dtype: torch.dtype, norm: bool, target: str) -> tuple[Config, ...]:
     """Tiles and warps. A norm needs whole rows in a tile: 32 frames of 512 channels, since twice as many spill where
     the norm and the activation hold several numbers for each sum.
     """
@@ -119,12 +121,18 @@ def product_config(C: int, N: int, dtype: torch.dtype, norm: bool) -> dict[str, 
     if norm:
         frames = max(16, min(64, 16384 // whole))
         warps, channels = 8 if frames * whole >= 8192 else 4, 16 if C < 32 else 32
-        return {"BLOCK_T": frames, "BLOCK_N": whole, "BLOCK_C": channels, "num_warps": warps, "num_stages": 2}
+        default = {"BLOCK_T": frames, "BLOCK_N": whole, "BLOCK_C": channels, "num_warps": warps, "num_stages": 2}
+        return default, {**default, "BLOCK_T": 16, "num_warps": 4}, {**default, "num_stages": 1}
     columns = min(whole, 64 if dtype == torch.float32 else 128)
     channels = 16 if C % 32 else 32
     warps = 8 if columns == 128 else 4
     stages = 2 if dtype == torch.float32 else 3
-    return {"BLOCK_T": 128, "BLOCK_N": columns, "BLOCK_C": channels, "num_warps": warps, "num_stages": stages}
+    default = {"BLOCK_T": 128, "BLOCK_N": columns, "BLOCK_C": channels, "num_warps": warps, "num_stages": stages}
+    # Twice the programs for short batches, and fewer trips through the loop.
+    small = {**default, "BLOCK_T": 64, "num_warps": 4}
+    if C % 64 or dtype == torch.float32:
+        return default, small
+    return default, small, {**default, "BLOCK_C": 64, "num_stages": 2}
 
 
 def frames_product(
@@ -147,15 +155,35 @@ def frames_product(
 ) -> None:
     """Write `units` frames of `out` `[B, T', G·N]` from `x` `[B, T, G·C]` and `weight` `[G, taps, C, N]`."""
     G, taps, C, N = weight.shape
-    config = product_config(C, N, x.dtype, norm is not None)
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
-    grid = (G * triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(units, config["BLOCK_T"]), x.shape[0])
-    _frames_product_kernel[grid](
-        x, weight, bias, norm_weight, norm_bias, residual, out, pre,
-        x.shape[1], out.shape[1], units, taps, first, phase, eps,
-        GROUPS=G, C=C, N=N, STRIDE=stride, STEP=step, OUT_STRIDE=out_stride, PADDED=padded,
-        NORM=norm is not None, ACTIVATION=activation, PRECISION=dot_precision(x.dtype), **config,
-    )  # fmt: skip
+    precision = dot_precision(x.dtype)
+
+    def run(config: Config) -> None:
+        grid = (G * triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(units, config["BLOCK_T"]), x.shape[0])
+        _frames_product_kernel[grid](
+            x, weight, bias, norm_weight, norm_bias, residual, out, pre,
+            x.shape[1], out.shape[1], units, taps, first, phase, eps,
+            GROUPS=G, C=C, N=N, STRIDE=stride, STEP=step, OUT_STRIDE=out_stride, PADDED=padded,
+            NORM=norm is not None, ACTIVATION=activation, PRECISION=precision, **config,
+        )  # fmt: skip
+
+    also = (G, taps, stride, step, out_stride, padded, activation, pre is None, residual is None, precision)
+    product_configs.launch(run, x.device, (C, N, x.dtype, norm is not None), (units, x.shape[0]), also)
+
+
+@tunable
+def weight_gradient_configs(C: int, N: int, dtype: torch.dtype, target: str) -> tuple[Config, ...]:
+    """Tiles and warps. A step adds 32 frames to a tile of the weight, which fp32 products make half as large."""
+    default = {
+        "BLOCK_T": 32,
+        "BLOCK_C": min(max(16, triton.next_power_of_2(C)), 64 if dtype == torch.float32 else 128),
+        "BLOCK_N": min(max(16, triton.next_power_of_2(N)), 64),
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+    if dtype == torch.float32:
+        return default, {**default, "num_stages": 1}
+    return default, {**default, "BLOCK_T": 64}, {**default, "num_stages": 3}
 
 
 def frames_product_weight_gradient(
@@ -164,19 +192,18 @@ def frames_product_weight_gradient(
     """Gradient `[G, taps, C, N]` fp32 of the weight, from `x` `[B, T, G·C]` and the out's gradient `[B, T', G·N]`."""
     B, frames_out, N = grad.shape
     C, N = x.shape[2] // groups, N // groups
-    wide = x.dtype == torch.float32
-    config = {
-        "BLOCK_T": 32,
-        "BLOCK_C": min(max(16, triton.next_power_of_2(C)), 64 if wide else 128),
-        "BLOCK_N": min(max(16, triton.next_power_of_2(N)), 64),
-    }
-    tiles = groups * triton.cdiv(C, config["BLOCK_C"]) * triton.cdiv(N, config["BLOCK_N"])
-    # Enough programs to fill a GPU, whichever it is, but sums of at least eight blocks each.
-    splits = max(1, min(triton.cdiv(512, tiles * taps), B * triton.cdiv(frames_out, config["BLOCK_T"]) // 8))
-    parts = torch.empty(splits, groups, taps, C, N, dtype=torch.float32, device=x.device)
-    _frames_product_bwd_weight_kernel[(tiles, taps, splits)](
-        x, grad, parts, x.shape[1], frames_out, B, taps, first, splits,
-        GROUPS=groups, C=C, N=N, STRIDE=stride, STEP=step, PADDED=first != 0, PRECISION=dot_precision(x.dtype),
-        num_warps=4, num_stages=2, **config,
-    )  # fmt: skip
-    return parts.sum(0) if splits > 1 else parts[0]
+    precision = dot_precision(x.dtype)
+
+    def run(config: Config) -> torch.Tensor:
+        tiles = groups * triton.cdiv(C, config["BLOCK_C"]) * triton.cdiv(N, config["BLOCK_N"])
+        # Enough programs to fill a GPU, whichever it is, but sums of at least eight blocks each.
+        splits = max(1, min(triton.cdiv(512, tiles * taps), B * triton.cdiv(frames_out, config["BLOCK_T"]) // 8))
+        parts = torch.empty(splits, groups, taps, C, N, dtype=torch.float32, device=x.device)
+        _frames_product_bwd_weight_kernel[(tiles, taps, splits)](
+            x, grad, parts, x.shape[1], frames_out, B, taps, first, splits,
+            GROUPS=groups, C=C, N=N, STRIDE=stride, STEP=step, PADDED=first != 0, PRECISION=precision, **config,
+        )  # fmt: skip
+        return parts.sum(0) if splits > 1 else parts[0]
+
+    also = (groups, taps, stride, step, first != 0, precision)
+    return weight_gradient_configs.launch(run, x.device, (C, N, x.dtype), (frames_out, B), also)

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ._tuning import Config, tunable
+
 # A row of this many channels still fits the registers of one program, in fp32.
 MAX_CHANNELS = 16384
 # Programs of the backward, each with its own part of the weight's and bias's gradients: enough to fill a GPU, few
@@ -84,9 +86,13 @@ def _add_layer_norm_bwd_kernel(
     tl.store(dbias_ptr + program * C + channel, dbias, mask=inside)
 
 
-def _block(C: int) -> dict[str, int]:
+@tunable
+def row_configs(C: int, target: str) -> tuple[Config, ...]:
+    """Warps for a row: eight channels in each thread. More threads hide the loads better, fewer reduce faster."""
     block = triton.next_power_of_2(C)
-    return {"BLOCK_C": block, "num_warps": min(max(block // 256, 1), 16)}
+    warps = min(max(block // 256, 1), 16)
+    fewer_and_more = {max(warps // 2, 1), min(warps * 2, 16)} - {warps}
+    return tuple({"BLOCK_C": block, "num_warps": w} for w in (warps, *sorted(fewer_and_more)))
 
 
 def add_layer_norm(
@@ -96,10 +102,16 @@ def add_layer_norm(
     x, residual, weight, bias = (t.contiguous() for t in (x, residual, weight, bias))
     C = x.shape[-1]
     total, normed = torch.empty_like(x) if keep_sum else x.new_empty(0), torch.empty_like(x)
-    if x.numel():
-        _add_layer_norm_fwd_kernel[(x.numel() // C,)](
-            x, residual, weight, bias, total, normed, C, eps, KEEP_SUM=keep_sum, **_block(C)
+    if not x.numel():
+        return total, normed
+    rows = x.numel() // C
+
+    def run(config: Config) -> None:
+        _add_layer_norm_fwd_kernel[(rows,)](
+            x, residual, weight, bias, total, normed, C, eps, KEEP_SUM=keep_sum, **config
         )
+
+    row_configs.launch(run, x.device, (C,), (rows,), ("forward", x.dtype, keep_sum))
     return total, normed
 
 
@@ -116,8 +128,12 @@ def add_layer_norm_backward(
     rows_per_program = triton.cdiv(rows, PARTS)
     programs = triton.cdiv(rows, rows_per_program)
     parts = torch.empty(2, programs, C, dtype=torch.float32, device=total.device)
-    _add_layer_norm_bwd_kernel[(programs,)](
-        grad_sum, grad_normed, total, weight, dx, parts[0], parts[1], rows, rows_per_program, C, eps, **_block(C)
-    )
+
+    def run(config: Config) -> None:
+        _add_layer_norm_bwd_kernel[(programs,)](
+            grad_sum, grad_normed, total, weight, dx, parts[0], parts[1], rows, rows_per_program, C, eps, **config
+        )
+
+    row_configs.launch(run, total.device, (C,), (rows,), ("backward", total.dtype))
     dweight, dbias = parts.sum(1).to(weight.dtype)
     return dx, dweight, dbias

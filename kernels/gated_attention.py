@@ -13,8 +13,8 @@ import triton.language as tl
 
 from ._dropout import keep, row_keys
 from ._precision import dot_precision
-from ._target import target
 from ._toeplitz import MARGIN, far_tiles, row_places, toeplitz
+from ._tuning import Config, tunable
 
 LOG2_E = 1 / math.log(2)
 
@@ -127,16 +127,21 @@ def _gated_attention_fwd_kernel(
     tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=(query < T)[:, None] & (column < D)[None, :])
 
 
-def forward_config(head_dim: int, dtype: torch.dtype, target: str) -> dict[str, int]:
+@tunable
+def forward_configs(head_dim: int, dtype: torch.dtype, target: str) -> tuple[Config, ...]:
     """Tiles and warps. 128 queries read keys and values half as often as 64 do, with as many warps resident: eight of
     one program in place of four of two. Wide heads and fp32 leave registers for half the keys, AMD's wider warps hold
     half a tile.
     """
+    small = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
     if dtype == torch.float32:
-        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2 if head_dim <= 64 else 1}
+        default = {**small, "num_stages": 2 if head_dim <= 64 else 1}
+        return default, {**small, "BLOCK_N": 16}, {**small, "BLOCK_M": 32}
     if target == "cdna":
-        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 128, "BLOCK_N": 64 if head_dim <= 64 else 32, "num_warps": 8, "num_stages": 2}
+        return small, {**small, "num_stages": 1}, {**small, "BLOCK_M": 128}, {**small, "BLOCK_N": 64}
+    default = {"BLOCK_M": 128, "BLOCK_N": 64 if head_dim <= 64 else 32, "num_warps": 8, "num_stages": 2}
+    # More loads on their way, and twice the programs for short batches.
+    return default, {**default, "num_stages": 3}, {**default, "BLOCK_M": 64, "num_warps": 4}, small
 
 
 def launch_constants(q: torch.Tensor, key_lengths: torch.Tensor | None, dropout_p: float) -> dict[str, object]:
@@ -170,11 +175,14 @@ def gated_attention(
     if not out.numel():
         return out, lse
     copies, ends = toeplitz(rel_bias, both=False)
-    config = forward_config(D, q.dtype, target(q.device))
-    _gated_attention_fwd_kernel[(triton.cdiv(T, config["BLOCK_M"]), B * H)](
-        q, k, v, gate, rel_bias, copies, ends, key_lengths, seed, out, lse,
-        T, H, copies.shape[-1], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        scale * LOG2_E, 1 / scale, int(dropout_p * 2**24), 1 / (1 - dropout_p),
-        **launch_constants(q, key_lengths, dropout_p), **config,
-    )  # fmt: skip
+    constants = launch_constants(q, key_lengths, dropout_p)
+
+    def run(config: Config) -> None:
+        _gated_attention_fwd_kernel[(triton.cdiv(T, config["BLOCK_M"]), B * H)](
+            q, k, v, gate, rel_bias, copies, ends, key_lengths, seed, out, lse,
+            T, H, copies.shape[-1], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            scale * LOG2_E, 1 / scale, int(dropout_p * 2**24), 1 / (1 - dropout_p), **constants, **config,
+        )  # fmt: skip
+
+    forward_configs.launch(run, q.device, (D, q.dtype), (T, B * H), (constants["DROPOUT"], constants["PRECISION"]))
     return out, lse

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from ._dropout import keep, row_keys
-from ._target import target
 from ._toeplitz import far_tiles, row_places, toeplitz
+from ._tuning import Config, tunable
 from .gated_attention import LOG2_E, launch_constants, load_tile
 from .gated_attention_dbias import rel_bias_gradient
 
@@ -233,15 +233,21 @@ def _gated_attention_bwd_dkv_kernel(
     tl.store(dv_ptr + at, tl.where(valid, dv, 0.0).to(dv_ptr.dtype.element_ty), mask=inside)
 
 
-def backward_config(head_dim: int, dtype: torch.dtype, target: str) -> dict[str, int]:
-    """Tiles and warps of dq: rows are queries. dk and dv take the same with rows for keys. Where products read their
-    operands from registers, three or four products a tile leave room for half the columns.
+@tunable
+def backward_configs(head_dim: int, dtype: torch.dtype, target: str) -> tuple[Config, ...]:
+    """Tiles and warps. Rows are queries for dq, keys for dk and dv. Where products read their operands from registers,
+    three or four products a tile leave room for half the columns.
     """
+    small = {"ROWS": 64, "COLUMNS": 32, "num_warps": 4, "num_stages": 1}
     if dtype == torch.float32:
-        return {"ROWS": 64, "COLUMNS": 32 if head_dim <= 64 else 16, "num_warps": 4, "num_stages": 1}
+        default = {**small, "COLUMNS": 32 if head_dim <= 64 else 16}
+        return default, {**default, "ROWS": 32}
     if target == "cdna" or head_dim > 64:
-        return {"ROWS": 64, "COLUMNS": 32, "num_warps": 4, "num_stages": 2 if head_dim <= 64 else 1}
-    return {"ROWS": 128, "COLUMNS": 64 if target == "hopper" else 32, "num_warps": 8, "num_stages": 2}
+        default = {**small, "num_stages": 2 if head_dim <= 64 else 1}
+        return default, {**small, "num_stages": 3 - default["num_stages"]}, {**small, "COLUMNS": 16}
+    default = {"ROWS": 128, "COLUMNS": 64 if target == "hopper" else 32, "num_warps": 8, "num_stages": 2}
+    # Fewer loads on their way, and twice the programs for short batches.
+    return default, {**default, "num_stages": 1}, {**small, "num_stages": 2}
 
 
 def gated_attention_backward(
@@ -267,19 +273,28 @@ def gated_attention_backward(
         return dq, dk, dv, dgate, torch.zeros_like(rel_bias)
     copies, ends = toeplitz(rel_bias, both=True)
     constants = launch_constants(q, key_lengths, dropout_p)
-    config = backward_config(D, q.dtype, target(q.device))
-    rows, columns = config.pop("ROWS"), config.pop("COLUMNS")
     operands = (q, k, v, gate, rel_bias, copies, ends, key_lengths, seed)
     numbers = (
         T, H, copies.shape[-1], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         scale * LOG2_E, 1 / scale, scale, int(dropout_p * 2**24), 1 / (1 - dropout_p),
     )  # fmt: skip
-    grid = (triton.cdiv(T, rows), B * H)
-    _gated_attention_bwd_dq_kernel[grid](
-        *operands, grad, out, lse, dq, dgate, delta, *numbers, BLOCK_M=rows, BLOCK_N=columns, **constants, **config
-    )
-    _gated_attention_bwd_dkv_kernel[grid](
-        *operands, grad, lse, delta, dk, dv, *numbers, BLOCK_M=columns, BLOCK_N=rows, **constants, **config
-    )
+
+    def run_dq(config: Config) -> None:
+        _gated_attention_bwd_dq_kernel[(triton.cdiv(T, config["ROWS"]), B * H)](
+            *operands, grad, out, lse, dq, dgate, delta, *numbers,
+            BLOCK_M=config["ROWS"], BLOCK_N=config["COLUMNS"], **constants,
+            num_warps=config["num_warps"], num_stages=config["num_stages"],
+        )  # fmt: skip
+
+    def run_dkv(config: Config) -> None:
+        _gated_attention_bwd_dkv_kernel[(triton.cdiv(T, config["ROWS"]), B * H)](
+            *operands, grad, lse, delta, dk, dv, *numbers,
+            BLOCK_M=config["COLUMNS"], BLOCK_N=config["ROWS"], **constants,
+            num_warps=config["num_warps"], num_stages=config["num_stages"],
+        )  # fmt: skip
+
+    for name, run in (("dq", run_dq), ("dkv", run_dkv)):
+        also = (name, constants["DROPOUT"], constants["PRECISION"])
+        backward_configs.launch(run, q.device, (D, q.dtype), (T, B * H), also)
     drel_bias = rel_bias_gradient(operands, grad, lse, delta, numbers, constants)
     return dq, dk, dv, dgate, drel_bias

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ._dropout import keep, row_keys
 from ._toeplitz import row_places
+from ._tuning import Config, tunable
 from .gated_attention import load_tile
 
 
@@ -103,20 +104,36 @@ def _gated_attention_bwd_dbias_sum_kernel(
     tl.store(drel_bias_ptr + h * (2 * T - 1) + entry, total, mask=inside)
 
 
-def dbias_config(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+@tunable
+def dbias_configs(head_dim: int, dtype: torch.dtype, target: str) -> tuple[Config, ...]:
     """Tiles and warps. The loop holds three tiles of scores in registers: 32 each with eight warps."""
+    small = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
     if dtype == torch.float32 or head_dim > 64:
-        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1}
+        return small, {**small, "BLOCK_M": 32}
+    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1}, {**small, "BLOCK_N": 64}, small
 
 
 def rel_bias_gradient(
     operands: tuple, grad: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, numbers: tuple, constants: dict
 ) -> torch.Tensor:
     """drel_bias `[H, 2T - 1]`; operands, numbers and constants are those of the dq kernel."""
-    q, rel_bias = operands[0], operands[4]
+    q = operands[0]
     B, T, H, D = q.shape
-    config = dbias_config(D, q.dtype)
+    atomic = not torch.are_deterministic_algorithms_enabled()
+
+    def run(config: Config) -> torch.Tensor:
+        return _rel_bias_gradient(operands, grad, lse, delta, numbers, constants, config, atomic)
+
+    also = (constants["DROPOUT"], constants["PRECISION"])
+    return dbias_configs.launch(run, q.device, (D, q.dtype), (T, B * H), also)
+
+
+def _rel_bias_gradient(
+    operands: tuple, grad: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, numbers: tuple, constants: dict,
+    config: Config, atomic: bool,
+) -> torch.Tensor:  # fmt: skip
+    q, rel_bias = operands[0], operands[4]
+    B, T, H, _ = q.shape
     BLOCK_M, BLOCK_N = config["BLOCK_M"], config["BLOCK_N"]
     groups = BLOCK_M // BLOCK_N + 1
     query_tiles, key_tiles = triton.cdiv(T, BLOCK_M), triton.cdiv(T, BLOCK_N)
@@ -125,7 +142,6 @@ def rel_bias_gradient(
     # A program takes about eight tiles: enough to make little of its end, few enough to fill a GPU. It depends on the
     # shapes alone, so that sums do not differ between GPUs.
     splits = triton.cdiv(B * query_tiles, 8)
-    atomic = not torch.are_deterministic_algorithms_enabled()
     parts = (H, diagonals, splits, groups, BLOCK_N)
     found = torch.zeros_like(rel_bias) if atomic else rel_bias.new_empty(parts)
     _gated_attention_bwd_dbias_kernel[(diagonals, splits, H)](

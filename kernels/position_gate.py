@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ._tuning import Config, tunable
+
 # Programs of the backward, each with its own part of the parameters' gradients.
 PARTS = 256
 
@@ -91,18 +93,30 @@ def _position_gate_bwd_kernel(
     tl.store(dconst_ptr + program * H + head, dconst, mask=head < H)
 
 
+@tunable
+def frame_configs(D: int, target: str) -> tuple[Config, ...]:
+    """Frames and warps: 16 frames by 64 channels are 8 numbers in each thread of four warps. Short batches fill a GPU
+    with smaller tiles, long ones read the parameters less often with larger ones.
+    """
+    default = {"BLOCK_T": 16, "BLOCK_D": triton.next_power_of_2(D), "num_warps": 4}
+    return default, {**default, "BLOCK_T": 32}, {**default, "num_warps": 2}, {**default, "BLOCK_T": 8, "num_warps": 2}
+
+
 def position_gate(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, const: torch.Tensor) -> torch.Tensor:
     """The op `position_gate`: `[B, H, T]` fp32."""
     B, T, _ = x.shape
     H, D = const.shape[0], weight.shape[1]
     gate = torch.empty(B, H, T, dtype=torch.float32, device=x.device)
-    if gate.numel():
-        # 16 frames by 64 channels are 8 numbers in each thread of four warps.
-        block_d = triton.next_power_of_2(D)
-        _position_gate_fwd_kernel[(triton.cdiv(T, 16), B)](
-            x, weight.contiguous(), bias.contiguous(), const.contiguous(), gate, T, H, D, x.stride(0), x.stride(1),
-            BLOCK_T=16, BLOCK_D=block_d, num_warps=4,
-        )  # fmt: skip
+    if not gate.numel():
+        return gate
+    weight, bias, const = weight.contiguous(), bias.contiguous(), const.contiguous()
+
+    def run(config: Config) -> None:
+        _position_gate_fwd_kernel[(triton.cdiv(T, config["BLOCK_T"]), B)](
+            x, weight, bias, const, gate, T, H, D, x.stride(0), x.stride(1), **config
+        )
+
+    frame_configs.launch(run, x.device, (D,), (T, B), ("forward", H, x.dtype))
     return gate
 
 
@@ -113,20 +127,23 @@ def position_gate_backward(
     B, T, _ = x.shape
     H, D = const.shape[0], weight.shape[1]
     dx = x.new_empty(x.shape)
-    tiles = B * triton.cdiv(T, 16)
     if not x.numel():
         return dx, torch.zeros_like(weight), torch.zeros_like(bias), torch.zeros_like(const)
-    tiles_per_program = triton.cdiv(tiles, PARTS)
-    programs = triton.cdiv(tiles, tiles_per_program)
-    dweight, dbias, dconst = (
-        torch.empty(programs, *shape, dtype=torch.float32, device=x.device) for shape in ((2, D), (2,), (H,))
-    )
-    _position_gate_bwd_kernel[(programs,)](
-        grad.contiguous(), x, weight.contiguous(), bias.contiguous(), const.contiguous(), dx, dweight, dbias, dconst,
-        B, T, H, D, x.stride(0), x.stride(1), tiles_per_program,
-        BLOCK_T=16, BLOCK_D=triton.next_power_of_2(D), BLOCK_H=triton.next_power_of_2(H), num_warps=4,
-    )  # fmt: skip
+    grad, weight, bias, const = (t.contiguous() for t in (grad, weight, bias, const))
+
+    def run(config: Config) -> tuple[torch.Tensor, ...]:
+        tiles = B * triton.cdiv(T, config["BLOCK_T"])
+        tiles_per_program = triton.cdiv(tiles, PARTS)
+        programs = triton.cdiv(tiles, tiles_per_program)
+        parts = [torch.empty(programs, *shape, dtype=torch.float32, device=x.device) for shape in ((2, D), (2,), (H,))]
+        _position_gate_bwd_kernel[(programs,)](
+            grad, x, weight, bias, const, dx, *parts, B, T, H, D, x.stride(0), x.stride(1), tiles_per_program,
+            BLOCK_H=triton.next_power_of_2(H), **config,
+        )  # fmt: skip
+        return tuple(part.sum(0) for part in parts)
+
+    dweight, dbias, dconst = frame_configs.launch(run, x.device, (D,), (T, B), ("backward", H, x.dtype))
     # Each of the two sums of four gives its gradient to all four.
-    dweight = dweight.sum(0).repeat_interleave(4, 0).to(weight.dtype)
-    dbias = dbias.sum(0).repeat_interleave(4).to(bias.dtype)
-    return dx, dweight, dbias, dconst.sum(0).to(const.dtype)
+    dweight = dweight.repeat_interleave(4, 0).to(weight.dtype)
+    dbias = dbias.repeat_interleave(4).to(bias.dtype)
+    return dx, dweight, dbias, dconst.to(const.dtype)

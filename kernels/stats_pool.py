@@ -8,9 +8,12 @@ import torch
 import triton
 import triton.language as tl
 
+from ._tuning import Config, tunable
+
 # Frames of one piece: a few tiles, so that short batches still fill a GPU.
 PIECE = 128
-BLOCK_C = 64
+# Channels of one program that merges pieces.
+MERGED_CHANNELS = 64
 
 
 @triton.jit
@@ -103,12 +106,23 @@ def _stats_pool_bwd_kernel(
         tl.store(dx_ptr + at, dx, mask=(frame < T)[:, None] & inside[None, :])
 
 
+@tunable
+def tile_configs(target: str) -> tuple[Config, ...]:
+    """Tiles and warps: 32 frames by 64 channels are 16 numbers in each thread of four warps. Frames divide PIECE."""
+    default = {"BLOCK_T": 32, "BLOCK_C": 64, "num_warps": 4}
+    return default, {**default, "BLOCK_T": 16}, {**default, "BLOCK_C": 128}, {**default, "BLOCK_T": 64, "num_warps": 8}
+
+
 def _pieces(x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
     B, T, C = x.shape
     parts = torch.empty(B, triton.cdiv(T, PIECE), 2, C, dtype=torch.float32, device=x.device)
-    _stats_pool_piece_kernel[(triton.cdiv(C, BLOCK_C), parts.shape[1], B)](
-        x, lengths, parts, T, C, LENGTHS=lengths is not None, PIECE=PIECE, BLOCK_T=32, BLOCK_C=BLOCK_C, num_warps=4
-    )
+
+    def run(config: Config) -> None:
+        _stats_pool_piece_kernel[(triton.cdiv(C, config["BLOCK_C"]), parts.shape[1], B)](
+            x, lengths, parts, T, C, LENGTHS=lengths is not None, PIECE=PIECE, **config
+        )
+
+    tile_configs.launch(run, x.device, (), (T, B, C), ("pieces", x.dtype))
     return parts
 
 
@@ -118,9 +132,9 @@ def stats_pool(x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
     B, T, C = x.shape
     out = x.new_empty(B, 2 * C)
     parts = _pieces(x, lengths)
-    _stats_pool_merge_kernel[(triton.cdiv(C, BLOCK_C), B)](
+    _stats_pool_merge_kernel[(triton.cdiv(C, MERGED_CHANNELS), B)](
         parts, lengths, out, T, C, parts.shape[1],
-        LENGTHS=lengths is not None, PIECE=PIECE, BLOCK_C=BLOCK_C, num_warps=2,
+        LENGTHS=lengths is not None, PIECE=PIECE, BLOCK_C=MERGED_CHANNELS, num_warps=2,
     )  # fmt: skip
     return out
 
@@ -133,8 +147,12 @@ def stats_pool_backward(
     B, T, C = x.shape
     dx = torch.empty_like(x)
     parts = _pieces(x, lengths)
-    _stats_pool_bwd_kernel[(triton.cdiv(C, BLOCK_C), parts.shape[1], B)](
-        grad, x, parts, lengths, out, dx, T, C, parts.shape[1],
-        LENGTHS=lengths is not None, PIECE=PIECE, BLOCK_T=32, BLOCK_C=BLOCK_C, num_warps=4,
-    )  # fmt: skip
+
+    def run(config: Config) -> None:
+        _stats_pool_bwd_kernel[(triton.cdiv(C, config["BLOCK_C"]), parts.shape[1], B)](
+            grad, x, parts, lengths, out, dx, T, C, parts.shape[1],
+            LENGTHS=lengths is not None, PIECE=PIECE, **config,
+        )  # fmt: skip
+
+    tile_configs.launch(run, x.device, (), (T, B, C), ("backward", x.dtype))
     return dx

@@ -10,9 +10,8 @@ import triton
 import triton.language as tl
 
 from ._activation import activate
+from ._tuning import Config, tunable
 
-# Frames of one part of the Gram matrix.
-GRAM_FRAMES = 512
 # Taps, and one column of ones: [16, 16] holds the sums of the windows and their number too.
 BLOCK_K = 16
 
@@ -119,23 +118,44 @@ def _waveform_conv_fwd_kernel(
     tl.store(out_ptr + at, out, mask=(unit < T)[:, None] & inside[None, :])
 
 
+@tunable
+def gram_configs(target: str) -> tuple[Config, ...]:
+    """Frames of one part of the Gram matrix, and warps: fp64 sums leave room for few frames in each thread."""
+    return (
+        {"BLOCK_T": 512, "num_warps": 8},
+        {"BLOCK_T": 256, "num_warps": 4},
+        {"BLOCK_T": 256, "num_warps": 8},
+    )
+
+
 def group_statistics(
     waveform: torch.Tensor, weight: torch.Tensor, stride: int, frames: int, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What norms the convolution of each utterance over time: centre `[B]`, rstd and offset `[B, C]`, fp32."""
     (B, S), (C, _, K) = waveform.shape, weight.shape
-    programs = triton.cdiv(frames, GRAM_FRAMES)
-    parts = torch.empty(B, programs, BLOCK_K, BLOCK_K, dtype=torch.float64, device=waveform.device)
-    _waveform_gram_kernel[(programs, B)](
-        waveform, parts, S, frames, K, STRIDE=stride, BLOCK_T=GRAM_FRAMES, BLOCK_K=BLOCK_K, num_warps=8
-    )
+
+    def run(config: Config) -> torch.Tensor:
+        programs = triton.cdiv(frames, config["BLOCK_T"])
+        parts = torch.empty(B, programs, BLOCK_K, BLOCK_K, dtype=torch.float64, device=waveform.device)
+        _waveform_gram_kernel[(programs, B)](waveform, parts, S, frames, K, STRIDE=stride, BLOCK_K=BLOCK_K, **config)
+        return parts
+
+    parts = gram_configs.launch(run, waveform.device, (), (frames, B), (K, stride, waveform.dtype))
     centre, rstd, offset = (
         torch.empty(shape, dtype=torch.float32, device=waveform.device) for shape in (B, (B, C), (B, C))
     )
     _waveform_norm_kernel[(triton.cdiv(C, 16), B)](
-        parts, weight, centre, rstd, offset, C, K, programs, eps, BLOCK_C=16, BLOCK_K=BLOCK_K, num_warps=4
+        parts, weight, centre, rstd, offset, C, K, parts.shape[1], eps, BLOCK_C=16, BLOCK_K=BLOCK_K, num_warps=4
     )
     return centre, rstd, offset
+
+
+@tunable
+def frame_configs(C: int, norm: str, target: str) -> tuple[Config, ...]:
+    """Tiles and warps. 4096 sums are 32 in each thread of four warps; a layer norm needs whole rows."""
+    block = triton.next_power_of_2(C) if norm == "layer" else min(128, triton.next_power_of_2(C))
+    default = {"BLOCK_T": max(1, 4096 // block), "BLOCK_C": block, "num_warps": 4}
+    return default, {**default, "BLOCK_T": max(1, 2048 // block)}, {**default, "num_warps": 8}
 
 
 def waveform_conv(
@@ -157,11 +177,15 @@ def waveform_conv(
     if not out.numel():
         return out
     statistics = group_statistics(waveform, weight, stride, frames, eps) if norm == "group" else (None, None, None)
-    # 4096 sums are 32 in each thread of four warps; a layer norm needs whole rows, and more threads for wide ones.
-    block_c = triton.next_power_of_2(C) if norm == "layer" else min(128, triton.next_power_of_2(C))
-    block_t = max(1, 4096 // block_c)
-    _waveform_conv_fwd_kernel[(triton.cdiv(C, block_c), triton.cdiv(frames, block_t), B)](
-        waveform, weight[:, 0].t().contiguous(), bias, norm_weight, norm_bias, *statistics, out, S, frames, C, eps,
-        K=K, STRIDE=stride, NORM=norm, ACTIVATION=activation, BLOCK_T=block_t, BLOCK_C=block_c, num_warps=4,
-    )  # fmt: skip
+    taps = weight[:, 0].t().contiguous()
+
+    def run(config: Config) -> None:
+        grid = (triton.cdiv(C, config["BLOCK_C"]), triton.cdiv(frames, config["BLOCK_T"]), B)
+        _waveform_conv_fwd_kernel[grid](
+            waveform, taps, bias, norm_weight, norm_bias, *statistics, out, S, frames, C, eps,
+            K=K, STRIDE=stride, NORM=norm, ACTIVATION=activation, **config,
+        )  # fmt: skip
+
+    also = (K, stride, activation, waveform.dtype)
+    frame_configs.launch(run, waveform.device, (C, norm), (frames, B), also)
     return out

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ._activation import activate_slope
+from ._tuning import Config, tunable
 from .waveform_conv import BLOCK_K, convolve, group_statistics, load_vector
 
 # Programs, each with its own part of the parameters' gradients. Not the number of processors: sums would differ.
@@ -140,6 +141,18 @@ def _waveform_conv_bwd_overlap_kernel(
     tl.store(dwaveform_ptr + b * S + sample, total.to(dwaveform_ptr.dtype.element_ty), mask=sample < S)
 
 
+@tunable
+def backward_configs(C: int, norm: str, target: str) -> tuple[Config, ...]:
+    """Tiles and warps. Products need sixteen rows. A layer norm needs whole rows of channels, and twice the threads
+    for them.
+    """
+    block = max(16, triton.next_power_of_2(C) if norm == "layer" else min(64, triton.next_power_of_2(C)))
+    default = {"BLOCK_T": 16, "BLOCK_C": block, "num_warps": 4 if block < 512 else 8, "num_stages": 1}
+    if norm == "layer":
+        return default, {**default, "num_warps": 16 if block >= 512 else 8}
+    return default, {**default, "BLOCK_T": 32}, {**default, "num_warps": 8}
+
+
 def waveform_conv_backward(
     grad: torch.Tensor,
     waveform: torch.Tensor,
@@ -155,41 +168,48 @@ def waveform_conv_backward(
     """The op `waveform_conv_backward`: gradients of waveform, weight, bias, norm_weight and norm_bias."""
     grad, waveform, weight = grad.contiguous(), waveform.contiguous(), weight.contiguous()
     (B, S), (C, _, K), T = waveform.shape, weight.shape, grad.shape[1]
-    # Products need sixteen rows. A layer norm needs whole rows of channels, and twice the threads for them.
-    block_c = max(16, triton.next_power_of_2(C) if norm == "layer" else min(64, triton.next_power_of_2(C)))
-    block = {"BLOCK_T": 16, "BLOCK_C": block_c, "num_warps": 4 if block_c < 512 else 8, "num_stages": 1}
-    columns = triton.cdiv(C, block_c)
-    constants = {"K": K, "STRIDE": stride, "ACTIVATION": activation, **block}
+    constants = {"K": K, "STRIDE": stride, "ACTIVATION": activation}
+    also = (K, stride, activation, grad.dtype)
     taps = weight[:, 0].t().contiguous()  # [K, C]
     statistics, sums = (None, None, None), None
     if norm == "group":
         statistics = group_statistics(waveform, weight, stride, T, eps)
-        per_program = triton.cdiv(triton.cdiv(T, 16), triton.cdiv(2 * PARTS, B))
-        programs = triton.cdiv(triton.cdiv(T, 16), per_program)
-        parts = torch.empty(B, programs, 2, C, dtype=torch.float32, device=grad.device)
-        _waveform_conv_bwd_sums_kernel[(programs, B, columns)](
-            grad, waveform, taps, norm_weight, norm_bias, *statistics, parts, S, T, C, per_program, **constants
+
+        def run_sums(config: Config) -> torch.Tensor:
+            tiles = triton.cdiv(T, config["BLOCK_T"])
+            per_program = triton.cdiv(tiles, triton.cdiv(2 * PARTS, B))
+            programs = triton.cdiv(tiles, per_program)
+            parts = torch.empty(B, programs, 2, C, dtype=torch.float32, device=grad.device)
+            _waveform_conv_bwd_sums_kernel[(programs, B, triton.cdiv(C, config["BLOCK_C"]))](
+                grad, waveform, taps, norm_weight, norm_bias, *statistics, parts, S, T, C, per_program,
+                **constants, **config,
+            )  # fmt: skip
+            return parts.sum(1)
+
+        sums = backward_configs.launch(run_sums, grad.device, (C, norm), (T, B), ("sums", *also))
+
+    def run(config: Config) -> tuple[torch.Tensor, ...]:
+        tiles, columns = B * triton.cdiv(T, config["BLOCK_T"]), triton.cdiv(C, config["BLOCK_C"])
+        per_program = triton.cdiv(tiles, PARTS)
+        programs = triton.cdiv(tiles, per_program)
+        windows, dtaps, vectors = (
+            torch.empty(shape, dtype=torch.float32, device=grad.device)
+            for shape in ((columns, B, T, BLOCK_K), (programs, BLOCK_K, C), (programs, 3, C))
         )
-        sums = parts.sum(1)
-    tiles = B * triton.cdiv(T, 16)
-    per_program = triton.cdiv(tiles, PARTS)
-    programs = triton.cdiv(tiles, per_program)
-    windows, dtaps, vectors = (
-        torch.empty(shape, dtype=torch.float32, device=grad.device)
-        for shape in ((columns, B, T, BLOCK_K), (programs, BLOCK_K, C), (programs, 3, C))
-    )
-    _waveform_conv_bwd_kernel[(programs, columns)](
-        grad, waveform, taps, bias, norm_weight, norm_bias, *statistics, sums, windows, dtaps, vectors,
-        B, S, T, C, eps, per_program, NORM=norm, BLOCK_K=BLOCK_K, **constants,
-    )  # fmt: skip
+        _waveform_conv_bwd_kernel[(programs, columns)](
+            grad, waveform, taps, bias, norm_weight, norm_bias, *statistics, sums, windows, dtaps, vectors,
+            B, S, T, C, eps, per_program, NORM=norm, BLOCK_K=BLOCK_K, **constants, **config,
+        )  # fmt: skip
+        return windows, dtaps.sum(0), vectors.sum(0)
+
+    windows, dtaps, (dbias, dgain, dshift) = backward_configs.launch(run, grad.device, (C, norm), (T, B), also)
     dwaveform = torch.empty_like(waveform)
     _waveform_conv_bwd_overlap_kernel[(triton.cdiv(S, 1024), B)](
-        windows, dwaveform, B, S, T, columns, K=K, STRIDE=stride, BLOCK=1024, BLOCK_K=BLOCK_K
+        windows, dwaveform, B, S, T, windows.shape[0], K=K, STRIDE=stride, BLOCK=1024, BLOCK_K=BLOCK_K
     )
-    dbias, dgain, dshift = vectors.sum(0)
     if norm == "group":
         dshift, dgain = sums.sum(0)
-    dweight = dtaps.sum(0)[:K].t()[:, None].to(weight.dtype, memory_format=torch.contiguous_format)
+    dweight = dtaps[:K].t()[:, None].to(weight.dtype, memory_format=torch.contiguous_format)
     present = (bias, *((None, None) if norm == "none" else (norm_weight, norm_bias)))
     vectors = zip((dbias, dgain, dshift), present, strict=True)
     return dwaveform, dweight, *(waveform.new_empty(0) if v is None else g.to(v.dtype) for g, v in vectors)

@@ -10,6 +10,7 @@ import torch
 
 from . import audio, backends, machine
 from .console import console, print_table, table, write_json
+from .kernels import _tuned
 
 _FRAMES, _HEADS, _HEAD_DIM, _CHANNELS, _CONV = 49, 12, 64, 768, 512  # one second of WavLM-base
 
@@ -43,6 +44,7 @@ def examine() -> dict[str, Any]:
         "threads": machine.threads(),
         "extension": extension(),
         "triton": {"problem": machine.triton_problem()},
+        "tuning": _tuning(),
         "devices": machine.devices(),
         "why_no_device": None if machine.devices() else machine.why_no_device(),
         "audio": _audio(),
@@ -62,6 +64,13 @@ def extension() -> dict[str, Any]:
     if problem is None and threads < wanted:
         problem = f"compiled without the OpenMP that torch uses: its kernels run on {threads} of {wanted} threads"
     return {"build": cpu.build_record(), "level": cpu.isa(), "levels": levels, "threads": threads, "problem": problem}
+
+
+def _tuning() -> dict[str, Any]:
+    """Where the tuned choices of Triton kernels lie, and how many there are for each device here."""
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    importable = machine.triton_problem() is None
+    return {"file": str(_tuned.path()), "choices": {name: _tuned.count(name) for name in devices if importable}}
 
 
 def _audio() -> dict[str, Any]:
@@ -192,6 +201,7 @@ def _print(found: dict[str, Any]) -> None:
     say("threads", ", ".join(f"{value} {name}" for name, value in found["threads"].items()))
     say("extension", _extension_line(found["extension"]))
     say("Triton", found["triton"]["problem"] or "importable")
+    say("tuning", _tuning_line(found["tuning"]))
     say("devices", "; ".join(found["devices"]) or f"none: {found['why_no_device']}")
     say("audio", found["audio"]["problem"] or f"readable; the clip of the package is {found['audio']['clip']}")
     say(
@@ -211,6 +221,16 @@ def _extension_line(found: dict[str, Any]) -> str:
     made = f"built by {build.get('compiler', 'an unknown compiler')} for torch {build.get('torch', '?')}"
     levels = f"instruction set {found['level']} of {', '.join(found['levels'])}"
     return f"{made}; {levels}" + (f"; {found['problem']}" if found["problem"] else "")
+
+
+def _tuning_line(found: dict[str, Any]) -> str:
+    told = [
+        f"{count} for {name} in {found['file']}"
+        if count
+        else f"none for {name}: kernels run with their defaults, WAVLM_FAST_AUTOTUNE=1 searches"
+        for name, count in found["choices"].items()
+    ]
+    return "; ".join(told) or f"nothing to tune here; choices would lie in {found['file']}"
 
 
 def _print_places(out: Any, ops: dict[str, dict[str, dict[str, Any]]]) -> None:

@@ -8,6 +8,7 @@ import torch
 
 import wavlm_fast
 from wavlm_fast import backends, doctor, machine, ops
+from wavlm_fast.kernels import _tuned
 
 
 def lines(ended):
@@ -88,6 +89,19 @@ def test_missing_parts_are_told(command, monkeypatch):
     assert said["extension"] == "none: extension not built: no C++ compiler found"
     assert said["audio"].startswith("reading audio files needs the soundfile package")
     assert said["devices"].startswith("none: this torch")
+
+
+def test_tuned_choices_of_a_device_show(command, monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("WAVLM_FAST_CACHE_DIR", str(tmp_path))
+    assert lines(command("doctor"))["tuning"] == f"nothing to tune here; choices would lie in {tmp_path / 'tuned.json'}"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ("NVIDIA L4", "NVIDIA H100")[index])
+    _tuned.write(_tuned.place("NVIDIA H100", "a_kernel", (), ()), {"num_warps": 4})
+    assert doctor._tuning()["choices"] == {"NVIDIA L4": 0, "NVIDIA H100": 1}
+    said = lines(command("doctor"))["tuning"]
+    assert f"1 for NVIDIA H100 in {tmp_path / 'tuned.json'}" in said
+    assert "none for NVIDIA L4: kernels run with their defaults, WAVLM_FAST_AUTOTUNE=1 searches" in said
 
 
 def test_a_triton_that_breaks_on_import(monkeypatch):
