@@ -44,7 +44,7 @@ _PER_SCORE = (
     "gated_attention_bwd_dbias_kernel",
 )  # fmt: skip
 QUICK = ("sm_80", "sm_90", "gfx942")
-_TILES = ("BLOCK_M", "BLOCK_T", "BLOCK_N", "BLOCK_C", "BLOCK_D")
+_TILES = ("BLOCK_M", "BLOCK_T", "BLOCK_R", "BLOCK_N", "BLOCK_C", "BLOCK_K", "BLOCK_D")
 
 
 @dataclass(frozen=True)
