@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from wavlm_fast.kernels._tuning import MOST, forced
 
 from .gpu_architectures import ARCHITECTURES, Architecture
 from .gpu_bound import bound
-from .gpu_cases import DTYPES, MODELS, cases
+from .gpu_cases import BATCH, DTYPES, MODELS, cases
 from .gpu_code import KINDS
 from .gpu_compile import Built, Launch, build
 
@@ -95,12 +96,13 @@ def launches(
 ) -> Iterator[tuple[str, Launch, int]]:
     """Every distinct launch of both models: its op, itself, and the index of its configuration in the kernel's list.
 
-    Defaults have index 0 and come first; kernels without a list have only that.
+    Batches are large and of one utterance: some defaults depend on that. They have index 0 and come first; kernels
+    without a list have only that.
     """
     seen = set()
     for index in indices:
-        for model in MODELS:
-            for case in cases(model, DTYPES[dtype]):
+        for model, batch in product(MODELS, (BATCH, 1)):
+            for case in cases(model, DTYPES[dtype], batch=batch):
                 with pretend(pretended(architecture)), forced(index):
                     made = case.launches()
                 for launch in made:
