@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ._activation import activate_slope
-from .waveform_conv import BLOCK_K, convolve, group_statistics, load_vector
+from .waveform_conv import BLOCK_K, convolve, group_statistics, load_taps, load_vector, packed_taps
 
 # Programs, each with its own part of the parameters' gradients. Not the number of processors: sums would differ.
 PARTS = 256
@@ -32,12 +32,13 @@ def _waveform_conv_bwd_sums_kernel(
     offset = load_vector(offset_ptr, b * C + channel, inside, 0.0)
     gain = load_vector(norm_weight_ptr, channel, inside, 1.0)
     shift = load_vector(norm_bias_ptr, channel, inside, 0.0)
+    taps = load_taps(taps_ptr, channel, C, K)
     plain = tl.zeros([BLOCK_C], dtype=tl.float32)
     weighted = tl.zeros([BLOCK_C], dtype=tl.float32)
     first = tl.program_id(0) * tiles_per_program
     for tile in range(first, tl.minimum(first + tiles_per_program, tl.cdiv(T, BLOCK_T))):
         unit = tile * BLOCK_T + tl.arange(0, BLOCK_T)
-        y = convolve(waveform_ptr, taps_ptr, centre, b, tl.minimum(unit, T - 1), channel, S, C, K, STRIDE)
+        y = convolve(waveform_ptr, taps, centre, b, tl.minimum(unit, T - 1), S, K, STRIDE)
         hat = y * rstd[None, :] + offset[None, :]
         mask = (unit < T)[:, None] & inside[None, :]
         at = (b * T + unit[:, None]) * C + channel[None, :]
@@ -67,8 +68,9 @@ def _waveform_conv_bwd_kernel(
     gain = load_vector(norm_weight_ptr, channel, inside, 1.0)
     shift = load_vector(norm_bias_ptr, channel, inside, 0.0)
     bias = load_vector(bias_ptr, channel, inside, 0.0)
+    taps = load_taps(taps_ptr, channel, C, K)
     taps_at = taps_ptr + k[None, :] * C + channel[:, None]
-    taps = tl.load(taps_at, mask=inside[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)  # [C, K]
+    weight = tl.load(taps_at, mask=inside[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)  # [C, K]
     dtaps = tl.zeros([BLOCK_K, BLOCK_C], dtype=tl.float32)
     dbias = tl.zeros([BLOCK_C], dtype=tl.float32)
     dgain = tl.zeros([BLOCK_C], dtype=tl.float32)
@@ -87,14 +89,14 @@ def _waveform_conv_bwd_kernel(
             centre = tl.load(centre_ptr + b)
             rstd = load_vector(rstd_ptr, b * C + channel, inside, 1.0)
             offset = load_vector(offset_ptr, b * C + channel, inside, 0.0)
-            y = convolve(waveform_ptr, taps_ptr, centre, b, frame, channel, S, C, K, STRIDE)
+            y = convolve(waveform_ptr, taps, centre, b, frame, S, K, STRIDE)
             hat = y * rstd[None, :] + offset[None, :]
             plain = tl.load(sums_ptr + b * 2 * C + channel, mask=inside, other=0.0) / T
             weighted = tl.load(sums_ptr + b * 2 * C + C + channel, mask=inside, other=0.0) / T
             grad *= activate_slope(hat * gain[None, :] + shift[None, :], ACTIVATION)
             dy = (grad - plain[None, :] - hat * weighted[None, :]) * (rstd * gain)[None, :]
         else:
-            y = convolve(waveform_ptr, taps_ptr, 0.0, b, frame, channel, S, C, K, STRIDE) + bias[None, :]
+            y = convolve(waveform_ptr, taps, 0.0, b, frame, S, K, STRIDE) + bias[None, :]
             if NORM == "layer":
                 centred = tl.where(inside[None, :], y - tl.sum(y, axis=1)[:, None] / C, 0.0)
                 rstd_row = (1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + eps))[:, None]
@@ -112,7 +114,7 @@ def _waveform_conv_bwd_kernel(
         x_at = waveform_ptr + b * S + frame[None, :] * STRIDE + k[:, None]
         x = tl.load(x_at, mask=(k < K)[:, None], other=0.0).to(tl.float32) - centre  # [K, T]
         dtaps = tl.dot(x, dy, dtaps, input_precision="ieee")
-        window = tl.dot(dy, taps, input_precision="ieee")  # [T, K]
+        window = tl.dot(dy, weight, input_precision="ieee")  # [T, K]
         window_at = windows_ptr + (b * T + unit[:, None]) * BLOCK_K + k[None, :]
         tl.store(window_at, window, mask=(unit < T)[:, None] & (k < K)[None, :])
     tl.store(dtaps_ptr + (program * BLOCK_K + k[:, None]) * C + channel[None, :], dtaps, mask=inside[None, :])
@@ -160,7 +162,7 @@ def waveform_conv_backward(
     block = {"BLOCK_T": 16, "BLOCK_C": block_c, "num_warps": 4 if block_c < 512 else 8, "num_stages": 1}
     columns = triton.cdiv(C, block_c)
     constants = {"K": K, "STRIDE": stride, "ACTIVATION": activation, **block}
-    taps = weight[:, 0].t().contiguous()  # [K, C]
+    taps = packed_taps(weight)
     statistics, sums = (None, None, None), None
     if norm == "group":
         statistics = group_statistics(waveform, weight, stride, T, eps)
