@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..derived import derived
 from ._activation import activate
+from ._packed import packed
 
 # Frames of one part of the Gram matrix.
 GRAM_FRAMES = 512
@@ -141,7 +141,7 @@ def _waveform_conv_fwd_kernel(
 
 def packed_taps(weight: torch.Tensor) -> torch.Tensor:
     """`[C, 1, K]` as `[K, C]`."""
-    return derived("taps", (weight,), lambda: weight[:, 0].t().contiguous())
+    return packed("waveform taps", weight, lambda: weight[:, 0].t())
 
 
 def group_statistics(
