@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ._activation import activate_slope
 from ._tuning import Config, tunable
-from .waveform_conv import BLOCK_K, convolve, group_statistics, load_vector
+from .waveform_conv import BLOCK_K, convolve, group_statistics, load_taps, load_vector, packed_taps, uses_dot
 
 # Programs, each with its own part of the parameters' gradients. Not the number of processors: sums would differ.
 PARTS = 256
@@ -22,7 +22,8 @@ def _waveform_conv_bwd_sums_kernel(
     grad_ptr, waveform_ptr, taps_ptr, norm_weight_ptr, norm_bias_ptr, centre_ptr, rstd_ptr, offset_ptr,
     parts_ptr,  # [B, programs, 2, C] fp32
     S, T, C, tiles_per_program,
-    K: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    K: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Sums over time of the normed values' gradient, and of it times the values before gain and shift."""
     b = tl.program_id(1).to(tl.int64)
@@ -33,12 +34,14 @@ def _waveform_conv_bwd_sums_kernel(
     offset = load_vector(offset_ptr, b * C + channel, inside, 0.0)
     gain = load_vector(norm_weight_ptr, channel, inside, 1.0)
     shift = load_vector(norm_bias_ptr, channel, inside, 0.0)
+    taps, total = load_taps(taps_ptr, channel, C, K, DOT, BLOCK_K)
     plain = tl.zeros([BLOCK_C], dtype=tl.float32)
     weighted = tl.zeros([BLOCK_C], dtype=tl.float32)
     first = tl.program_id(0) * tiles_per_program
     for tile in range(first, tl.minimum(first + tiles_per_program, tl.cdiv(T, BLOCK_T))):
         unit = tile * BLOCK_T + tl.arange(0, BLOCK_T)
-        y = convolve(waveform_ptr, taps_ptr, centre, b, tl.minimum(unit, T - 1), channel, S, C, K, STRIDE)
+        frame = tl.minimum(unit, T - 1)
+        y = convolve(waveform_ptr, taps, total, centre, b, frame, S, K, STRIDE, DOT, BLOCK_K)
         hat = y * rstd[None, :] + offset[None, :]
         mask = (unit < T)[:, None] & inside[None, :]
         at = (b * T + unit[:, None]) * C + channel[None, :]
@@ -56,9 +59,10 @@ def _waveform_conv_bwd_kernel(
     grad_ptr, waveform_ptr, taps_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr,
     centre_ptr, rstd_ptr, offset_ptr, sums_ptr,  # sums [B, 2, C], over time
     windows_ptr,  # [tiles of channels, B, T, BLOCK_K] fp32: what each frame gives back to its window
-    dtaps_ptr, vectors_ptr,  # [programs, BLOCK_K, C] and [programs, 3, C] fp32
+    dtaps_ptr,  # [programs, BLOCK_K, C] fp32; row K is the gradient of the bias
+    vectors_ptr,  # [programs, 2, C] fp32
     B, S, T, C, eps, tiles_per_program,
-    K: tl.constexpr, STRIDE: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
+    K: tl.constexpr, STRIDE: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -68,10 +72,12 @@ def _waveform_conv_bwd_kernel(
     gain = load_vector(norm_weight_ptr, channel, inside, 1.0)
     shift = load_vector(norm_bias_ptr, channel, inside, 0.0)
     bias = load_vector(bias_ptr, channel, inside, 0.0)
+    taps, total = load_taps(taps_ptr, channel, C, K, DOT, BLOCK_K)
     taps_at = taps_ptr + k[None, :] * C + channel[:, None]
-    taps = tl.load(taps_at, mask=inside[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)  # [C, K]
+    weight = tl.load(taps_at, mask=inside[:, None] & (k < K)[None, :], other=0.0)  # [C, K]
+    if not DOT:
+        weight = weight.to(tl.float32)
     dtaps = tl.zeros([BLOCK_K, BLOCK_C], dtype=tl.float32)
-    dbias = tl.zeros([BLOCK_C], dtype=tl.float32)
     dgain = tl.zeros([BLOCK_C], dtype=tl.float32)
     dshift = tl.zeros([BLOCK_C], dtype=tl.float32)
     tiles = tl.cdiv(T, BLOCK_T)
@@ -88,14 +94,14 @@ def _waveform_conv_bwd_kernel(
             centre = tl.load(centre_ptr + b)
             rstd = load_vector(rstd_ptr, b * C + channel, inside, 1.0)
             offset = load_vector(offset_ptr, b * C + channel, inside, 0.0)
-            y = convolve(waveform_ptr, taps_ptr, centre, b, frame, channel, S, C, K, STRIDE)
+            y = convolve(waveform_ptr, taps, total, centre, b, frame, S, K, STRIDE, DOT, BLOCK_K)
             hat = y * rstd[None, :] + offset[None, :]
             plain = tl.load(sums_ptr + b * 2 * C + channel, mask=inside, other=0.0) / T
             weighted = tl.load(sums_ptr + b * 2 * C + C + channel, mask=inside, other=0.0) / T
             grad *= activate_slope(hat * gain[None, :] + shift[None, :], ACTIVATION)
             dy = (grad - plain[None, :] - hat * weighted[None, :]) * (rstd * gain)[None, :]
         else:
-            y = convolve(waveform_ptr, taps_ptr, 0.0, b, frame, channel, S, C, K, STRIDE) + bias[None, :]
+            y = convolve(waveform_ptr, taps, total, 0.0, b, frame, S, K, STRIDE, DOT, BLOCK_K) + bias[None, :]
             if NORM == "layer":
                 centred = tl.where(inside[None, :], y - tl.sum(y, axis=1)[:, None] / C, 0.0)
                 rstd_row = (1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + eps))[:, None]
@@ -108,18 +114,18 @@ def _waveform_conv_bwd_kernel(
                 dy = rstd_row * (g - (tl.sum(g, axis=1) / C)[:, None] - hat * along)
             else:
                 dy = grad * activate_slope(y, ACTIVATION)
-        dy = tl.where(mask, dy, 0.0)
-        dbias += tl.sum(dy, axis=0)
+        dy = tl.where(mask, dy, 0.0).to(weight.dtype)
         x_at = waveform_ptr + b * S + frame[None, :] * STRIDE + k[:, None]
         x = tl.load(x_at, mask=(k < K)[:, None], other=0.0).to(tl.float32) - centre  # [K, T]
+        x = tl.where((k == K)[:, None], 1.0, x).to(weight.dtype)
         dtaps = tl.dot(x, dy, dtaps, input_precision="ieee")
-        window = tl.dot(dy, taps, input_precision="ieee")  # [T, K]
+        window = tl.dot(dy, weight, input_precision="ieee")  # [T, K]
         window_at = windows_ptr + (b * T + unit[:, None]) * BLOCK_K + k[None, :]
         tl.store(window_at, window, mask=(unit < T)[:, None] & (k < K)[None, :])
     tl.store(dtaps_ptr + (program * BLOCK_K + k[:, None]) * C + channel[None, :], dtaps, mask=inside[None, :])
-    tl.store(vectors_ptr + program * 3 * C + channel, dbias, mask=inside)
-    tl.store(vectors_ptr + program * 3 * C + C + channel, dgain, mask=inside)
-    tl.store(vectors_ptr + program * 3 * C + 2 * C + channel, dshift, mask=inside)
+    if NORM == "layer":
+        tl.store(vectors_ptr + program * 2 * C + channel, dgain, mask=inside)
+        tl.store(vectors_ptr + program * 2 * C + C + channel, dshift, mask=inside)
 
 
 @triton.jit
@@ -142,14 +148,15 @@ def _waveform_conv_bwd_overlap_kernel(
 
 
 @tunable
-def backward_configs(C: int, norm: str, target: str) -> tuple[Config, ...]:
-    """Tiles and warps. Products need sixteen rows. A layer norm needs whole rows of channels, and twice the threads
-    for them.
+def backward_configs(C: int, norm: str, dot: bool, target: str) -> tuple[Config, ...]:
+    """Tiles and warps. Products need sixteen rows. A layer norm needs whole rows of channels; for the products of half
+    precision they cost little, and what goes back to the waveform then has one part.
     """
-    block = max(16, triton.next_power_of_2(C) if norm == "layer" else min(64, triton.next_power_of_2(C)))
-    default = {"BLOCK_T": 16, "BLOCK_C": block, "num_warps": 4 if block < 512 else 8, "num_stages": 1}
-    if norm == "layer":
-        return default, {**default, "num_warps": 16 if block >= 512 else 8}
+    block = max(16, triton.next_power_of_2(C) if norm == "layer" or dot else min(64, triton.next_power_of_2(C)))
+    warps = 4 if block < 512 else 8 if dot else 16
+    default = {"BLOCK_T": 16, "BLOCK_C": block, "num_warps": warps, "num_stages": 1}
+    if dot or norm == "layer":
+        return default, {**default, "num_warps": min(2 * warps, 16)}
     return default, {**default, "BLOCK_T": 32}, {**default, "num_warps": 8}
 
 
@@ -168,9 +175,9 @@ def waveform_conv_backward(
     """The op `waveform_conv_backward`: gradients of waveform, weight, bias, norm_weight and norm_bias."""
     grad, waveform, weight = grad.contiguous(), waveform.contiguous(), weight.contiguous()
     (B, S), (C, _, K), T = waveform.shape, weight.shape, grad.shape[1]
-    constants = {"K": K, "STRIDE": stride, "ACTIVATION": activation}
-    also = (K, stride, activation, grad.dtype)
-    taps = weight[:, 0].t().contiguous()  # [K, C]
+    constants = {"K": K, "STRIDE": stride, "ACTIVATION": activation, "DOT": uses_dot(waveform, weight)}
+    also = (K, stride, activation, grad.dtype, weight.dtype)
+    taps = packed_taps(weight)
     statistics, sums = (None, None, None), None
     if norm == "group":
         statistics = group_statistics(waveform, weight, stride, T, eps)
@@ -182,11 +189,11 @@ def waveform_conv_backward(
             parts = torch.empty(B, programs, 2, C, dtype=torch.float32, device=grad.device)
             _waveform_conv_bwd_sums_kernel[(programs, B, triton.cdiv(C, config["BLOCK_C"]))](
                 grad, waveform, taps, norm_weight, norm_bias, *statistics, parts, S, T, C, per_program,
-                **constants, **config,
+                BLOCK_K=BLOCK_K, **constants, **config,
             )  # fmt: skip
             return parts.sum(1)
 
-        sums = backward_configs.launch(run_sums, grad.device, (C, norm), (T, B), ("sums", *also))
+        sums = backward_configs.launch(run_sums, grad.device, (C, norm, constants["DOT"]), (T, B), ("sums", *also))
 
     def run(config: Config) -> tuple[torch.Tensor, ...]:
         tiles, columns = B * triton.cdiv(T, config["BLOCK_T"]), triton.cdiv(C, config["BLOCK_C"])
@@ -194,15 +201,16 @@ def waveform_conv_backward(
         programs = triton.cdiv(tiles, per_program)
         windows, dtaps, vectors = (
             torch.empty(shape, dtype=torch.float32, device=grad.device)
-            for shape in ((columns, B, T, BLOCK_K), (programs, BLOCK_K, C), (programs, 3, C))
+            for shape in ((columns, B, T, BLOCK_K), (programs, BLOCK_K, C), (programs, 2, C))
         )
         _waveform_conv_bwd_kernel[(programs, columns)](
             grad, waveform, taps, bias, norm_weight, norm_bias, *statistics, sums, windows, dtaps, vectors,
             B, S, T, C, eps, per_program, NORM=norm, BLOCK_K=BLOCK_K, **constants, **config,
         )  # fmt: skip
-        return windows, dtaps.sum(0), vectors.sum(0)
+        return windows, dtaps.sum(0), vectors.sum(0) if norm == "layer" else (None, None)
 
-    windows, dtaps, (dbias, dgain, dshift) = backward_configs.launch(run, grad.device, (C, norm), (T, B), also)
+    arguments = (C, norm, constants["DOT"])
+    windows, dtaps, (dgain, dshift) = backward_configs.launch(run, grad.device, arguments, (T, B), also)
     dwaveform = torch.empty_like(waveform)
     _waveform_conv_bwd_overlap_kernel[(triton.cdiv(S, 1024), B)](
         windows, dwaveform, B, S, T, windows.shape[0], K=K, STRIDE=stride, BLOCK=1024, BLOCK_K=BLOCK_K
@@ -211,5 +219,5 @@ def waveform_conv_backward(
         dshift, dgain = sums.sum(0)
     dweight = dtaps[:K].t()[:, None].to(weight.dtype, memory_format=torch.contiguous_format)
     present = (bias, *((None, None) if norm == "none" else (norm_weight, norm_bias)))
-    vectors = zip((dbias, dgain, dshift), present, strict=True)
+    vectors = zip((dtaps[K], dgain, dshift), present, strict=True)
     return dwaveform, dweight, *(waveform.new_empty(0) if v is None else g.to(v.dtype) for g, v in vectors)
