@@ -15,6 +15,7 @@ from .gpu_compile import Launch, record
 BATCH, SAMPLES = 8, 160_000  # 8 utterances of 10 s at 16 kHz
 KERNELS = (3, 3, 3, 3, 2, 2)  # of the strided convolutions
 FRAMES = 499  # that come of them
+TO_WAVEFORM = "waveform too"  # the case in which the waveform's own gradient is wanted, which training does not
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -99,8 +100,9 @@ def _waveform(m: Model, new: _New) -> Iterator[tuple[str, tuple, str]]:
     bias = vector if m.conv_bias else None
     args = (waveform, weight, bias, 5, m.norm, vector, vector, 1e-5, "gelu")
     yield "waveform_conv", args, ""
-    wanted = _wanted(waveform, weight, bias, vector, vector)
-    yield "waveform_conv_backward", (new(new.batch, (new.samples - 10) // 5 + 1, 512), *args, wanted), ""
+    grad = new(new.batch, (new.samples - 10) // 5 + 1, 512)
+    for first, what in ((None, ""), (waveform, TO_WAVEFORM)):
+        yield "waveform_conv_backward", (grad, *args, _wanted(first, weight, bias, vector, vector)), what
 
 
 def _strided(m: Model, new: _New) -> Iterator[tuple[str, tuple, str]]:

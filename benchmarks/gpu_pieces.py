@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 from wavlm_fast.backends.triton import TABLE
 
-from .gpu_cases import MODELS, Case, cases
+from .gpu_cases import MODELS, TO_WAVEFORM, Case, cases
 from .gpu_compile import Launch, recording
 
 # Stage of benchmarks.flops -> the op that is the whole of it, apart from torch's linear layers.
@@ -100,7 +100,7 @@ def calls(model: str, dtype: torch.dtype, batch: int, samples: int, train: bool)
     stages = {op: stage for stage, op in OPS.items()}
     for case in found:
         stage = stages.get(case.op.removesuffix("_backward"))
-        if stage is not None:
+        if stage is not None and case.what != TO_WAVEFORM:
             times = PER_LAYER.get(stage, 0) * sizes.layers or 1
             case = _saves(case) if train else case
             yield _call(stage, case.op, times, TABLE[case.op].fn, case.args)
@@ -142,10 +142,8 @@ def trips(launch: Launch) -> float:
         "position_gate_fwd_kernel": lambda: a["H"],
         "position_gate_bwd_kernel": lambda: a["tiles_per_program"] * a["H"],
         "waveform_gram_kernel": lambda: a["K"],
-        "waveform_conv_fwd_kernel": lambda: a.get("tiles_per_program", 1),
-        "waveform_norm_kernel": lambda: a.get("programs", 1),
+        "waveform_conv_fwd_kernel": lambda: a["tiles_per_program"],
         "waveform_conv_bwd_sums_kernel": lambda: a["tiles_per_program"],
         "waveform_conv_bwd_kernel": lambda: a["tiles_per_program"],
-        "waveform_conv_bwd_overlap_kernel": lambda: a["tiles"],
     }
     return formulas[launch.name]() if launch.name in formulas else 1

@@ -174,11 +174,11 @@ def _convolved(a: dict[str, Any], b: int, first: int, count: int) -> Touch:
     return Touch(asked * e, ("waveform", b), first * a["STRIDE"], _windows(count, a), e)
 
 
-def _waveform_vectors(a: dict[str, Any], b: int | None, first: int, c: int, times: int = 1) -> list[Touch]:
-    """Taps `times` over, gain and shift, and what is an utterance's own (where `b` says whose)."""
+def _waveform_vectors(a: dict[str, Any], b: int | None, first: int, c: int) -> list[Touch]:
+    """Taps, gain and shift, and what is an utterance's own (where `b` says whose)."""
     taps = a["taps_ptr"]
     row = a["K"] * _size(taps)
-    found = [Touch(times * c * row, ("taps",), first, c, row)]
+    found = [Touch(c * row, ("taps",), first, c, row)]
     found += _vectors(a, ("norm_weight_ptr", "norm_bias_ptr"), first, c)
     return found + (_statistics(a, b, first, c) if b is not None else [])
 
@@ -215,12 +215,12 @@ def _waveform_bwd_sums(a: dict[str, Any]) -> Programs:
 
 
 def _waveform_bwd(a: dict[str, Any]) -> Programs:
-    e, K, T = _size(a["waveform_ptr"]), a["K"], a["T"]
+    e, T = _size(a["waveform_ptr"]), a["T"]
     tiles = -(-T // a["BLOCK_T"])
 
     def program(i: int, column: int, _: int) -> list[Touch]:
         c, channel = _within(a["BLOCK_C"], column, a["C"]), column * a["BLOCK_C"]
-        found = _waveform_vectors(a, None, channel, c, times=2) + _vectors(a, ("bias_ptr",), channel, c)
+        found = _waveform_vectors(a, None, channel, c) + _vectors(a, ("bias_ptr",), channel, c)
         first = i * a["tiles_per_program"]
         for index in range(first, min(first + a["tiles_per_program"], a["B"] * tiles)):
             b, tile = divmod(index, tiles)
@@ -231,7 +231,7 @@ def _waveform_bwd(a: dict[str, Any]) -> Programs:
             start = tile * a["BLOCK_T"]
             found.append(_convolved(a, b, start, n))
             found.append(Touch(_windows(n, a) * e, ("waveform", b), start * a["STRIDE"], _windows(n, a), e))
-            found.append(Touch(n * c * _size(a["grad_ptr"]) + n * K * 4))
+            found.append(Touch(n * c * (_size(a["grad_ptr"]) + _size(a["dy_ptr"]))))
         return [*found, Touch((a["BLOCK_K"] + 2 * (a["NORM"] == "layer")) * c * 4)]
 
     return program
@@ -246,7 +246,7 @@ def _waveform_overlap(a: dict[str, Any]) -> Programs:
         for step in range((K + stride - 1) // stride):
             k, frame = sample % stride + step * stride, sample // stride - step
             lanes += int(((k < K) & (frame >= 0) & (frame < a["T"])).sum())
-        return [Touch(lanes * a["tiles"] * 4), Touch(_within(a["BLOCK"], i, a["S"]) * _size(a["dwaveform_ptr"]))]
+        return [Touch(lanes * 4), Touch(_within(a["BLOCK"], i, a["S"]) * _size(a["dwaveform_ptr"]))]
 
     return program
 

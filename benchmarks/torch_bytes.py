@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import WavLMConfig
 from transformers.models.wavlm import modeling_wavlm as hf
 
-from .gpu_cases import BATCH, FRAMES, MODELS, Case
+from .gpu_cases import BATCH, FRAMES, MODELS, TO_WAVEFORM, Case
 
 _RESERVED = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _FILLED = ("copy_", "fill_", "zero_")  # written without being read
@@ -179,4 +179,4 @@ def _head(config: WavLMConfig, dtype: torch.dtype) -> Iterator[tuple[str, str, i
 def matching(case: Case, found: dict[tuple[str, str], tuple[int, int]]) -> int:
     """The figure of transformers for a case of gpu_cases, forward or backward."""
     op = case.op.removesuffix("_backward")
-    return found[op, case.what][case.op != op]
+    return found[op, "" if case.what == TO_WAVEFORM else case.what][case.op != op]

@@ -2,7 +2,8 @@
 
 Group norm needs two sums over time before any gradient is known, which one
 pass over the incoming gradient adds up; the pass after it forms the gradient dy of the convolution in registers, and
-from it what each window contributes to the weight and what each frame gives back to its window.
+from it what each window contributes to the weight. Only where the waveform's own gradient is wanted is dy written: a
+product with the taps says what each frame gives back to its window.
 """
 
 import torch
@@ -10,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ._activation import activate_slope
+from ._frames_product import frames_product
 from ._tuning import Config, tunable
 from .waveform_conv import BLOCK_K, convolve, group_statistics, load_taps, load_vector, packed_taps, uses_dot
 
@@ -58,7 +60,7 @@ def _waveform_conv_bwd_sums_kernel(
 def _waveform_conv_bwd_kernel(
     grad_ptr, waveform_ptr, taps_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr,
     centre_ptr, rstd_ptr, offset_ptr, sums_ptr,  # sums [B, 2, C], over time
-    windows_ptr,  # [tiles of channels, B, T, BLOCK_K] fp32: what each frame gives back to its window
+    dy_ptr,  # [B, T, C] or None
     dtaps_ptr,  # [programs, BLOCK_K, C] fp32; row K is the gradient of the bias
     vectors_ptr,  # [programs, 2, C] fp32
     B, S, T, C, eps, tiles_per_program,
@@ -67,16 +69,11 @@ def _waveform_conv_bwd_kernel(
 ):  # fmt: skip
     program = tl.program_id(0)
     channel, k = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
-    windows_ptr += tl.program_id(1).to(tl.int64) * B * T * BLOCK_K
     inside = channel < C
     gain = load_vector(norm_weight_ptr, channel, inside, 1.0)
     shift = load_vector(norm_bias_ptr, channel, inside, 0.0)
     bias = load_vector(bias_ptr, channel, inside, 0.0)
     taps, total = load_taps(taps_ptr, channel, C, K, DOT, BLOCK_K)
-    taps_at = taps_ptr + k[None, :] * C + channel[:, None]
-    weight = tl.load(taps_at, mask=inside[:, None] & (k < K)[None, :], other=0.0)  # [C, K]
-    if not DOT:
-        weight = weight.to(tl.float32)
     dtaps = tl.zeros([BLOCK_K, BLOCK_C], dtype=tl.float32)
     dgain = tl.zeros([BLOCK_C], dtype=tl.float32)
     dshift = tl.zeros([BLOCK_C], dtype=tl.float32)
@@ -114,14 +111,15 @@ def _waveform_conv_bwd_kernel(
                 dy = rstd_row * (g - (tl.sum(g, axis=1) / C)[:, None] - hat * along)
             else:
                 dy = grad * activate_slope(y, ACTIVATION)
-        dy = tl.where(mask, dy, 0.0).to(weight.dtype)
+        dy = tl.where(mask, dy, 0.0)
+        if DOT:
+            dy = dy.to(waveform_ptr.dtype.element_ty)
+        if dy_ptr is not None:
+            tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=mask)
         x_at = waveform_ptr + b * S + frame[None, :] * STRIDE + k[:, None]
         x = tl.load(x_at, mask=(k < K)[:, None], other=0.0).to(tl.float32) - centre  # [K, T]
-        x = tl.where((k == K)[:, None], 1.0, x).to(weight.dtype)
+        x = tl.where((k == K)[:, None], 1.0, x).to(dy.dtype)
         dtaps = tl.dot(x, dy, dtaps, input_precision="ieee")
-        window = tl.dot(dy, weight, input_precision="ieee")  # [T, K]
-        window_at = windows_ptr + (b * T + unit[:, None]) * BLOCK_K + k[None, :]
-        tl.store(window_at, window, mask=(unit < T)[:, None] & (k < K)[None, :])
     tl.store(dtaps_ptr + (program * BLOCK_K + k[:, None]) * C + channel[None, :], dtaps, mask=inside[None, :])
     if NORM == "layer":
         tl.store(vectors_ptr + program * 2 * C + channel, dgain, mask=inside)
@@ -130,8 +128,7 @@ def _waveform_conv_bwd_kernel(
 
 @triton.jit
 def _waveform_conv_bwd_overlap_kernel(
-    windows_ptr, dwaveform_ptr, B, S, T, tiles,
-    K: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    windows_ptr, dwaveform_ptr, S, T, K: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,  # windows [B, T, K]
 ):  # fmt: skip
     """Each sample gathers from the windows that it lies in."""
     b = tl.program_id(1).to(tl.int64)
@@ -141,19 +138,17 @@ def _waveform_conv_bwd_overlap_kernel(
         k = sample % STRIDE + step * STRIDE
         frame = sample // STRIDE - step
         inside = (k < K) & (frame >= 0) & (frame < T)
-        for tile in range(tiles):
-            at = ((tile * B + b) * T + frame) * BLOCK_K + k
-            total += tl.load(windows_ptr + at, mask=inside, other=0.0)
+        total += tl.load(windows_ptr + (b * T + frame) * K + k, mask=inside, other=0.0)
     tl.store(dwaveform_ptr + b * S + sample, total.to(dwaveform_ptr.dtype.element_ty), mask=sample < S)
 
 
 @tunable
 def backward_configs(C: int, norm: str, dot: bool, target: str) -> tuple[Config, ...]:
-    """Tiles and warps. Products need sixteen rows. A layer norm needs whole rows of channels; for the products of half
-    precision they cost little, and what goes back to the waveform then has one part.
+    """Tiles and warps. Products need sixteen rows. A layer norm needs whole rows of channels, which in half precision
+    cost products little.
     """
     block = max(16, triton.next_power_of_2(C) if norm == "layer" or dot else min(64, triton.next_power_of_2(C)))
-    warps = 4 if block < 512 else 8 if dot else 16
+    warps = 4 if block < 512 else 8
     default = {"BLOCK_T": 16, "BLOCK_C": block, "num_warps": warps, "num_stages": 1}
     if dot or norm == "layer":
         return default, {**default, "num_warps": min(2 * warps, 16)}
@@ -171,8 +166,9 @@ def waveform_conv_backward(
     norm_bias: torch.Tensor | None,
     eps: float,
     activation: str,
+    wanted: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """The op `waveform_conv_backward`: gradients of waveform, weight, bias, norm_weight and norm_bias."""
+    """The op `waveform_conv_backward`: gradients of waveform, if `wanted`, weight, bias, norm_weight and norm_bias."""
     grad, waveform, weight = grad.contiguous(), waveform.contiguous(), weight.contiguous()
     (B, S), (C, _, K), T = waveform.shape, weight.shape, grad.shape[1]
     constants = {"K": K, "STRIDE": stride, "ACTIVATION": activation, "DOT": uses_dot(waveform, weight)}
@@ -195,29 +191,40 @@ def waveform_conv_backward(
 
         sums = backward_configs.launch(run_sums, grad.device, (C, norm, constants["DOT"]), (T, B), ("sums", *also))
 
+    dy = torch.empty(B, T, C, dtype=waveform.dtype, device=grad.device) if wanted else None
+
     def run(config: Config) -> tuple[torch.Tensor, ...]:
         tiles, columns = B * triton.cdiv(T, config["BLOCK_T"]), triton.cdiv(C, config["BLOCK_C"])
         per_program = triton.cdiv(tiles, PARTS)
         programs = triton.cdiv(tiles, per_program)
-        windows, dtaps, vectors = (
-            torch.empty(shape, dtype=torch.float32, device=grad.device)
-            for shape in ((columns, B, T, BLOCK_K), (programs, BLOCK_K, C), (programs, 2, C))
+        dtaps, vectors = (
+            torch.empty(programs, rows, C, dtype=torch.float32, device=grad.device) for rows in (BLOCK_K, 2)
         )
         _waveform_conv_bwd_kernel[(programs, columns)](
-            grad, waveform, taps, bias, norm_weight, norm_bias, *statistics, sums, windows, dtaps, vectors,
+            grad, waveform, taps, bias, norm_weight, norm_bias, *statistics, sums, dy, dtaps, vectors,
             B, S, T, C, eps, per_program, NORM=norm, BLOCK_K=BLOCK_K, **constants, **config,
         )  # fmt: skip
-        return windows, dtaps.sum(0), vectors.sum(0) if norm == "layer" else (None, None)
+        return dtaps.sum(0), vectors.sum(0) if norm == "layer" else (None, None)
 
     arguments = (C, norm, constants["DOT"])
-    windows, dtaps, (dgain, dshift) = backward_configs.launch(run, grad.device, arguments, (T, B), also)
-    dwaveform = torch.empty_like(waveform)
-    _waveform_conv_bwd_overlap_kernel[(triton.cdiv(S, 1024), B)](
-        windows, dwaveform, B, S, T, windows.shape[0], K=K, STRIDE=stride, BLOCK=1024, BLOCK_K=BLOCK_K
-    )
+    dtaps, (dgain, dshift) = backward_configs.launch(run, grad.device, arguments, (T, B), (wanted, *also))
+    dwaveform = waveform.new_empty(0) if dy is None else _waveform_gradient(dy, waveform, weight, stride)
     if norm == "group":
         dshift, dgain = sums.sum(0)
     dweight = dtaps[:K].t()[:, None].to(weight.dtype, memory_format=torch.contiguous_format)
     present = (bias, *((None, None) if norm == "none" else (norm_weight, norm_bias)))
     vectors = zip((dtaps[K], dgain, dshift), present, strict=True)
     return dwaveform, dweight, *(waveform.new_empty(0) if v is None else g.to(v.dtype) for g, v in vectors)
+
+
+def _waveform_gradient(dy: torch.Tensor, waveform: torch.Tensor, weight: torch.Tensor, stride: int) -> torch.Tensor:
+    """`[B, S]` from the gradient of the convolution `[B, T, C]`."""
+    (B, S), (C, _, K) = waveform.shape, weight.shape
+    T = dy.shape[1]
+    windows = torch.empty(B, T, K, dtype=torch.float32, device=dy.device)
+    frames_product(dy, weight.view(1, 1, C, K).to(dy.dtype), windows, T)
+    dwaveform = torch.empty_like(waveform)
+    _waveform_conv_bwd_overlap_kernel[(triton.cdiv(S, 1024), B)](
+        windows, dwaveform, S, T, K=K, STRIDE=stride, BLOCK=1024
+    )
+    return dwaveform
