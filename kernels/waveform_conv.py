@@ -89,18 +89,21 @@ def convolve(
     waveform_ptr, taps, total, centre, row, frame, S,
     K: tl.constexpr, STRIDE: tl.constexpr, DOT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The convolution [T, C] of the utterance at `row` less `centre`: a product in half precision, whose products and
-    sums are exact enough to take the centre away afterwards; else sums in fp32.
+    """The convolution [T, C] of the utterance at `row`, less `centre` unless that is None: a product in half precision,
+    exact enough to take the centre away afterwards; else sums in fp32.
     """
     windows = waveform_ptr + row * S + frame * STRIDE
     if DOT:
         k = tl.arange(0, BLOCK_K)
         x = tl.load(windows[:, None] + k[None, :], mask=(k < K)[None, :], other=0.0)
-        return tl.dot(x, taps) - centre * total[None, :]
+        acc = tl.dot(x, taps)
+        return acc if centre is None else acc - centre * total[None, :]
     else:
         acc = tl.zeros([frame.shape[0], taps[0].shape[0]], dtype=tl.float32)
         for k in tl.static_range(K):
-            x = tl.load(windows + k).to(tl.float32) - centre
+            x = tl.load(windows + k).to(tl.float32)
+            if centre is not None:
+                x -= centre
             acc += x[:, None] * taps[k][None, :]
         return acc
 
@@ -128,7 +131,6 @@ def _waveform_conv_fwd_kernel(
     taps, total = load_taps(taps_ptr, channel, C, K, DOT, BLOCK_K)
     gain = load_vector(norm_weight_ptr, channel, inside, 1.0)[None, :]
     shift = load_vector(norm_bias_ptr, channel, inside, 0.0)[None, :]
-    centre = 0.0
     if NORM == "group":  # the bias is part of the mean that is taken away
         centre = tl.load(centre_ptr + b)
         rstd = load_vector(rstd_ptr, b * C + channel, inside, 1.0)[None, :]
@@ -140,11 +142,10 @@ def _waveform_conv_fwd_kernel(
         unit = tile * BLOCK_T + tl.arange(0, BLOCK_T)
         # Frames past the end repeat the last one; the store leaves them out.
         frame = tl.minimum(unit, T - 1)
-        acc = convolve(waveform_ptr, taps, total, centre, b, frame, S, K, STRIDE, DOT, BLOCK_K)
         if NORM == "group":
-            acc = acc * rstd + offset
+            acc = convolve(waveform_ptr, taps, total, centre, b, frame, S, K, STRIDE, DOT, BLOCK_K) * rstd + offset
         else:
-            acc += bias
+            acc = convolve(waveform_ptr, taps, total, None, b, frame, S, K, STRIDE, DOT, BLOCK_K) + bias
         if NORM == "layer":  # the tile holds whole rows
             centred = tl.where(inside[None, :], acc - tl.sum(acc, axis=1)[:, None] / C, 0.0)
             acc = centred * (1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + eps))[:, None]

@@ -86,7 +86,6 @@ def _waveform_conv_bwd_kernel(
         mask = (unit < T)[:, None] & inside[None, :]
         at = (b * T + unit[:, None]) * C + channel[None, :]
         grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        centre = 0.0
         if NORM == "group":
             centre = tl.load(centre_ptr + b)
             rstd = load_vector(rstd_ptr, b * C + channel, inside, 1.0)
@@ -98,7 +97,7 @@ def _waveform_conv_bwd_kernel(
             grad *= activate_slope(hat * gain[None, :] + shift[None, :], ACTIVATION)
             dy = (grad - plain[None, :] - hat * weighted[None, :]) * (rstd * gain)[None, :]
         else:
-            y = convolve(waveform_ptr, taps, total, 0.0, b, frame, S, K, STRIDE, DOT, BLOCK_K) + bias[None, :]
+            y = convolve(waveform_ptr, taps, total, None, b, frame, S, K, STRIDE, DOT, BLOCK_K) + bias[None, :]
             if NORM == "layer":
                 centred = tl.where(inside[None, :], y - tl.sum(y, axis=1)[:, None] / C, 0.0)
                 rstd_row = (1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + eps))[:, None]
@@ -117,7 +116,9 @@ def _waveform_conv_bwd_kernel(
         if dy_ptr is not None:
             tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=mask)
         x_at = waveform_ptr + b * S + frame[None, :] * STRIDE + k[:, None]
-        x = tl.load(x_at, mask=(k < K)[:, None], other=0.0).to(tl.float32) - centre  # [K, T]
+        x = tl.load(x_at, mask=(k < K)[:, None], other=0.0).to(tl.float32)  # [K, T]
+        if NORM == "group":
+            x -= centre
         x = tl.where((k == K)[:, None], 1.0, x).to(dy.dtype)
         dtaps = tl.dot(x, dy, dtaps, input_precision="ieee")
     tl.store(dtaps_ptr + (program * BLOCK_K + k[:, None]) * C + channel[None, :], dtaps, mask=inside[None, :])
@@ -148,8 +149,10 @@ def backward_configs(C: int, norm: str, dot: bool, target: str) -> tuple[Config,
     cost products little.
     """
     block = max(16, triton.next_power_of_2(C) if norm == "layer" or dot else min(64, triton.next_power_of_2(C)))
-    warps = 4 if block < 512 else 8
+    warps = 4 if block < 512 or target == "cdna" else 8  # AMD's are twice as wide
     default = {"BLOCK_T": 16, "BLOCK_C": block, "num_warps": warps, "num_stages": 1}
+    if target == "cdna" and block >= 512:  # twice the warps spill
+        return (default,)
     if dot or norm == "layer":
         return default, {**default, "num_warps": min(2 * warps, 16)}
     return default, {**default, "BLOCK_T": 32}, {**default, "num_warps": 8}
