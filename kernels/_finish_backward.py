@@ -71,8 +71,9 @@ def finish_configs(C: int, norm: bool, target: str) -> tuple[Config, ...]:
     needs whole rows, and has more of them: 16 registers for each.
     """
     block = triton.next_power_of_2(C) if norm else min(triton.next_power_of_2(C), 256)
-    default = {"BLOCK_T": max(1, 4096 // block), "BLOCK_C": block, "num_warps": 8 if norm else 4}
-    return default, {**default, "BLOCK_T": max(1, 2048 // block)}, {**default, "num_warps": 4 if norm else 8}
+    default = {"BLOCK_T": max(1, (2048 if norm else 4096) // block), "BLOCK_C": block}
+    default["num_warps"] = 8 if block > 2048 else 4
+    return default, {**default, "BLOCK_T": max(1, 1024 // block)}, {**default, "num_warps": 8}
 
 
 def finish_backward(
