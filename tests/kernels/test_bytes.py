@@ -4,13 +4,12 @@ from functools import cache
 
 import pytest
 import torch
-from cases import randn
-from conftest import INTERPRETED
+from cases import DEVICE, randn
 from wavlm_fast.kernels._tuning import forced
 
 from wavlm_fast.backends.triton import TABLE
 
-if not INTERPRETED:
+if DEVICE != "cpu":
     pytest.skip("the interpreter counts", allow_module_level=True)
 
 from benchmarks.counted_bytes import counting
