@@ -41,6 +41,9 @@ TARGET = "hopper"
 ASKED = {
     "waveform_conv": 1.1, "add_layer_norm": 1.1, "position_gate": 1.1, "stats_pool": 1.1,
     "gated_attention": 3.0, "gated_attention_backward": 6.0,
+    # What was reached, rounded up. Only ever tighten.
+    "waveform_conv_backward": 2.8, "add_layer_norm_backward": 1.15, "position_gate_backward": 1.1,
+    "stats_pool_backward": 1.6,
 }  # fmt: skip
 MEMORY = {"strided_conv": 1.5, "tdnn": 1.5, "positional_conv": 1.5}
 
@@ -85,7 +88,7 @@ def compulsory(case: Case, outputs: Any) -> int:
 def _with_memory(case: Case) -> Case:
     """The case with a weight that is not of the device "meta": nothing derived from such a one is remembered."""
     names = [a.name for a in getattr(torch.ops.wavlm_fast, case.op).default._schema.arguments]
-    args = [torch.empty_like(a, device="cpu") if n == "weight" else a for n, a in zip(names, case.args, strict=True)]
+    args = [torch.zeros_like(a, device="cpu") if n == "weight" else a for n, a in zip(names, case.args, strict=True)]
     return replace(case, args=tuple(args))
 
 

@@ -150,8 +150,12 @@ MISTAKES = {
         "* BLOCK_N + column + T", attend_deterministically,
     ),
     "product: last row dropped": (PRODUCT, "(unit < units)[:, None]", "(unit < units - 1)[:, None]", dilated),
-    "product: last block of channels dropped": (PRODUCT, "range(taps * BLOCKS)", "range(taps * BLOCKS - 1)", strided),
-    "product: first frame taken for padding": (PRODUCT, "(at >= 0)", "(at > 0)", positional),
+    "product: last block of the sum dropped": (
+        PRODUCT, "range(0, length, BLOCK_K)", "range(0, length - BLOCK_K, BLOCK_K)", strided,
+    ),
+    "product: last frame taken for padding": (
+        PRODUCT, "(tl.uint32) < frames_in", "(tl.uint32) < frames_in - 1", positional,
+    ),
     "product: residual dropped": (
         PRODUCT, "acc += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)", "acc += 0.0", positional,
     ),
@@ -159,16 +163,17 @@ MISTAKES = {
     "input gradient: wrong phase": (PRODUCT, "OUT_STRIDE + phase)", "OUT_STRIDE + (OUT_STRIDE - 1 - phase))",
                                     lambda: strided(frames=38)),
     "weight gradient: tail rows dropped": (WEIGHT, "tl.cdiv(frames_out, BLOCK_T)", "frames_out // BLOCK_T", dilated),
-    "weight gradient: padding ignored": (WEIGHT, "tap * STEP + first", "tap * STEP", positional),
+    "weight gradient: padding ignored": (WEIGHT, "* STRIDE + first", "* STRIDE", positional),
     "norm's gradient: unbiased variance": (FINISH, "axis=1) / C + eps)", "axis=1) / (C - 1) + eps)", strided),
     "norm's gradient: mean not taken away": (FINISH, "g - tl.sum(g, axis=1)[:, None] / C", "g", strided),
     "bias's gradient: last row dropped": (
         FINISH, "last = tl.minimum(first + rows_per_program, rows)",
         "last = tl.minimum(first + rows_per_program, rows - 1)", positional,
     ),
-    "gelu: a wrong factor": ("_activation._normal_cdf", "0.7071067811865476", "0.7071", positional),
+    "gelu: a wrong coefficient": ("_activation._normal_tail", "0.459187775850296", "0.4591", positional),
     "gelu's slope: density dropped": (
-        "_activation.activate_slope", " + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)", "", positional,
+        "_activation.activate_slope", " + x * 0.3989422804014327 * tl.exp2(-0.7213475204444817 * x * x)", "",
+        positional,
     ),
     "group norm: unbiased variance": (
         "waveform_conv._waveform_norm_kernel", "variance = tl.maximum(",
