@@ -1,8 +1,8 @@
-"""The launches that WavLM makes on a GPU, recorded: every op at the shapes of the base and the large model."""
+"""The ops that WavLM runs on a GPU, at the shapes of the base and the large model, and the launches that they make."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,9 @@ from wavlm_fast.backends.triton import TABLE
 from .gpu_compile import Launch, record
 
 BATCH, SAMPLES = 8, 160_000  # 8 utterances of 10 s at 16 kHz
-FRAMES = 499
+KERNELS = (3, 3, 3, 3, 2, 2)  # of the strided convolutions
+FRAMES = 499  # that come of them
+TO_WAVEFORM = "waveform too"  # the case in which the waveform's own gradient is wanted, which training does not
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -46,29 +48,44 @@ class Case:
         return record(TABLE[self.op].fn, *self.args)
 
 
-def _maker(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
-    def make(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+@dataclass(frozen=True)
+class _New:
+    """Makes tensors without memory for `batch` utterances of `samples`."""
 
-    return make
+    dtype: torch.dtype
+    batch: int
+    samples: int
+
+    @property
+    def frames(self) -> int:
+        """After the feature encoder."""
+        frames = (self.samples - 10) // 5 + 1
+        for kernel in KERNELS:
+            frames = (frames - kernel) // 2 + 1
+        return frames
+
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
 
 
-def cases(model: str, dtype: torch.dtype, backward: bool = True) -> Iterator[Case]:
-    """All ops of a model, forward and backward."""
-    sizes, new = MODELS[model], _maker(dtype)
+def cases(
+    model: str, dtype: torch.dtype, backward: bool = True, batch: int = BATCH, samples: int = SAMPLES
+) -> Iterator[Case]:
+    """All ops of a model, forward and backward; an op that several layers share is there once."""
+    sizes, new = MODELS[model], _New(dtype, batch, samples)
     for build in (_attention, _waveform, _strided, _positional, _linear, _norm, _gate, _head):
         for op, args, what in build(sizes, new):
             if backward or not op.endswith("_backward"):
                 yield Case(model, op, args, what)
 
 
-def _attention(m: Model, new: Callable[..., torch.Tensor]) -> Iterator[tuple[str, tuple, str]]:
+def _attention(m: Model, new: _New) -> Iterator[tuple[str, tuple, str]]:
     D = m.channels // m.heads
-    q, k, v = new(BATCH, FRAMES, 3, m.heads, D).unbind(2)
-    gate = new(BATCH, m.heads, FRAMES, dtype=torch.float32)
-    rel_bias = new(m.heads, 2 * FRAMES - 1, dtype=torch.float32)
-    lengths = new(BATCH, dtype=torch.int64)
-    out = new(BATCH, FRAMES, m.heads, D)
+    q, k, v = new(new.batch, new.frames, 3, m.heads, D).unbind(2)
+    gate = new(new.batch, m.heads, new.frames, dtype=torch.float32)
+    rel_bias = new(m.heads, 2 * new.frames - 1, dtype=torch.float32)
+    lengths = new(new.batch, dtype=torch.int64)
+    out = new(new.batch, new.frames, m.heads, D)
     yield "gated_attention", (q, k, v, gate, rel_bias, lengths, 0.0, None, D**-0.5), ""
     operands = (out, q, k, v, gate, rel_bias, lengths, out, gate)
     yield "gated_attention_backward", (*operands, 0.0, None, D**-0.5), ""
@@ -78,64 +95,65 @@ def _wanted(*tensors: torch.Tensor | None) -> list[bool]:
     return [t is not None for t in tensors]
 
 
-def _waveform(m: Model, new: Callable[..., torch.Tensor]) -> Iterator[tuple[str, tuple, str]]:
-    waveform, weight, vector = new(BATCH, SAMPLES), new(512, 1, 10), new(512)
+def _waveform(m: Model, new: _New) -> Iterator[tuple[str, tuple, str]]:
+    waveform, weight, vector = new(new.batch, new.samples), new(512, 1, 10), new(512)
     bias = vector if m.conv_bias else None
     args = (waveform, weight, bias, 5, m.norm, vector, vector, 1e-5, "gelu")
     yield "waveform_conv", args, ""
-    wanted = _wanted(waveform, weight, bias, vector, vector)
-    yield "waveform_conv_backward", (new(BATCH, (SAMPLES - 10) // 5 + 1, 512), *args, wanted), ""
+    grad = new(new.batch, (new.samples - 10) // 5 + 1, 512)
+    for first, what in ((None, ""), (waveform, TO_WAVEFORM)):
+        yield "waveform_conv_backward", (grad, *args, _wanted(first, weight, bias, vector, vector)), what
 
 
-def _strided(m: Model, new: Callable[..., torch.Tensor]) -> Iterator[tuple[str, tuple, str]]:
-    frames = (SAMPLES - 10) // 5 + 1
+def _strided(m: Model, new: _New) -> Iterator[tuple[str, tuple, str]]:
+    frames = (new.samples - 10) // 5 + 1
     norm = new(512) if m.norm == "layer" else None
     bias = new(512) if m.conv_bias else None
-    for kernel in (3, 3, 3, 3, 2, 2):
-        x, weight, after = new(BATCH, frames, 512), new(512, 512, kernel), (frames - kernel) // 2 + 1
-        out, tail = new(BATCH, after, 512), (2, norm, norm, 1e-5, "gelu")
+    for kernel in KERNELS:
+        x, weight, after = new(new.batch, frames, 512), new(512, 512, kernel), (frames - kernel) // 2 + 1
+        out, tail = new(new.batch, after, 512), (2, norm, norm, 1e-5, "gelu")
         yield "strided_conv", (x, weight, bias, *tail, False), f"k{kernel} {frames}"
         args = (out, x, weight, bias, out, *tail, _wanted(x, weight, bias, norm, norm))
         yield "strided_conv_backward", args, f"k{kernel} {frames}"
         frames = after
 
 
-def _positional(m: Model, new: Callable[..., torch.Tensor]) -> Iterator[tuple[str, tuple, str]]:
-    x, weight, bias = new(BATCH, FRAMES, m.channels), new(m.channels, m.channels // 16, 128), new(m.channels)
+def _positional(m: Model, new: _New) -> Iterator[tuple[str, tuple, str]]:
+    x, weight, bias = new(new.batch, new.frames, m.channels), new(m.channels, m.channels // 16, 128), new(m.channels)
     yield "positional_conv", (x, weight, bias, 16, "gelu", True, False), ""
     yield "positional_conv_backward", (x, x, weight, bias, x, 16, "gelu", True, [True] * 3), ""
 
 
-def _linear(m: Model, new: Callable[..., torch.Tensor]) -> Iterator[tuple[str, tuple, str]]:
-    x, weight, bias = new(BATCH, FRAMES, m.channels), new(m.feed_forward, m.channels), new(m.feed_forward)
-    out = new(BATCH, FRAMES, m.feed_forward)
+def _linear(m: Model, new: _New) -> Iterator[tuple[str, tuple, str]]:
+    x, weight, bias = new(new.batch, new.frames, m.channels), new(m.feed_forward, m.channels), new(m.feed_forward)
+    out = new(new.batch, new.frames, m.feed_forward)
     yield "linear_act", (x, weight, bias, "gelu", False), ""
     yield "linear_act_backward", (out, x, weight, bias, out, "gelu", [True] * 3), ""
 
 
-def _norm(m: Model, new: Callable[..., torch.Tensor]) -> Iterator[tuple[str, tuple, str]]:
-    x, w = new(BATCH, FRAMES, m.channels), new(m.channels)
+def _norm(m: Model, new: _New) -> Iterator[tuple[str, tuple, str]]:
+    x, w = new(new.batch, new.frames, m.channels), new(m.channels)
     yield "add_layer_norm", (x, x, w, w, 1e-5, True), ""
     yield "add_layer_norm_backward", (x, x, x, w, 1e-5), ""
 
 
-def _gate(m: Model, new: Callable[..., torch.Tensor]) -> Iterator[tuple[str, tuple, str]]:
-    x, weight, bias = new(BATCH, FRAMES, m.channels), new(8, m.channels // m.heads), new(8)
-    grad = new(BATCH, m.heads, FRAMES, dtype=torch.float32)
+def _gate(m: Model, new: _New) -> Iterator[tuple[str, tuple, str]]:
+    x, weight, bias = new(new.batch, new.frames, m.channels), new(8, m.channels // m.heads), new(8)
+    grad = new(new.batch, m.heads, new.frames, dtype=torch.float32)
     yield "position_gate", (x, weight, bias, new(m.heads)), ""
     yield "position_gate_backward", (grad, x, weight, bias, new(m.heads)), ""
 
 
-def _head(m: Model, new: Callable[..., torch.Tensor]) -> Iterator[tuple[str, tuple, str]]:
-    frames, channels = FRAMES, 512
+def _head(m: Model, new: _New) -> Iterator[tuple[str, tuple, str]]:
+    frames, channels = new.frames, 512
     for width, kernel, dilation in ((512, 5, 1), (512, 3, 2), (512, 3, 3), (512, 1, 1), (1500, 1, 1)):
-        x, weight, bias = new(BATCH, frames, channels), new(width, kernel * channels), new(width)
+        x, weight, bias = new(new.batch, frames, channels), new(width, kernel * channels), new(width)
         frames -= (kernel - 1) * dilation
-        out = new(BATCH, frames, width)
+        out = new(new.batch, frames, width)
         yield "tdnn", (x, weight, bias, kernel, dilation, "relu"), f"k{kernel} d{dilation} {width}"
         args = (out, x, weight, bias, out, kernel, dilation, "relu", [True] * 3)
         yield "tdnn_backward", args, f"k{kernel} d{dilation} {width}"
         channels = width
-    x, lengths = new(BATCH, frames, channels), new(BATCH, dtype=torch.int64)
+    x, lengths = new(new.batch, frames, channels), new(new.batch, dtype=torch.int64)
     yield "stats_pool", (x, lengths), ""
-    yield "stats_pool_backward", (new(BATCH, 2 * channels), x, lengths, new(BATCH, 2 * channels)), ""
+    yield "stats_pool_backward", (new(new.batch, 2 * channels), x, lengths, new(new.batch, 2 * channels)), ""

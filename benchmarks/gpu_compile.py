@@ -1,4 +1,4 @@
-"""Compiling the Triton kernels for GPUs that are not there, and reading the machine code.
+"""Compiling the Triton kernels for GPUs that are not there, and reading what came of it.
 
 `record` runs a host function of kernels/ on tensors of the device "meta" and keeps every launch instead of making it:
 shapes of any size cost nothing. `build` compiles one launch for one target as Triton itself would at that launch.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,41 +17,12 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """What a program may use and a multiprocessor (compute unit) has. Shared memory in bytes."""
-
-    name: str
-    target: GPUTarget
-    shared_limit: int
-    shared_total: int
-    threads: int
-    registers: int = 65536
-
-
-def _cuda(capability: int, limit: int, total: int, threads: int) -> Architecture:
-    return Architecture(f"sm_{capability}", GPUTarget("cuda", capability, 32), limit * 1024, total * 1024, threads)
-
-
-# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA 2 and CDNA 3 ISA documents.
-ARCHITECTURES = {
-    a.name: a
-    for a in (
-        _cuda(80, 163, 164, 2048),
-        _cuda(86, 99, 100, 1536),
-        _cuda(89, 99, 100, 1536),
-        _cuda(90, 227, 228, 2048),
-        _cuda(100, 227, 228, 2048),
-        _cuda(120, 99, 100, 1536),
-        Architecture("gfx942", GPUTarget("hip", "gfx942", 64), 65536, 65536, 2048, 131072),
-        Architecture("gfx90a", GPUTarget("hip", "gfx90a", 64), 65536, 65536, 2048, 131072),
-    )
-}
+from . import gpu_code
+from .gpu_architectures import Architecture
+from .gpu_code import Mix
 
 
 @dataclass(frozen=True)
@@ -76,17 +46,38 @@ class Launch:
         return self.name, str(constants), str(kinds), str(self.options)
 
 
+@dataclass(frozen=True)
+class Product:
+    """A product of tiles, `[m, k]` by `[k, n]`, and how its operands are multiplied: "half", "tf32" or "fp32"."""
+
+    m: int
+    n: int
+    k: int
+    type: str
+
+    @property
+    def operations(self) -> int:
+        """Two per multiply-add."""
+        return 2 * self.m * self.n * self.k
+
+
 @dataclass
 class Built:
-    """A launch compiled: what it needs, and its machine code."""
+    """A launch compiled: what it needs, and what its machine code does."""
 
-    registers: int
+    registers: int  # per thread
     spilled: int  # bytes per thread
-    shared: int
+    shared: int  # bytes
     warps: int
     resident: int  # programs per multiprocessor
-    loops: list[Counter] = field(default_factory=list)  # instructions by kind, per innermost loop
-    whole: Counter = field(default_factory=Counter)
+    loops: list[Mix] = field(default_factory=list)  # of the innermost loops
+    whole: Mix = field(default_factory=Mix)
+    products: list[Product] = field(default_factory=list)  # written in the kernel, copies of a loop's body included
+
+    @property
+    def loop(self) -> Mix | None:
+        """The loop that multiplies matrices, if any; of several, the one that does most besides."""
+        return max(self.loops, key=lambda m: (m.counts["matrix"] > 0, m.total), default=None)
 
 
 @contextmanager
@@ -126,8 +117,9 @@ def _source(launch: Launch) -> ASTSource:
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
+        special = not parameter.do_not_specialize
         aligned = False
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
             signature[parameter.name], constants[(index,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + _TYPES[value.dtype]
@@ -136,7 +128,7 @@ def _source(launch: Launch) -> ASTSource:
             signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % 16 == 0
+            aligned = special and value % 16 == 0
         if aligned:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature, constants, attributes)
@@ -146,79 +138,43 @@ def build(launch: Launch, architecture: Architecture) -> Built:
     """Compile a launch for an architecture and read what came of it."""
     compiled = triton.compile(_source(launch), target=architecture.target, options=launch.options)
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
-    threads = warps * architecture.target.warp_size
     if architecture.target.backend == "hip":
         registers, spilled, code = _read_amd(compiled.asm["amdgcn"])
     else:
         registers, spilled, code = _read_nvidia(compiled.asm["cubin"])
-    by_registers = architecture.registers // max(registers * threads, 1)
-    by_shared = architecture.shared_total // (shared + 1024)  # the system keeps 1 KB per program
-    resident = min(by_registers, by_shared, architecture.threads // threads, 32)
-    loops = [Counter(map(kind, body)) for body in _innermost_loops(code)]
-    return Built(registers, spilled, shared, warps, resident, loops, Counter(kind(op) for _, op, _ in code))
+    lanes = architecture.target.warp_size
+    loops = [gpu_code.mix(body, lanes) for body in gpu_code.innermost(gpu_code.loops(code))]
+    resident = architecture.resident(warps, registers, shared)
+    products = _products(compiled.asm["ttir"])
+    return Built(registers, spilled, shared, warps, resident, loops, gpu_code.mix(code, lanes), products)
 
 
-def _read_nvidia(cubin: bytes) -> tuple[int, int, list[tuple[int, str, int | None]]]:
+def _products(ttir: str) -> list[Product]:
+    found = []
+    for line in re.findall(r"tt\.dot .*", ttir):
+        (m, k), (_, n) = (map(int, shape) for shape in re.findall(r"tensor<(\d+)x(\d+)x", line)[:2])
+        type_ = "half" if re.search(r"tensor<\d+x\d+xb?f16>", line) else "tf32" if "tf32" in line else "fp32"
+        found.append(Product(m, n, k, type_))
+    return found
+
+
+def _read_nvidia(cubin: bytes) -> tuple[int, int, list[gpu_code.Instruction]]:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-        sass = subprocess.run([tool, "--dump-sass", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage.stdout)
-    assert found, usage.stdout
-    registers, stack, local = map(int, found.groups())
-    code = []
-    for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass.stdout):
-        text = re.sub(r"^@!?U?P\w+\s+", "", text.strip())
-        jump = re.search(r"0x([0-9a-f]+)", text) if text.startswith("BRA") else None
-        code.append((int(address, 16), text.split()[0], int(jump.group(1), 16) if jump else None))
-    return registers, stack + local, code
+        command = [tool, "--dump-resource-usage", "--dump-sass", file.name]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", found)
+    assert usage, found
+    registers, stack, local = map(int, usage.groups())
+    return registers, stack + local, gpu_code.parse_nvidia(found)
 
 
-def _read_amd(assembly: str) -> tuple[int, int, list[tuple[int, str, int | None]]]:
+def _read_amd(assembly: str) -> tuple[int, int, list[gpu_code.Instruction]]:
     def number(name: str) -> int:
-        return max(map(int, re.findall(rf"\.{name}:\s+(\d+)", assembly)), default=0)
+        return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
 
-    lines, labels, code = assembly.splitlines(), {}, []
-    for place, line in enumerate(lines):
-        label = re.match(r"(\.LBB\w+):", line)
-        if label:
-            labels[label.group(1)] = place
-        text = line.split(";")[0].strip()
-        if not text or text.startswith(".") or text.endswith(":"):
-            continue
-        jump = re.search(r"(\.LBB\w+)", text) if text.startswith(("s_cbranch", "s_branch")) else None
-        code.append((place, text.split()[0], jump.group(1) if jump else None))
-    code = [(place, op, labels.get(jump) if isinstance(jump, str) else None) for place, op, jump in code]
-    registers = number("vgpr_count") + number("agpr_count")
-    spilled = 4 * number("vgpr_spill_count") + 4 * number("sgpr_spill_count")
-    return registers, spilled, code
-
-
-def _innermost_loops(code: list[tuple[int, str, int | None]]) -> list[list[str]]:
-    spans = [(jump, place) for place, _, jump in code if jump is not None and jump < place]
-    inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
-    return [[op for place, op, _ in code if first <= place <= last] for first, last in sorted(inner)]
-
-
-# Machine instruction -> kind, by prefix; the first that fits.
-_KINDS = (
-    ("matrix", ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "QMMA", "v_mfma", "UTCMMA")),
-    ("exp", ("MUFU", "v_exp_f32", "v_log_f32", "v_rcp_f32", "v_rsq", "v_sqrt")),
-    ("global load", ("LDG", "LDGSTS", "UTMALDG", "global_load", "buffer_load")),
-    ("global store", ("STG", "RED", "ATOMG", "UTMASTG", "global_store", "buffer_store", "global_atomic",
-                      "buffer_atomic")),
-    ("shared", ("LDS", "STS", "ds_", "LDTM", "STTM")),
-    ("local", ("LDL", "STL", "scratch_")),
-    ("fp32", ("FADD", "FMUL", "FFMA", "FMNMX", "FSEL", "FSETP", "F2F", "FCHK", "HADD2", "HFMA2", "HMUL2", "UF2F",
-              "v_add_f32", "v_mul_f32", "v_fma", "v_max_f32", "v_pk_", "v_sub_f32", "v_cvt", "v_max3_f32", "v_mac")),
-)  # fmt: skip
-
-
-def kind(op: str) -> str:
-    """The unit that a machine instruction occupies: one of _KINDS or "integer" for all the rest."""
-    for name, prefixes in _KINDS:
-        if op.startswith(prefixes):
-            return name
-    return "integer"
+    # Accumulation registers are part of the count.
+    spilled = max(4 * (number("vgpr_spill_count") + number("sgpr_spill_count")), number("private_segment_fixed_size"))
+    return number("vgpr_count"), spilled, gpu_code.parse_amd(assembly)

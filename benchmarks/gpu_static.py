@@ -2,21 +2,34 @@
 
 No GPU is needed. Fails on spilled registers, on more shared memory than an architecture has, on matrix products in half
 precision that do not use the tensor cores, and on more instructions per score in attention's inner loop than BOUNDS.
+Of a kernel's configurations other than the default, only the default's spills fail: the others are there to be tried.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
+import multiprocessing
+import os
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
 
+import torch
+import triton
 from wavlm_fast.kernels._target import pretend
 from wavlm_fast.kernels._tuning import MOST, forced
 
-from .gpu_cases import DTYPES, MODELS, cases
-from .gpu_compile import ARCHITECTURES, Architecture, Built, Launch, build
+from .gpu_architectures import ARCHITECTURES, Architecture
+from .gpu_bound import bound
+from .gpu_cases import BATCH, DTYPES, MODELS, cases
+from .gpu_code import KINDS
+from .gpu_compile import Built, Launch, build
 
 # Machine instructions outside the matrix unit per score, in attention's loop over tiles that load their bias: what was
 # reached, rounded up. Only ever tighten.
@@ -27,13 +40,48 @@ BOUNDS = {
     ("gated_attention_bwd_dq_kernel", "sm_90"): 15.5,
     ("gated_attention_bwd_dkv_kernel", "sm_90"): 14.5,
 }
-# Per multiprocessor and clock: half-precision matrix operations with fp32 sums (2 per multiply-add), and fp32 lanes.
-# NVIDIA's architecture whitepapers. Exponentials 16, shared and global memory 32 lanes, 4 instructions issued, on all.
-_RATES = {"sm_80": (2048, 64), "sm_86": (512, 128), "sm_89": (512, 128), "sm_90": (4096, 128), "sm_100": (8192, 128),
-          "sm_120": (512, 128)}  # fmt: skip
-_PRODUCTS = {"gated_attention_fwd_kernel": 2, "gated_attention_bwd_dq_kernel": 3, "gated_attention_bwd_dkv_kernel": 4,
-             "gated_attention_bwd_dbias_kernel": 2}  # fmt: skip
+_PER_SCORE = (
+    "gated_attention_fwd_kernel", "gated_attention_bwd_dq_kernel", "gated_attention_bwd_dkv_kernel",
+    "gated_attention_bwd_dbias_kernel",
+)  # fmt: skip
 QUICK = ("sm_80", "sm_90", "gfx942")
+_TILES = ("BLOCK_M", "BLOCK_T", "BLOCK_R", "BLOCK_N", "BLOCK_C", "BLOCK_K", "BLOCK_D")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kernel to compile: a launch of `op` in `dtype`, for an architecture."""
+
+    op: str
+    launch: Launch
+    dtype: str
+    architecture: Architecture
+    default: bool = True  # whether its configuration is what runs without tuning
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of one kernel."""
+
+    architecture: str
+    dtype: str
+    op: str
+    kernel: str
+    constants: dict[str, Any]
+    default: bool
+    warps: int
+    registers: int
+    spilled: int  # bytes per thread
+    shared: int  # bytes
+    shared_limit: int
+    resident: int  # programs per multiprocessor
+    occupancy: float  # share of a multiprocessor's warps
+    instructions: dict[str, int]  # of the inner loop, else of the whole kernel, by kind
+    loop: bool
+    per_score: float | None  # instructions outside the matrix unit
+    bound: str
+    share: float | None  # of the peak of the unit that multiplies
+    faults: tuple[str, ...]
 
 
 def pretended(architecture: Architecture) -> str:
@@ -48,12 +96,13 @@ def launches(
 ) -> Iterator[tuple[str, Launch, int]]:
     """Every distinct launch of both models: its op, itself, and the index of its configuration in the kernel's list.
 
-    Defaults have index 0 and come first; kernels without a list have only that.
+    Batches are large and of one utterance: some defaults depend on that. They have index 0 and come first; kernels
+    without a list have only that.
     """
     seen = set()
     for index in indices:
-        for model in MODELS:
-            for case in cases(model, DTYPES[dtype]):
+        for model, batch in product(MODELS, (BATCH, 1)):
+            for case in cases(model, DTYPES[dtype], batch=batch):
                 with pretend(pretended(architecture)), forced(index):
                     made = case.launches()
                 for launch in made:
@@ -62,70 +111,106 @@ def launches(
                         yield case.op, launch, index
 
 
-def main_loop(built: Built) -> Counter:
-    """The loop that multiplies matrices; of several, the one that does most besides (it loads the bias)."""
-    return max((c for c in built.loops if c["matrix"]), key=lambda c: c.total(), default=Counter())
+def tasks(
+    architectures: Iterable[str], dtypes: Iterable[str], op: str = "", indices: Iterable[int] = range(MOST)
+) -> list[Task]:
+    """What there is to compile, for ops whose name contains `op` and configurations at `indices` of their lists."""
+    return [
+        Task(found, launch, dtype, ARCHITECTURES[name], index == 0)
+        for name in architectures
+        for dtype in dtypes
+        for found, launch, index in launches(ARCHITECTURES[name], dtype, indices)
+        if op in found
+    ]
 
 
-def per_score(launch: Launch, built: Built, threads: int) -> float | None:
-    """Instructions outside the matrix unit per score, for attention's kernels."""
-    if launch.name not in _PRODUCTS or not main_loop(built):
+def per_score(launch: Launch, built: Built, architecture: Architecture) -> float | None:
+    """Instructions of the inner loop outside the matrix unit per score, for attention's kernels."""
+    loop = built.loop
+    if launch.name not in _PER_SCORE or loop is None:
         return None
-    loop = main_loop(built)
-    scores = launch.arguments["BLOCK_M"] * launch.arguments["BLOCK_N"] / threads
-    return (loop.total() - loop["matrix"]) / scores
+    threads = built.warps * architecture.target.warp_size
+    return (loop.total - loop.counts["matrix"]) / (launch.arguments["BLOCK_M"] * launch.arguments["BLOCK_N"] / threads)
 
 
-def bound(launch: Launch, built: Built, architecture: Architecture) -> str:
-    """Which unit an iteration of the main loop keeps busy longest, and the share of matrix peak that it leaves."""
-    loop = main_loop(built)
-    if not loop or architecture.name not in _RATES:
-        return ""
-    matrix, lanes = _RATES[architecture.name]
-    a = launch.arguments
-    if launch.name in _PRODUCTS:
-        operations = 2 * a["BLOCK_M"] * a["BLOCK_N"] * a["BLOCK_D"] * _PRODUCTS[launch.name]
-    else:
-        operations = 2 * a["BLOCK_T"] * a["BLOCK_N"] * a["BLOCK_C"]
-    threads = 32 * built.warps
-    clocks = {
-        "matrix": operations / matrix,
-        "issue": loop.total() * built.warps / 4,
-        "exp": loop["exp"] * threads / 16,
-        "fp32": loop["fp32"] * threads / lanes,
-        "memory": (loop["shared"] + loop["global load"]) * threads / 32,
-    }
-    unit = max(clocks, key=clocks.__getitem__)
-    return f"{unit}, {100 * clocks['matrix'] / clocks[unit]:.0f} % of matrix peak"
-
-
-def faults(launch: Launch, built: Built, architecture: Architecture, dtype: str, index: int = 0) -> list[str]:
-    """What is wrong with a compiled kernel, as sentences. Alternatives to a default may spill: they are tried first."""
-    found = []
-    if built.spilled and index == 0:
+def faults(task: Task, built: Built) -> tuple[str, ...]:
+    """What is wrong with a compiled kernel, as sentences."""
+    found, launch, architecture = [], task.launch, task.architecture
+    if built.spilled and task.default:
         found.append(f"spills {built.spilled} bytes per thread")
     if built.shared > architecture.shared_limit:
         found.append(f"needs {built.shared} bytes of shared memory, {architecture.shared_limit} exist")
-    multiplies = launch.name in _PRODUCTS or launch.name.startswith("frames_product")
-    if multiplies and dtype != "fp32" and not built.whole["matrix"]:
+    elif not built.resident:
+        found.append("does not fit a multiprocessor")
+    if any(p.type == "half" for p in built.products) and not built.whole.counts["matrix"]:
         found.append("multiplies half precision without the tensor cores")
-    count = per_score(launch, built, built.warps * architecture.target.warp_size)
-    limit = BOUNDS.get((launch.name, architecture.name))
-    if dtype != "fp32" and limit is not None and count is not None and launch.arguments["D"] == 64 and count > limit:
-        found.append(f"{count:.2f} instructions per score, the bound is {limit}")
-    return found
+    count, limit = per_score(launch, built, architecture), BOUNDS.get((launch.name, architecture.name))
+    if limit is not None and any(p.type == "half" for p in built.products) and launch.arguments["D"] == 64:
+        if count is None:
+            found.append("has no inner loop")
+        elif count > limit:
+            found.append(f"{count:.2f} instructions per score, the bound is {limit}")
+    return tuple(found)
 
 
-def row(op: str, launch: Launch, built: Built, architecture: Architecture, dtype: str) -> str:
-    count = per_score(launch, built, built.warps * architecture.target.warp_size)
-    loop = main_loop(built)
-    mix = " ".join(f"{k} {v}" for k, v in sorted(loop.items()))
-    tile = "x".join(str(v) for k, v in launch.arguments.items() if k in ("BLOCK_M", "BLOCK_T", "BLOCK_N", "BLOCK_C"))
+def judge(task: Task) -> Row:
+    """Compile a kernel and look at it."""
+    built, launch, architecture = build(task.launch, task.architecture), task.launch, task.architecture
+    constants = {p.name: launch.arguments[p.name] for p in launch.kernel.params if p.is_constexpr}
+    mix = built.loop or built.whole
+    reached = bound(mix, built, architecture)
+    return Row(
+        architecture=architecture.name, dtype=task.dtype, op=task.op, kernel=launch.name,
+        constants={**constants, **{k: v for k, v in launch.options.items() if k == "num_stages"}},
+        default=task.default, warps=built.warps, registers=built.registers, spilled=built.spilled,
+        shared=built.shared, shared_limit=architecture.shared_limit, resident=built.resident,
+        occupancy=built.resident * built.warps * architecture.target.warp_size / architecture.threads,
+        instructions={kind: mix.counts[kind] for kind in KINDS}, loop=built.loop is not None,
+        per_score=per_score(launch, built, architecture), bound=str(reached),
+        share=None if math.isnan(reached.share) else reached.share, faults=faults(task, built),
+    )  # fmt: skip
+
+
+_tasks: list[Task] = []
+
+
+def _judge_at(index: int) -> Row:
+    return judge(_tasks[index])
+
+
+def judge_all(found: list[Task], jobs: int) -> Iterator[Row]:
+    """A row for each task, in their order, from `jobs` processes."""
+    if jobs == 1:
+        yield from map(judge, found)
+        return
+    # A launch holds a compiler's function and cannot be sent; forked processes have it already.
+    _tasks[:] = found
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        yield from pool.imap(_judge_at, range(len(found)))
+
+
+_HEAD = (
+    "arch    dtype op                      kernel                           tile           warps regs spill shared "
+    "of limit  resident  per score  bound of the inner loop           " + " ".join(f"{kind[:7]:>7}" for kind in KINDS)
+)
+
+
+def line(row: Row) -> str:
+    """A row of the table."""
+    tile = "x".join(str(row.constants[name]) for name in _TILES if name in row.constants)
+    score = "" if row.per_score is None else f"{row.per_score:.2f}"
+    counts = " ".join(f"{row.instructions[kind] or '':>7}" for kind in KINDS)
+    name = row.kernel.removesuffix("_kernel") + ("" if row.default else " *")
     return (
-        f"{architecture.name:7} {dtype:5} {launch.name:36} {tile:14} w{built.warps:<3} {built.registers:4} "
-        f"{built.spilled:6} {built.shared:7} {built.resident:4}  {'' if count is None else f'{count:5.2f}':5}  "
-        f"{bound(launch, built, architecture):32} {mix}"
+        f"{row.architecture:7} {row.dtype:5} {row.op:23} {name:32} {tile:14} {row.warps:5} {row.registers:4} "
+        f"{row.spilled:5} {row.shared:6} {100 * row.shared / row.shared_limit:6.0f} % {row.resident:3} "
+        f"{100 * row.occupancy:4.0f} % {score:>10}  {row.bound + ('' if row.loop else ' (no loop)'):33} {counts}"
     )
+
+
+def report(rows: Iterable[Row]) -> dict[str, Any]:
+    """All rows and what compiled them, for JSON."""
+    return {"triton": triton.__version__, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -133,27 +218,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_static", description=__doc__)
     parser.add_argument("--arch", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    parser.add_argument("--op", help="only ops whose name contains this")
-    parser.add_argument(
-        "--all", action="store_true", help="not only default configurations but every one that tuning tries"
-    )
-    parser.add_argument("--quick", action="store_true", help=f"bfloat16 on {', '.join(QUICK)}")
+    parser.add_argument("--op", default="", help="only ops whose name contains this")
+    parser.add_argument("--defaults", action="store_true", help="only what runs without tuning")
+    parser.add_argument("--quick", action="store_true", help=f"defaults in bfloat16 on {', '.join(QUICK)}")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; as many as cores by default")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     args = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     architectures, dtypes = (QUICK, ("bf16",)) if args.quick else (args.arch, args.dtype)
-    print("arch    dtype kernel                               tile           warps regs spilled shared resident "
-          "instructions/score, what bounds the inner loop, its instructions")  # fmt: skip
-    wrong = []
-    for name in architectures:
-        for dtype in dtypes:
-            for op, launch, index in launches(ARCHITECTURES[name], dtype, range(MOST) if args.all else [0]):
-                if args.op and args.op not in op:
-                    continue
-                built = build(launch, ARCHITECTURES[name])
-                print(row(op, launch, built, ARCHITECTURES[name], dtype), flush=True)
-                found = faults(launch, built, ARCHITECTURES[name], dtype, index)
-                wrong += [f"{launch.name} {name} {dtype}: {fault}" for fault in found]
-    print("\n".join(wrong) if wrong else "No fault found.")
+    print(_HEAD)
+    rows = []
+    indices = [0] if args.defaults or args.quick else range(MOST)
+    for row in judge_all(tasks(architectures, dtypes, args.op, indices), args.jobs):
+        print(line(row), flush=True)
+        rows.append(row)
+    if args.json:
+        args.json.write_text(json.dumps(report(rows), indent=1))
+    wrong = [f"{row.kernel} {row.architecture} {row.dtype}: {fault}" for row in rows for fault in row.faults]
+    print("\n".join(wrong) if wrong else f"No fault found in {len(rows)} kernels.")
     return 1 if wrong else 0
 
 

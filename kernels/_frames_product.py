@@ -20,43 +20,53 @@ from ._tuning import Config, tunable
 @triton.jit
 def _frames_product_kernel(
     x_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, residual_ptr, out_ptr, pre_ptr,
-    frames_in, frames_out, units, taps, first, phase, eps,
+    frames_in, frames_out, units, length, first, phase, eps,  # length: taps · C
     GROUPS: tl.constexpr, C: tl.constexpr, N: tl.constexpr,  # channels of one group, in and out
     STRIDE: tl.constexpr, STEP: tl.constexpr, OUT_STRIDE: tl.constexpr,
     PADDED: tl.constexpr,  # whether rows can begin before or end after the input
+    WHOLE: tl.constexpr,  # whether BLOCK_K divides the length
     NORM: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    TAP: tl.constexpr = STEP * GROUPS * C - C  # from the end of one tap's channels to the next tap's
     group, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     b = tl.program_id(2).to(tl.int64)
     unit = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     # Rows past the end repeat the last one, and stores leave them out.
     frame = tl.minimum(unit, units - 1) * STRIDE + first
-    channel = tl.arange(0, BLOCK_C)
+    k = tl.arange(0, BLOCK_K)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_rows = x_ptr + b * frames_in * (GROUPS * C) + group * C + channel[None, :]
-    weight_tile = weight_ptr + group.to(tl.int64) * taps * C * N + channel[:, None] * N + n[None, :]
+    inside_n = n < N
+    x_rows = x_ptr + (b * frames_in + frame[:, None]) * (GROUPS * C) + group * C
+    weight_tile = weight_ptr + group.to(tl.int64) * length * N + k[:, None] * N + n[None, :]
 
+    # The sum runs over taps and channels at once: a block may hold several taps of few channels.
     acc = tl.zeros([BLOCK_T, BLOCK_N], dtype=tl.float32)
-    for index in range(taps * BLOCKS):
-        tap, start = index // BLOCKS, (index % BLOCKS) * BLOCK_C
-        at = frame + tap * STEP
-        x_at = x_rows + at[:, None].to(tl.int64) * (GROUPS * C) + start
-        x_mask = (start + channel < C)[None, :]
-        if PADDED:
-            x_mask = x_mask & ((at >= 0) & (at < frames_in))[:, None]
-        x = tl.load(x_at, mask=x_mask, other=0.0) if PADDED or C % BLOCK_C != 0 else tl.load(x_at)
-        weight_at = weight_tile + (tap * C + start) * N
-        if C % BLOCK_C != 0 or N % BLOCK_N != 0:
-            inside = (start + channel < C)[:, None] & (n < N)[None, :]
-            weight = tl.load(weight_at, mask=inside, other=0.0)
+    for start in range(0, length, BLOCK_K):
+        if C % BLOCK_K == 0:
+            tap = start // C
+            x_at = x_rows + k[None, :] + (start + tap * TAP)
         else:
-            weight = tl.load(weight_at)
+            tap = ((start + k) // C)[None, :]
+            x_at = x_rows + (start + k[None, :] + tap * TAP)
+        if PADDED:
+            # Unsigned, frames before the first are past the end as well.
+            x_mask = (frame[:, None] + tap * STEP).to(tl.uint32) < frames_in
+            if not WHOLE:
+                x_mask = x_mask & (start + k < length)[None, :]
+            x = tl.load(x_at, mask=x_mask, other=0.0)
+        elif not WHOLE:
+            x = tl.load(x_at, mask=(start + k < length)[None, :], other=0.0)
+        else:
+            x = tl.load(x_at)
+        if N % BLOCK_N == 0 and WHOLE:
+            weight = tl.load(weight_tile + start * N)
+        else:
+            weight_mask = (start + k < length)[:, None] & inside_n[None, :]
+            weight = tl.load(weight_tile + start * N, mask=weight_mask, other=0.0)
         acc = tl.dot(x, weight, acc, input_precision=PRECISION)
 
-    inside_n = n < N
     column = group * N + n
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + column, mask=inside_n, other=0.0).to(tl.float32)[None, :]
@@ -79,60 +89,98 @@ def _frames_product_kernel(
 
 @triton.jit
 def _frames_product_bwd_weight_kernel(
-    x_ptr, grad_ptr, parts_ptr,  # [splits, GROUPS, taps, C, N] fp32
-    frames_in, frames_out, batch, taps, first, splits,
+    x_ptr, grad_ptr, parts_ptr,  # parts [splits, GROUPS, length, N] fp32
+    frames_in, frames_out, batch, length, first, blocks_per_split,  # length: taps · C
     GROUPS: tl.constexpr, C: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr, STEP: tl.constexpr,
-    PADDED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    PADDED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    C_TILES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    tile, tap, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    group = tile // (N_TILES * C_TILES)
-    channel = (tile // N_TILES % C_TILES) * BLOCK_C + tl.arange(0, BLOCK_C)
-    n = (tile % N_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
+    TAP: tl.constexpr = STEP * GROUPS * C - C
+    tile, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    k = tile // N_TILES * BLOCK_K + tl.arange(0, BLOCK_K)
+    n = tile % N_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.arange(0, BLOCK_T)
+    tap = k // C
+    x_columns = x_ptr + group * C + (k + tap * TAP)[None, :]
+    grad_columns = grad_ptr + group * N + n[None, :]
     blocks = tl.cdiv(frames_out, BLOCK_T)
+    index = split * blocks_per_split
+    b = (index // blocks).to(tl.int64)
+    block = index % blocks
 
-    acc = tl.zeros([BLOCK_C, BLOCK_N], dtype=tl.float32)
-    for index in range(split, batch * blocks, splits):
-        b = (index // blocks).to(tl.int64)
-        frame = index % blocks * BLOCK_T + row
-        at = frame * STRIDE + tap * STEP + first
-        x_mask = (frame < frames_out)[:, None] & (channel < C)[None, :]
+    acc = tl.zeros([BLOCK_K, BLOCK_N], dtype=tl.float32)
+    for _ in range(index, tl.minimum(index + blocks_per_split, batch * blocks)):
+        frame = block * BLOCK_T + row
+        # Where the gradient is 0, x may be any: the last frame again.
+        at = tl.minimum(frame, frames_out - 1) * STRIDE + first
+        x_at = x_columns + (b * frames_in + at[:, None]) * (GROUPS * C)
         if PADDED:
-            x_mask = x_mask & ((at >= 0) & (at < frames_in))[:, None]
-        x_at = x_ptr + (b * frames_in + at[:, None]) * (GROUPS * C) + group * C + channel[None, :]
-        x = tl.load(x_at, mask=x_mask, other=0.0)
-        grad_at = grad_ptr + (b * frames_out + frame[:, None]) * (GROUPS * N) + group * N + n[None, :]
-        grad = tl.load(grad_at, mask=(frame < frames_out)[:, None] & (n < N)[None, :], other=0.0)
+            x_mask = (at[:, None] + (tap * STEP)[None, :]).to(tl.uint32) < frames_in
+            if not WHOLE:
+                x_mask = x_mask & (k < length)[None, :]
+            x = tl.load(x_at, mask=x_mask, other=0.0)
+        elif not WHOLE:
+            x = tl.load(x_at, mask=(k < length)[None, :], other=0.0)
+        else:
+            x = tl.load(x_at)
+        grad_at = grad_columns + (b * frames_out + frame[:, None]) * (GROUPS * N)
+        grad_mask = (frame < frames_out)[:, None]
+        if N % BLOCK_N != 0:
+            grad_mask = grad_mask & (n < N)[None, :]
+        grad = tl.load(grad_at, mask=grad_mask, other=0.0)
         acc = tl.dot(x.T, grad, acc, input_precision=PRECISION)
-    part = ((split * GROUPS + group).to(tl.int64) * taps + tap) * C + channel[:, None]
-    inside = (channel < C)[:, None] & (n < N)[None, :]
-    tl.store(parts_ptr + part * N + n[None, :], acc, mask=inside)
+        block += 1
+        b += (block == blocks).to(tl.int64)
+        block = tl.where(block == blocks, 0, block)
+    part = (split * GROUPS + group).to(tl.int64) * length + k[:, None]
+    tl.store(parts_ptr + part * N + n[None, :], acc, mask=(k < length)[:, None] & (n < N)[None, :])
+
+
+# Programs of a product with large tiles, up to which smaller tiles fill a GPU better: about one for each
+# multiprocessor of an A100 or H100.
+FEW = 128
 
 
 @tunable
-def product_configs(C: int, N: int, dtype: torch.dtype, norm: bool, target: str) -> tuple[Config, ...]:
-    """Tiles and warps. A norm needs whole rows in a tile: 32 frames of 512 channels, since twice as many spill where
-    the norm and the activation hold several numbers for each sum.
+def product_configs(
+    length: int, N: int, dtype: torch.dtype, norm: bool, few: bool, target: str
+) -> tuple[Config, ...]:
+    """Tiles and warps, for sums over `length`; `few` says that large tiles would leave a GPU without work.
+
+    What reads of shared memory cost decides in half precision: a warp that multiplies 64 by 64 reads less than one that
+    multiplies 64 by 32, and products of sm_90 read 64 rows at once. A norm needs whole rows in a tile.
     """
     whole = max(16, triton.next_power_of_2(N))
+    half = dtype != torch.float32
     if norm:
-        frames = max(16, min(64, 16384 // whole))
-        warps, channels = 8 if frames * whole >= 8192 else 4, 16 if C < 32 else 32
-        default = {"BLOCK_T": frames, "BLOCK_N": whole, "BLOCK_C": channels, "num_warps": warps, "num_stages": 2}
-        return default, {**default, "BLOCK_T": 16, "num_warps": 4}, {**default, "num_stages": 1}
-    columns = min(whole, 64 if dtype == torch.float32 else 128)
-    channels = 16 if C % 32 else 32
-    warps = 8 if columns == 128 else 4
-    stages = 2 if dtype == torch.float32 else 3
-    default = {"BLOCK_T": 128, "BLOCK_N": columns, "BLOCK_C": channels, "num_warps": warps, "num_stages": stages}
-    # Twice the programs for short batches, and fewer trips through the loop.
-    small = {**default, "BLOCK_T": 64, "num_warps": 4}
-    if C % 64 or dtype == torch.float32:
-        return default, small
-    return default, small, {**default, "BLOCK_C": 64, "num_stages": 2}
+        frames = max(16, min(64, (32768 if half and target != "cdna" else 16384) // whole))
+        warps = 8 if frames * whole >= 8192 else 4
+        depth = 64 if half and target == "hopper" and whole <= 512 else 32
+        default = {"BLOCK_T": frames, "BLOCK_N": whole, "BLOCK_K": depth, "num_warps": warps,
+                   "num_stages": 3 if half and target != "cdna" else 2}  # fmt: skip
+        return default, {**default, "BLOCK_T": max(16, frames // 2)}, {**default, "num_stages": 2}
+    if not half:
+        default = {"BLOCK_T": 128, "BLOCK_N": min(whole, 64), "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+        small = {**default, "BLOCK_T": 64}
+        return (small, default) if few else (default, small)
+    small = {"BLOCK_T": 64, "BLOCK_N": min(whole, 64), "BLOCK_K": 64, "num_warps": 4,
+             "num_stages": 2 if target == "cdna" else 4}  # fmt: skip
+    if target == "cdna":
+        large = {"BLOCK_T": 128, "BLOCK_N": min(whole, 128), "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
+        alternatives = {**large, "BLOCK_K": 64}, {**large, "num_warps": 4}
+    elif whole <= 64:
+        large = {**small, "BLOCK_T": 128, "num_stages": 3}
+        alternatives = {**large, "BLOCK_T": 256, "num_warps": 8}, {**large, "num_stages": 4}
+    elif target == "hopper":
+        wide = {"BLOCK_T": 128, "BLOCK_N": min(whole, 256), "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+        square = {**wide, "BLOCK_N": 128}
+        # Of two smaller programs one multiplies while the other is at its end, which short sums reach soon.
+        large, *alternatives = (wide, square) if length >= 1024 else (square, wide)
+    else:
+        large = {"BLOCK_T": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 4, "num_stages": 4}
+        alternatives = {**large, "num_warps": 8}, {**large, "num_warps": 8, "BLOCK_K": 64, "num_stages": 3}
+    return (small, large) if few else (large, *alternatives, small)
 
 
 def frames_product(
@@ -162,28 +210,30 @@ def frames_product(
         grid = (G * triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(units, config["BLOCK_T"]), x.shape[0])
         _frames_product_kernel[grid](
             x, weight, bias, norm_weight, norm_bias, residual, out, pre,
-            x.shape[1], out.shape[1], units, taps, first, phase, eps,
+            x.shape[1], out.shape[1], units, taps * C, first, phase, eps,
             GROUPS=G, C=C, N=N, STRIDE=stride, STEP=step, OUT_STRIDE=out_stride, PADDED=padded,
+            WHOLE=taps * C % config["BLOCK_K"] == 0,
             NORM=norm is not None, ACTIVATION=activation, PRECISION=precision, **config,
         )  # fmt: skip
 
     also = (G, taps, stride, step, out_stride, padded, activation, pre is None, residual is None, precision)
-    product_configs.launch(run, x.device, (C, N, x.dtype, norm is not None), (units, x.shape[0]), also)
+    few = G * triton.cdiv(N, 128) * triton.cdiv(units, 128) * x.shape[0] < FEW
+    product_configs.launch(run, x.device, (taps * C, N, x.dtype, norm is not None, few), (units, x.shape[0]), also)
 
 
 @tunable
-def weight_gradient_configs(C: int, N: int, dtype: torch.dtype, target: str) -> tuple[Config, ...]:
-    """Tiles and warps. A step adds 32 frames to a tile of the weight, which fp32 products make half as large."""
-    default = {
-        "BLOCK_T": 32,
-        "BLOCK_C": min(max(16, triton.next_power_of_2(C)), 64 if dtype == torch.float32 else 128),
-        "BLOCK_N": min(max(16, triton.next_power_of_2(N)), 64),
-        "num_warps": 4,
-        "num_stages": 2,
-    }
+def weight_gradient_configs(length: int, N: int, dtype: torch.dtype, target: str) -> tuple[Config, ...]:
+    """Tiles and warps. A tile of the weight, of `length` rows in all, takes BLOCK_T frames a step."""
+    rows, columns = max(16, triton.next_power_of_2(length)), max(16, triton.next_power_of_2(N))
     if dtype == torch.float32:
+        default = {"BLOCK_T": 32, "BLOCK_K": min(rows, 64), "BLOCK_N": min(columns, 64), "num_warps": 4,
+                   "num_stages": 2}  # fmt: skip
         return default, {**default, "num_stages": 1}
-    return default, {**default, "BLOCK_T": 64}, {**default, "num_stages": 3}
+    default = {"BLOCK_T": 64, "BLOCK_K": min(rows, 128), "BLOCK_N": min(columns, 128), "num_warps": 8,
+               "num_stages": 2 if target == "cdna" else 3}  # fmt: skip
+    if columns <= 64 and target != "cdna":  # twice the rows instead: what is read of the gradient is read half as often
+        return {**default, "BLOCK_K": min(rows, 256)}, default
+    return default, {**default, "num_warps": 4}, {**default, "BLOCK_N": min(columns, 64), "num_warps": 4}
 
 
 def frames_product_weight_gradient(
@@ -192,18 +242,21 @@ def frames_product_weight_gradient(
     """Gradient `[G, taps, C, N]` fp32 of the weight, from `x` `[B, T, G·C]` and the out's gradient `[B, T', G·N]`."""
     B, frames_out, N = grad.shape
     C, N = x.shape[2] // groups, N // groups
-    precision = dot_precision(x.dtype)
+    length, precision = taps * C, dot_precision(x.dtype)
 
     def run(config: Config) -> torch.Tensor:
-        tiles = groups * triton.cdiv(C, config["BLOCK_C"]) * triton.cdiv(N, config["BLOCK_N"])
+        tiles = triton.cdiv(length, config["BLOCK_K"]) * triton.cdiv(N, config["BLOCK_N"])
         # Enough programs to fill a GPU, whichever it is, but sums of at least eight blocks each.
-        splits = max(1, min(triton.cdiv(512, tiles * taps), B * triton.cdiv(frames_out, config["BLOCK_T"]) // 8))
+        blocks = B * triton.cdiv(frames_out, config["BLOCK_T"])
+        per_split = triton.cdiv(blocks, max(1, min(triton.cdiv(512, tiles * groups), blocks // 8)))
+        splits = triton.cdiv(blocks, per_split)
         parts = torch.empty(splits, groups, taps, C, N, dtype=torch.float32, device=x.device)
-        _frames_product_bwd_weight_kernel[(tiles, taps, splits)](
-            x, grad, parts, x.shape[1], frames_out, B, taps, first, splits,
-            GROUPS=groups, C=C, N=N, STRIDE=stride, STEP=step, PADDED=first != 0, PRECISION=precision, **config,
+        _frames_product_bwd_weight_kernel[(tiles, groups, splits)](
+            x, grad, parts, x.shape[1], frames_out, B, length, first, per_split,
+            GROUPS=groups, C=C, N=N, STRIDE=stride, STEP=step, PADDED=first != 0,
+            WHOLE=length % config["BLOCK_K"] == 0, PRECISION=precision, **config,
         )  # fmt: skip
         return parts.sum(0) if splits > 1 else parts[0]
 
     also = (groups, taps, stride, step, first != 0, precision)
-    return weight_gradient_configs.launch(run, x.device, (C, N, x.dtype), (frames_out, B), also)
+    return weight_gradient_configs.launch(run, x.device, (length, N, x.dtype), (frames_out, B), also)

@@ -1,7 +1,7 @@
 """Residual add and layer norm, forward and backward.
 
-A program takes one row at a time and holds it in registers, so the row is read once and the statistics are those of
-all its channels at once. Arithmetic is fp32 whatever the inputs are.
+A program holds whole rows in registers, so a row is read once and its statistics are those of all its channels at
+once. Several rows share what is read of weight and bias. Arithmetic is fp32 whatever the inputs are.
 """
 
 import torch
@@ -19,32 +19,27 @@ PARTS = 256
 
 @triton.jit
 def _add_layer_norm_fwd_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    bias_ptr,
-    sum_ptr,
-    normed_ptr,
-    C,
-    eps,
-    KEEP_SUM: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * C
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, sum_ptr, normed_ptr, rows, C, eps,
+    KEEP_SUM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     channel = tl.arange(0, BLOCK_C)
-    inside = channel < C
-    x = tl.load(x_ptr + row + channel, mask=inside, other=0.0).to(tl.float32)
-    residual = tl.load(residual_ptr + row + channel, mask=inside, other=0.0).to(tl.float32)
+    inside_c = channel < C
+    inside = (row < rows)[:, None] & inside_c[None, :]
+    at = row[:, None].to(tl.int64) * C + channel[None, :]
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    residual = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
     # The norm is of the sum as it was rounded, which is what the next layer sees.
     rounded = (x + residual).to(normed_ptr.dtype.element_ty)
     if KEEP_SUM:
-        tl.store(sum_ptr + row + channel, rounded, mask=inside)
+        tl.store(sum_ptr + at, rounded, mask=inside)
     total = rounded.to(tl.float32)
-    centred = tl.where(inside, total - tl.sum(total, axis=0) / C, 0.0)
-    hat = centred * (1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / C + eps))
-    weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    tl.store(normed_ptr + row + channel, (hat * weight + bias).to(normed_ptr.dtype.element_ty), mask=inside)
+    centred = tl.where(inside, total - tl.sum(total, axis=1)[:, None] / C, 0.0)
+    hat = centred * (1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + eps))[:, None]
+    weight = tl.load(weight_ptr + channel, mask=inside_c, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + channel, mask=inside_c, other=0.0).to(tl.float32)
+    normed = hat * weight[None, :] + bias[None, :]
+    tl.store(normed_ptr + at, normed.to(normed_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -87,6 +82,17 @@ def _add_layer_norm_bwd_kernel(
 
 
 @tunable
+def forward_configs(C: int, target: str) -> tuple[Config, ...]:
+    """Rows of a program, and warps: 8192 numbers are 32 in each thread of eight warps."""
+    block = triton.next_power_of_2(C)
+    rows = max(1, min(8, 8192 // block))
+    warps = min(max(rows * block // 1024, 1), 16)
+    default = {"BLOCK_R": rows, "BLOCK_C": block, "num_warps": warps}
+    fewer = {**default, "BLOCK_R": max(rows // 2, 1), "num_warps": max(warps // 2, 1) if rows > 1 else warps}
+    return default, fewer, {**default, "num_warps": min(2 * warps, 16)}
+
+
+@tunable
 def row_configs(C: int, target: str) -> tuple[Config, ...]:
     """Warps for a row: eight channels in each thread. More threads hide the loads better, fewer reduce faster."""
     block = triton.next_power_of_2(C)
@@ -107,11 +113,11 @@ def add_layer_norm(
     rows = x.numel() // C
 
     def run(config: Config) -> None:
-        _add_layer_norm_fwd_kernel[(rows,)](
-            x, residual, weight, bias, total, normed, C, eps, KEEP_SUM=keep_sum, **config
+        _add_layer_norm_fwd_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
+            x, residual, weight, bias, total, normed, rows, C, eps, KEEP_SUM=keep_sum, **config
         )
 
-    row_configs.launch(run, x.device, (C,), (rows,), ("forward", x.dtype, keep_sum))
+    forward_configs.launch(run, x.device, (C,), (rows,), (x.dtype, keep_sum))
     return total, normed
 
 
@@ -134,6 +140,6 @@ def add_layer_norm_backward(
             grad_sum, grad_normed, total, weight, dx, parts[0], parts[1], rows, rows_per_program, C, eps, **config
         )
 
-    row_configs.launch(run, total.device, (C,), (rows,), ("backward", total.dtype))
+    row_configs.launch(run, total.device, (C,), (rows,), (total.dtype,))
     dweight, dbias = parts.sum(1).to(weight.dtype)
     return dx, dweight, dbias

@@ -4,6 +4,7 @@ import torch
 
 from ._finish_backward import finish_backward
 from ._frames_product import frames_product, frames_product_weight_gradient
+from ._packed import packed
 
 
 def _taps(weight: torch.Tensor, groups: int) -> torch.Tensor:
@@ -25,8 +26,9 @@ def positional_conv(
     out = torch.empty_like(x)
     pre = torch.empty_like(x) if save and activation != "none" else None
     if out.numel():
+        taps = packed("positional taps", weight, lambda: _taps(weight, groups), learns=save)
         frames_product(
-            x, _taps(weight, groups).contiguous(), out, x.shape[1], bias=bias, activation=activation, pre=pre,
+            x, taps, out, x.shape[1], bias=bias, activation=activation, pre=pre,
             residual=x if residual else None, first=-(weight.shape[2] // 2), padded=True,
         )  # fmt: skip
     return out, x.new_empty(0) if pre is None else pre

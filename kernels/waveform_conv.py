@@ -10,10 +10,13 @@ import triton
 import triton.language as tl
 
 from ._activation import activate
+from ._packed import packed
 from ._tuning import Config, tunable
 
 # Taps, and one column of ones: [16, 16] holds the sums of the windows and their number too.
 BLOCK_K = 16
+# Frames that one program of the forward takes at most, and the programs that a batch is split into before they do.
+PROGRAM_FRAMES, PROGRAMS = 512, 512
 
 
 @triton.jit
@@ -37,17 +40,16 @@ def _waveform_gram_kernel(
 
 @triton.jit
 def _waveform_norm_kernel(
-    parts_ptr, weight_ptr, centre_ptr, rstd_ptr, offset_ptr,  # weight [C, K]
-    C, K, programs, eps, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    gram_ptr, weight_ptr, centre_ptr, rstd_ptr, offset_ptr,  # gram [B, BLOCK_K, BLOCK_K] fp64, weight [C, K]
+    C, K, eps, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """hat = convolution(waveform - centre) · rstd + offset: `centre` [B], `rstd` and `offset` [B, C], fp32."""
     b = tl.program_id(1).to(tl.int64)
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     k = tl.arange(0, BLOCK_K)
-    gram = tl.zeros([BLOCK_K, BLOCK_K], dtype=tl.float64)
-    for program in range(programs):
-        part = parts_ptr + (b * programs + program) * (BLOCK_K * BLOCK_K)
-        gram += tl.load(part + k[:, None] * BLOCK_K + k[None, :])
+    inside_k = (k <= K)[:, None] & (k <= K)[None, :]
+    gram_at = gram_ptr + b * (BLOCK_K * BLOCK_K) + k[:, None] * BLOCK_K + k[None, :]
+    gram = tl.load(gram_at, mask=inside_k, other=0.0)
     sums = tl.sum(tl.where((k == K)[:, None], gram, 0.0), axis=0)  # [BLOCK_K]; entry K is the number of frames
     frames = tl.sum(tl.where(k == K, sums, 0.0), axis=0)
     mean = tl.where(k < K, sums / frames, 0.0)
@@ -68,15 +70,42 @@ def _waveform_norm_kernel(
 
 
 @triton.jit
-def convolve(waveform_ptr, taps_ptr, centre, row, frame, channel, S, C, K: tl.constexpr, STRIDE: tl.constexpr):
-    """The convolution [T, C] of the utterance at `row`, less a constant; `taps` is [K, C]."""
+def load_taps(taps_ptr, channel, C, K: tl.constexpr, DOT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The weight [K, C], as `convolve` wants it, and its sums over the taps [C] in fp32 where it wants them."""
+    if DOT:
+        k = tl.arange(0, BLOCK_K)
+        inside = (k < K)[:, None] & (channel < C)[None, :]
+        taps = tl.load(taps_ptr + k[:, None] * C + channel[None, :], mask=inside, other=0.0)
+        return taps, tl.sum(taps.to(tl.float32), axis=0)
+    else:
+        vectors = ()
+        for k in tl.static_range(K):
+            vectors += (tl.load(taps_ptr + k * C + channel, mask=channel < C, other=0.0).to(tl.float32),)
+        return vectors, 0.0
+
+
+@triton.jit
+def convolve(
+    waveform_ptr, taps, total, centre, row, frame, S,
+    K: tl.constexpr, STRIDE: tl.constexpr, DOT: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The convolution [T, C] of the utterance at `row`, less `centre` unless that is None: a product in half precision,
+    exact enough to take the centre away afterwards; else sums in fp32.
+    """
     windows = waveform_ptr + row * S + frame * STRIDE
-    acc = tl.zeros([frame.shape[0], channel.shape[0]], dtype=tl.float32)
-    for k in tl.static_range(K):
-        x = tl.load(windows + k).to(tl.float32) - centre
-        tap = tl.load(taps_ptr + k * C + channel, mask=channel < C, other=0.0).to(tl.float32)
-        acc += x[:, None] * tap[None, :]
-    return acc
+    if DOT:
+        k = tl.arange(0, BLOCK_K)
+        x = tl.load(windows[:, None] + k[None, :], mask=(k < K)[None, :], other=0.0)
+        acc = tl.dot(x, taps)
+        return acc if centre is None else acc - centre * total[None, :]
+    else:
+        acc = tl.zeros([frame.shape[0], taps[0].shape[0]], dtype=tl.float32)
+        for k in tl.static_range(K):
+            x = tl.load(windows + k).to(tl.float32)
+            if centre is not None:
+                x -= centre
+            acc += x[:, None] * taps[k][None, :]
+        return acc
 
 
 @triton.jit
@@ -91,39 +120,58 @@ def load_vector(pointer, at, inside, default):
 @triton.jit
 def _waveform_conv_fwd_kernel(
     waveform_ptr, taps_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, centre_ptr, rstd_ptr, offset_ptr, out_ptr,
-    S, T, C, eps,
-    K: tl.constexpr, STRIDE: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    S, T, C, eps, tiles_per_program,
+    K: tl.constexpr, STRIDE: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(2).to(tl.int64)
-    unit = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    frame = tl.minimum(unit, T - 1)  # frames past the end repeat the last one; the store leaves them out
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """A program takes all channels of some frames, tile after tile: what every frame needs is read once."""
+    b = tl.program_id(1).to(tl.int64)
+    channel = tl.arange(0, BLOCK_C)
     inside = channel < C
+    taps, total = load_taps(taps_ptr, channel, C, K, DOT, BLOCK_K)
+    gain = load_vector(norm_weight_ptr, channel, inside, 1.0)[None, :]
+    shift = load_vector(norm_bias_ptr, channel, inside, 0.0)[None, :]
     if NORM == "group":  # the bias is part of the mean that is taken away
-        acc = convolve(waveform_ptr, taps_ptr, tl.load(centre_ptr + b), b, frame, channel, S, C, K, STRIDE)
-        acc = acc * load_vector(rstd_ptr, b * C + channel, inside, 1.0)[None, :]
-        acc += load_vector(offset_ptr, b * C + channel, inside, 0.0)[None, :]
+        centre = tl.load(centre_ptr + b)
+        rstd = load_vector(rstd_ptr, b * C + channel, inside, 1.0)[None, :]
+        offset = load_vector(offset_ptr, b * C + channel, inside, 0.0)[None, :]
     else:
-        acc = convolve(waveform_ptr, taps_ptr, 0.0, b, frame, channel, S, C, K, STRIDE)
-        acc += load_vector(bias_ptr, channel, inside, 0.0)[None, :]
-    if NORM == "layer":  # the tile holds whole rows
-        centred = tl.where(inside[None, :], acc - tl.sum(acc, axis=1)[:, None] / C, 0.0)
-        acc = centred * (1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + eps))[:, None]
-    if NORM != "none":
-        acc = acc * load_vector(norm_weight_ptr, channel, inside, 1.0)[None, :]
-        acc += load_vector(norm_bias_ptr, channel, inside, 0.0)[None, :]
-    out = activate(acc, ACTIVATION).to(out_ptr.dtype.element_ty)
-    at = (b * T + unit[:, None]) * C + channel[None, :]
-    tl.store(out_ptr + at, out, mask=(unit < T)[:, None] & inside[None, :])
+        bias = load_vector(bias_ptr, channel, inside, 0.0)[None, :]
+    first = tl.program_id(0) * tiles_per_program
+    for tile in range(first, tl.minimum(first + tiles_per_program, tl.cdiv(T, BLOCK_T))):
+        unit = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+        # Frames past the end repeat the last one; the store leaves them out.
+        frame = tl.minimum(unit, T - 1)
+        if NORM == "group":
+            acc = convolve(waveform_ptr, taps, total, centre, b, frame, S, K, STRIDE, DOT, BLOCK_K) * rstd + offset
+        else:
+            acc = convolve(waveform_ptr, taps, total, None, b, frame, S, K, STRIDE, DOT, BLOCK_K) + bias
+        if NORM == "layer":  # the tile holds whole rows
+            centred = tl.where(inside[None, :], acc - tl.sum(acc, axis=1)[:, None] / C, 0.0)
+            acc = centred * (1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + eps))[:, None]
+        if NORM != "none":
+            acc = acc * gain + shift
+        out = activate(acc, ACTIVATION).to(out_ptr.dtype.element_ty)
+        at = (b * T + unit[:, None]) * C + channel[None, :]
+        tl.store(out_ptr + at, out, mask=(unit < T)[:, None] & inside[None, :])
+
+
+def packed_taps(weight: torch.Tensor) -> torch.Tensor:
+    """`[C, 1, K]` as `[K, C]`."""
+    return packed("waveform taps", weight, lambda: weight[:, 0].t())
+
+
+def uses_dot(waveform: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the convolution is a product for the matrix unit: in fp32 it would not be exact enough."""
+    return waveform.dtype == weight.dtype and waveform.dtype != torch.float32
 
 
 @tunable
 def gram_configs(target: str) -> tuple[Config, ...]:
     """Frames of one part of the Gram matrix, and warps: fp64 sums leave room for few frames in each thread."""
     return (
+        {"BLOCK_T": 512, "num_warps": 16},
         {"BLOCK_T": 512, "num_warps": 8},
-        {"BLOCK_T": 256, "num_warps": 4},
         {"BLOCK_T": 256, "num_warps": 8},
     )
 
@@ -145,17 +193,19 @@ def group_statistics(
         torch.empty(shape, dtype=torch.float32, device=waveform.device) for shape in (B, (B, C), (B, C))
     )
     _waveform_norm_kernel[(triton.cdiv(C, 16), B)](
-        parts, weight, centre, rstd, offset, C, K, parts.shape[1], eps, BLOCK_C=16, BLOCK_K=BLOCK_K, num_warps=4
+        parts.sum(1), weight, centre, rstd, offset, C, K, eps, BLOCK_C=16, BLOCK_K=BLOCK_K, num_warps=4
     )
     return centre, rstd, offset
 
 
 @tunable
 def frame_configs(C: int, norm: str, target: str) -> tuple[Config, ...]:
-    """Tiles and warps. 4096 sums are 32 in each thread of four warps; a layer norm needs whole rows."""
-    block = triton.next_power_of_2(C) if norm == "layer" else min(128, triton.next_power_of_2(C))
-    default = {"BLOCK_T": max(1, 4096 // block), "BLOCK_C": block, "num_warps": 4}
-    return default, {**default, "BLOCK_T": max(1, 2048 // block)}, {**default, "num_warps": 8}
+    """Tiles and warps: 8192 sums are 32 in each thread of eight warps. A product takes at least 16 frames, and as many
+    channels.
+    """
+    block = max(16, triton.next_power_of_2(C))
+    default = {"BLOCK_T": 16, "BLOCK_C": block, "num_warps": 8 if block >= 512 else 4}
+    return default, {**default, "num_warps": default["num_warps"] // 2}, {**default, "BLOCK_T": 32}
 
 
 def waveform_conv(
@@ -177,15 +227,18 @@ def waveform_conv(
     if not out.numel():
         return out
     statistics = group_statistics(waveform, weight, stride, frames, eps) if norm == "group" else (None, None, None)
-    taps = weight[:, 0].t().contiguous()
+    taps = packed_taps(weight)
 
     def run(config: Config) -> None:
-        grid = (triton.cdiv(C, config["BLOCK_C"]), triton.cdiv(frames, config["BLOCK_T"]), B)
-        _waveform_conv_fwd_kernel[grid](
-            waveform, taps, bias, norm_weight, norm_bias, *statistics, out, S, frames, C, eps,
-            K=K, STRIDE=stride, NORM=norm, ACTIVATION=activation, **config,
+        tiles = triton.cdiv(frames, config["BLOCK_T"])
+        # Programs enough to fill a GPU come before few loads of the weight.
+        per_program = min(triton.cdiv(PROGRAM_FRAMES, config["BLOCK_T"]), triton.cdiv(B * tiles, PROGRAMS))
+        _waveform_conv_fwd_kernel[(triton.cdiv(tiles, per_program), B)](
+            waveform, taps, bias, norm_weight, norm_bias, *statistics, out, S, frames, C, eps, per_program,
+            K=K, STRIDE=stride, NORM=norm, ACTIVATION=activation, DOT=uses_dot(waveform, weight), BLOCK_K=BLOCK_K,
+            **config,
         )  # fmt: skip
 
-    also = (K, stride, activation, waveform.dtype)
+    also = (K, stride, activation, waveform.dtype, weight.dtype)
     frame_configs.launch(run, waveform.device, (C, norm), (frames, B), also)
     return out

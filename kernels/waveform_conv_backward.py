@@ -2,7 +2,8 @@
 
 Group norm needs two sums over time before any gradient is known, which one
 pass over the incoming gradient adds up; the pass after it forms the gradient dy of the convolution in registers, and
-from it what each window contributes to the weight and what each frame gives back to its window.
+from it what each window contributes to the weight. Only where the waveform's own gradient is wanted is dy written: a
+product with the taps says what each frame gives back to its window.
 """
 
 import torch
@@ -10,8 +11,9 @@ import triton
 import triton.language as tl
 
 from ._activation import activate_slope
+from ._frames_product import frames_product
 from ._tuning import Config, tunable
-from .waveform_conv import BLOCK_K, convolve, group_statistics, load_vector
+from .waveform_conv import BLOCK_K, convolve, group_statistics, load_taps, load_vector, packed_taps, uses_dot
 
 # Programs, each with its own part of the parameters' gradients. Not the number of processors: sums would differ.
 PARTS = 256
@@ -22,7 +24,8 @@ def _waveform_conv_bwd_sums_kernel(
     grad_ptr, waveform_ptr, taps_ptr, norm_weight_ptr, norm_bias_ptr, centre_ptr, rstd_ptr, offset_ptr,
     parts_ptr,  # [B, programs, 2, C] fp32
     S, T, C, tiles_per_program,
-    K: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    K: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Sums over time of the normed values' gradient, and of it times the values before gain and shift."""
     b = tl.program_id(1).to(tl.int64)
@@ -33,12 +36,14 @@ def _waveform_conv_bwd_sums_kernel(
     offset = load_vector(offset_ptr, b * C + channel, inside, 0.0)
     gain = load_vector(norm_weight_ptr, channel, inside, 1.0)
     shift = load_vector(norm_bias_ptr, channel, inside, 0.0)
+    taps, total = load_taps(taps_ptr, channel, C, K, DOT, BLOCK_K)
     plain = tl.zeros([BLOCK_C], dtype=tl.float32)
     weighted = tl.zeros([BLOCK_C], dtype=tl.float32)
     first = tl.program_id(0) * tiles_per_program
     for tile in range(first, tl.minimum(first + tiles_per_program, tl.cdiv(T, BLOCK_T))):
         unit = tile * BLOCK_T + tl.arange(0, BLOCK_T)
-        y = convolve(waveform_ptr, taps_ptr, centre, b, tl.minimum(unit, T - 1), channel, S, C, K, STRIDE)
+        frame = tl.minimum(unit, T - 1)
+        y = convolve(waveform_ptr, taps, total, centre, b, frame, S, K, STRIDE, DOT, BLOCK_K)
         hat = y * rstd[None, :] + offset[None, :]
         mask = (unit < T)[:, None] & inside[None, :]
         at = (b * T + unit[:, None]) * C + channel[None, :]
@@ -55,23 +60,21 @@ def _waveform_conv_bwd_sums_kernel(
 def _waveform_conv_bwd_kernel(
     grad_ptr, waveform_ptr, taps_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr,
     centre_ptr, rstd_ptr, offset_ptr, sums_ptr,  # sums [B, 2, C], over time
-    windows_ptr,  # [tiles of channels, B, T, BLOCK_K] fp32: what each frame gives back to its window
-    dtaps_ptr, vectors_ptr,  # [programs, BLOCK_K, C] and [programs, 3, C] fp32
+    dy_ptr,  # [B, T, C] or None
+    dtaps_ptr,  # [programs, BLOCK_K, C] fp32; row K is the gradient of the bias
+    vectors_ptr,  # [programs, 2, C] fp32
     B, S, T, C, eps, tiles_per_program,
-    K: tl.constexpr, STRIDE: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
+    K: tl.constexpr, STRIDE: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     channel, k = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
-    windows_ptr += tl.program_id(1).to(tl.int64) * B * T * BLOCK_K
     inside = channel < C
     gain = load_vector(norm_weight_ptr, channel, inside, 1.0)
     shift = load_vector(norm_bias_ptr, channel, inside, 0.0)
     bias = load_vector(bias_ptr, channel, inside, 0.0)
-    taps_at = taps_ptr + k[None, :] * C + channel[:, None]
-    taps = tl.load(taps_at, mask=inside[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)  # [C, K]
+    taps, total = load_taps(taps_ptr, channel, C, K, DOT, BLOCK_K)
     dtaps = tl.zeros([BLOCK_K, BLOCK_C], dtype=tl.float32)
-    dbias = tl.zeros([BLOCK_C], dtype=tl.float32)
     dgain = tl.zeros([BLOCK_C], dtype=tl.float32)
     dshift = tl.zeros([BLOCK_C], dtype=tl.float32)
     tiles = tl.cdiv(T, BLOCK_T)
@@ -83,19 +86,18 @@ def _waveform_conv_bwd_kernel(
         mask = (unit < T)[:, None] & inside[None, :]
         at = (b * T + unit[:, None]) * C + channel[None, :]
         grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        centre = 0.0
         if NORM == "group":
             centre = tl.load(centre_ptr + b)
             rstd = load_vector(rstd_ptr, b * C + channel, inside, 1.0)
             offset = load_vector(offset_ptr, b * C + channel, inside, 0.0)
-            y = convolve(waveform_ptr, taps_ptr, centre, b, frame, channel, S, C, K, STRIDE)
+            y = convolve(waveform_ptr, taps, total, centre, b, frame, S, K, STRIDE, DOT, BLOCK_K)
             hat = y * rstd[None, :] + offset[None, :]
             plain = tl.load(sums_ptr + b * 2 * C + channel, mask=inside, other=0.0) / T
             weighted = tl.load(sums_ptr + b * 2 * C + C + channel, mask=inside, other=0.0) / T
             grad *= activate_slope(hat * gain[None, :] + shift[None, :], ACTIVATION)
             dy = (grad - plain[None, :] - hat * weighted[None, :]) * (rstd * gain)[None, :]
         else:
-            y = convolve(waveform_ptr, taps_ptr, 0.0, b, frame, channel, S, C, K, STRIDE) + bias[None, :]
+            y = convolve(waveform_ptr, taps, total, None, b, frame, S, K, STRIDE, DOT, BLOCK_K) + bias[None, :]
             if NORM == "layer":
                 centred = tl.where(inside[None, :], y - tl.sum(y, axis=1)[:, None] / C, 0.0)
                 rstd_row = (1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + eps))[:, None]
@@ -109,23 +111,25 @@ def _waveform_conv_bwd_kernel(
             else:
                 dy = grad * activate_slope(y, ACTIVATION)
         dy = tl.where(mask, dy, 0.0)
-        dbias += tl.sum(dy, axis=0)
+        if DOT:
+            dy = dy.to(waveform_ptr.dtype.element_ty)
+        if dy_ptr is not None:
+            tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=mask)
         x_at = waveform_ptr + b * S + frame[None, :] * STRIDE + k[:, None]
-        x = tl.load(x_at, mask=(k < K)[:, None], other=0.0).to(tl.float32) - centre  # [K, T]
+        x = tl.load(x_at, mask=(k < K)[:, None], other=0.0).to(tl.float32)  # [K, T]
+        if NORM == "group":
+            x -= centre
+        x = tl.where((k == K)[:, None], 1.0, x).to(dy.dtype)
         dtaps = tl.dot(x, dy, dtaps, input_precision="ieee")
-        window = tl.dot(dy, taps, input_precision="ieee")  # [T, K]
-        window_at = windows_ptr + (b * T + unit[:, None]) * BLOCK_K + k[None, :]
-        tl.store(window_at, window, mask=(unit < T)[:, None] & (k < K)[None, :])
     tl.store(dtaps_ptr + (program * BLOCK_K + k[:, None]) * C + channel[None, :], dtaps, mask=inside[None, :])
-    tl.store(vectors_ptr + program * 3 * C + channel, dbias, mask=inside)
-    tl.store(vectors_ptr + program * 3 * C + C + channel, dgain, mask=inside)
-    tl.store(vectors_ptr + program * 3 * C + 2 * C + channel, dshift, mask=inside)
+    if NORM == "layer":
+        tl.store(vectors_ptr + program * 2 * C + channel, dgain, mask=inside)
+        tl.store(vectors_ptr + program * 2 * C + C + channel, dshift, mask=inside)
 
 
 @triton.jit
 def _waveform_conv_bwd_overlap_kernel(
-    windows_ptr, dwaveform_ptr, B, S, T, tiles,
-    K: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    windows_ptr, dwaveform_ptr, S, T, K: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,  # windows [B, T, K]
 ):  # fmt: skip
     """Each sample gathers from the windows that it lies in."""
     b = tl.program_id(1).to(tl.int64)
@@ -135,21 +139,22 @@ def _waveform_conv_bwd_overlap_kernel(
         k = sample % STRIDE + step * STRIDE
         frame = sample // STRIDE - step
         inside = (k < K) & (frame >= 0) & (frame < T)
-        for tile in range(tiles):
-            at = ((tile * B + b) * T + frame) * BLOCK_K + k
-            total += tl.load(windows_ptr + at, mask=inside, other=0.0)
+        total += tl.load(windows_ptr + (b * T + frame) * K + k, mask=inside, other=0.0)
     tl.store(dwaveform_ptr + b * S + sample, total.to(dwaveform_ptr.dtype.element_ty), mask=sample < S)
 
 
 @tunable
-def backward_configs(C: int, norm: str, target: str) -> tuple[Config, ...]:
-    """Tiles and warps. Products need sixteen rows. A layer norm needs whole rows of channels, and twice the threads
-    for them.
+def backward_configs(C: int, norm: str, dot: bool, target: str) -> tuple[Config, ...]:
+    """Tiles and warps. Products need sixteen rows. A layer norm needs whole rows of channels, which in half precision
+    cost products little.
     """
-    block = max(16, triton.next_power_of_2(C) if norm == "layer" else min(64, triton.next_power_of_2(C)))
-    default = {"BLOCK_T": 16, "BLOCK_C": block, "num_warps": 4 if block < 512 else 8, "num_stages": 1}
-    if norm == "layer":
-        return default, {**default, "num_warps": 16 if block >= 512 else 8}
+    block = max(16, triton.next_power_of_2(C) if norm == "layer" or dot else min(64, triton.next_power_of_2(C)))
+    warps = 4 if block < 512 or target == "cdna" else 8  # AMD's are twice as wide
+    default = {"BLOCK_T": 16, "BLOCK_C": block, "num_warps": warps, "num_stages": 1}
+    if target == "cdna" and block >= 512:  # twice the warps spill
+        return (default,)
+    if dot or norm == "layer":
+        return default, {**default, "num_warps": min(2 * warps, 16)}
     return default, {**default, "BLOCK_T": 32}, {**default, "num_warps": 8}
 
 
@@ -164,13 +169,14 @@ def waveform_conv_backward(
     norm_bias: torch.Tensor | None,
     eps: float,
     activation: str,
+    wanted: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """The op `waveform_conv_backward`: gradients of waveform, weight, bias, norm_weight and norm_bias."""
+    """The op `waveform_conv_backward`: gradients of waveform, if `wanted`, weight, bias, norm_weight and norm_bias."""
     grad, waveform, weight = grad.contiguous(), waveform.contiguous(), weight.contiguous()
     (B, S), (C, _, K), T = waveform.shape, weight.shape, grad.shape[1]
-    constants = {"K": K, "STRIDE": stride, "ACTIVATION": activation}
-    also = (K, stride, activation, grad.dtype)
-    taps = weight[:, 0].t().contiguous()  # [K, C]
+    constants = {"K": K, "STRIDE": stride, "ACTIVATION": activation, "DOT": uses_dot(waveform, weight)}
+    also = (K, stride, activation, grad.dtype, weight.dtype)
+    taps = packed_taps(weight)
     statistics, sums = (None, None, None), None
     if norm == "group":
         statistics = group_statistics(waveform, weight, stride, T, eps)
@@ -182,34 +188,46 @@ def waveform_conv_backward(
             parts = torch.empty(B, programs, 2, C, dtype=torch.float32, device=grad.device)
             _waveform_conv_bwd_sums_kernel[(programs, B, triton.cdiv(C, config["BLOCK_C"]))](
                 grad, waveform, taps, norm_weight, norm_bias, *statistics, parts, S, T, C, per_program,
-                **constants, **config,
+                BLOCK_K=BLOCK_K, **constants, **config,
             )  # fmt: skip
             return parts.sum(1)
 
-        sums = backward_configs.launch(run_sums, grad.device, (C, norm), (T, B), ("sums", *also))
+        sums = backward_configs.launch(run_sums, grad.device, (C, norm, constants["DOT"]), (T, B), ("sums", *also))
+
+    dy = torch.empty(B, T, C, dtype=waveform.dtype, device=grad.device) if wanted else None
 
     def run(config: Config) -> tuple[torch.Tensor, ...]:
         tiles, columns = B * triton.cdiv(T, config["BLOCK_T"]), triton.cdiv(C, config["BLOCK_C"])
         per_program = triton.cdiv(tiles, PARTS)
         programs = triton.cdiv(tiles, per_program)
-        windows, dtaps, vectors = (
-            torch.empty(shape, dtype=torch.float32, device=grad.device)
-            for shape in ((columns, B, T, BLOCK_K), (programs, BLOCK_K, C), (programs, 3, C))
+        dtaps, vectors = (
+            torch.empty(programs, rows, C, dtype=torch.float32, device=grad.device) for rows in (BLOCK_K, 2)
         )
         _waveform_conv_bwd_kernel[(programs, columns)](
-            grad, waveform, taps, bias, norm_weight, norm_bias, *statistics, sums, windows, dtaps, vectors,
+            grad, waveform, taps, bias, norm_weight, norm_bias, *statistics, sums, dy, dtaps, vectors,
             B, S, T, C, eps, per_program, NORM=norm, BLOCK_K=BLOCK_K, **constants, **config,
         )  # fmt: skip
-        return windows, dtaps.sum(0), vectors.sum(0)
+        return dtaps.sum(0), vectors.sum(0) if norm == "layer" else (None, None)
 
-    windows, dtaps, (dbias, dgain, dshift) = backward_configs.launch(run, grad.device, (C, norm), (T, B), also)
-    dwaveform = torch.empty_like(waveform)
-    _waveform_conv_bwd_overlap_kernel[(triton.cdiv(S, 1024), B)](
-        windows, dwaveform, B, S, T, windows.shape[0], K=K, STRIDE=stride, BLOCK=1024, BLOCK_K=BLOCK_K
-    )
+    arguments = (C, norm, constants["DOT"])
+    dtaps, (dgain, dshift) = backward_configs.launch(run, grad.device, arguments, (T, B), (wanted, *also))
+    dwaveform = waveform.new_empty(0) if dy is None else _waveform_gradient(dy, waveform, weight, stride)
     if norm == "group":
         dshift, dgain = sums.sum(0)
     dweight = dtaps[:K].t()[:, None].to(weight.dtype, memory_format=torch.contiguous_format)
     present = (bias, *((None, None) if norm == "none" else (norm_weight, norm_bias)))
-    vectors = zip((dbias, dgain, dshift), present, strict=True)
+    vectors = zip((dtaps[K], dgain, dshift), present, strict=True)
     return dwaveform, dweight, *(waveform.new_empty(0) if v is None else g.to(v.dtype) for g, v in vectors)
+
+
+def _waveform_gradient(dy: torch.Tensor, waveform: torch.Tensor, weight: torch.Tensor, stride: int) -> torch.Tensor:
+    """`[B, S]` from the gradient of the convolution `[B, T, C]`."""
+    (B, S), (C, _, K) = waveform.shape, weight.shape
+    T = dy.shape[1]
+    windows = torch.empty(B, T, K, dtype=torch.float32, device=dy.device)
+    frames_product(dy, weight.view(1, 1, C, K).to(dy.dtype), windows, T)
+    dwaveform = torch.empty_like(waveform)
+    _waveform_conv_bwd_overlap_kernel[(triton.cdiv(S, 1024), B)](
+        windows, dwaveform, S, T, K=K, STRIDE=stride, BLOCK=1024
+    )
+    return dwaveform

@@ -53,12 +53,19 @@ def _kernel(op: str, file: str, why_not: Callable[..., str | None]) -> Implement
     return Implementation(run, refuse)
 
 
-def _all_gradients(op: str, file: str, why_not: Callable[..., str | None]) -> Implementation:
-    """A backward whose last argument says which gradients are wanted; the kernels compute them all."""
+def _all_gradients(
+    op: str, file: str, why_not: Callable[..., str | None], tells_first: bool = False
+) -> Implementation:
+    """A backward whose last argument says which gradients are wanted; the kernels compute them all, but for the first
+    where they are told whether it is wanted.
+    """
     kernel = _kernel(op, file, why_not)
-    return Implementation(
-        lambda *args: only(args[-1], *kernel.fn(*args[:-1]), like=args[1]), lambda *args: kernel.why_not(*args[:-1])
-    )
+
+    def run(*args: Any) -> Any:
+        told = (args[-1][0],) if tells_first else ()
+        return only(args[-1], *kernel.fn(*args[:-1], *told), like=args[1])
+
+    return Implementation(run, lambda *args: kernel.why_not(*args[:-1]))
 
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -152,6 +159,6 @@ TABLE: dict[str, Implementation] = {
     **_of_frames("position_gate", _kernel),
     "waveform_conv": _kernel("waveform_conv", "waveform_conv", _why_not_waveform_conv),
     "waveform_conv_backward": _all_gradients(
-        "waveform_conv_backward", "waveform_conv_backward", _why_not_waveform_conv_backward
+        "waveform_conv_backward", "waveform_conv_backward", _why_not_waveform_conv_backward, tells_first=True
     ),
 }

@@ -1,0 +1,130 @@
+"""The compile gate: no kernel has a fault on these architectures, and every kind of fault is found."""
+
+import json
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if sys.platform != "linux":
+    pytest.skip("Triton compiles on Linux alone", allow_module_level=True)
+
+from wavlm_fast.kernels.add_layer_norm import add_layer_norm
+
+from benchmarks import gpu_static
+from benchmarks.gpu_architectures import ARCHITECTURES
+from benchmarks.gpu_cases import DTYPES, cases
+from benchmarks.gpu_code import Mix
+from benchmarks.gpu_compile import Built, Product, build, record
+from benchmarks.gpu_static import BOUNDS, QUICK, Task, faults, judge, main, per_score, tasks
+
+OPS = sorted({case.op for case in cases("base", torch.bfloat16)})
+ATTENTION = "gated_attention_fwd_kernel"
+
+
+@pytest.mark.parametrize("architecture", QUICK)
+@pytest.mark.parametrize("op", OPS)
+def test_no_kernel_has_a_fault(op, architecture):
+    found = [t for t in tasks([architecture], ["bf16"], op, [0]) if t.op == op]
+    assert found
+    rows = [judge(task) for task in found]
+    assert [f"{row.kernel} {row.constants}: {fault}" for row in rows for fault in row.faults] == []
+
+
+def first(op, kernel, architecture="sm_90", dtype="bf16"):
+    return next(t for t in tasks([architecture], [dtype], op, [0]) if t.launch.name == kernel)
+
+
+def sound(**changes):
+    """A kernel in which nothing is wrong."""
+    loop = Mix(Counter(matrix=8, fp32=100))
+    made = Built(registers=128, spilled=0, shared=65536, warps=8, resident=2, loops=[loop], whole=loop,
+                 products=[Product(128, 64, 64, "half")])  # fmt: skip
+    return replace(made, **changes)
+
+
+def test_nothing_wrong_is_no_fault():
+    assert faults(first("gated_attention", ATTENTION), sound()) == ()
+
+
+def test_a_spill_is_a_fault_of_the_default_alone():
+    task = first("gated_attention", ATTENTION)
+    assert "spills 8 bytes" in faults(task, sound(spilled=8))[0]
+    assert faults(replace(task, default=False), sound(spilled=8)) == ()
+
+
+def test_too_much_shared_memory_is_a_fault_of_every_configuration():
+    task = first("gated_attention", ATTENTION)
+    assert faults(task, sound(shared=227 * 1024)) == ()
+    assert "shared memory" in faults(replace(task, default=False), sound(shared=227 * 1024 + 1))[0]
+
+
+def test_too_many_registers_are_a_fault():
+    assert faults(first("gated_attention", ATTENTION), sound(resident=0)) == ("does not fit a multiprocessor",)
+
+
+def test_half_precision_without_the_matrix_unit_is_a_fault():
+    task, slow = first("tdnn", "frames_product_kernel"), Mix(Counter(fp32=100))
+    assert "tensor cores" in faults(task, sound(loops=[slow], whole=slow))[0]
+    full_precision = [Product(128, 64, 64, "fp32")]
+    assert faults(task, sound(loops=[slow], whole=slow, products=full_precision)) == ()
+
+
+def test_more_instructions_per_score_than_the_bound_are_a_fault():
+    task = first("gated_attention", ATTENTION)
+    a = task.launch.arguments
+    scores = a["BLOCK_M"] * a["BLOCK_N"] / 256
+    limit = BOUNDS[ATTENTION, "sm_90"]
+    few, many = (Mix(Counter(matrix=8, fp32=int(limit * scores) + more)) for more in (0, 1))
+    assert per_score(task.launch, sound(loops=[many]), task.architecture) == pytest.approx(limit, abs=1.5 / scores)
+    assert faults(task, sound(loops=[few])) == ()
+    assert "instructions per score" in faults(task, sound(loops=[many]))[0]
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "gfx942"])
+def test_a_tile_that_is_too_large_spills(architecture):
+    x = torch.empty(8, 16384, device="meta")
+    (launch,) = record(add_layer_norm, x, x, x[0], x[0], 1e-5, True)
+    task = Task("add_layer_norm", launch, "fp32", ARCHITECTURES[architecture])
+    assert judge(task).faults == ()
+    row = judge(replace(task, launch=replace(launch, options={"num_warps": 1})))
+    assert row.spilled > 0
+    assert row.faults == (f"spills {row.spilled} bytes per thread",)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_the_loop_multiplies_what_the_kernel_says(architecture, dtype):
+    """Instructions, and the shapes in their names, against the tile that Triton was given."""
+    task = first("positional_conv", "frames_product_kernel", architecture, dtype)
+    built = build(task.launch, task.architecture)
+    operations = gpu_static.matrix_operations(built.loop, built)
+    (product,) = built.products
+    if dtype == "fp32" and architecture != "gfx942":
+        assert not operations
+        lanes = built.warps * 32
+        assert built.loop.counts["fp32"] * lanes >= product.operations / 2
+    else:
+        assert operations == {"fp32" if dtype == "fp32" else "half": product.operations}
+
+
+def test_the_command(capsys, tmp_path):
+    path = tmp_path / "rows.json"
+    chosen = ["--arch", "sm_80", "gfx90a", "--dtype", "fp16", "--op", "position_gate", "--defaults"]
+    assert main([*chosen, "--jobs", "2", "--json", str(path)]) == 0
+    said = capsys.readouterr().out
+    rows = json.loads(path.read_text())["rows"]
+    assert [(r["architecture"], r["kernel"]) for r in rows] == [
+        (architecture, f"position_gate_{way}_kernel") for architecture in ("sm_80", "gfx90a") for way in ("fwd", "bwd")
+    ]
+    assert said.count("position_gate_fwd") == 2
+    assert "No fault found in 4 kernels." in said
+
+
+def test_the_command_fails_on_a_fault(capsys, monkeypatch):
+    monkeypatch.setattr(gpu_static, "build", lambda launch, architecture: sound(spilled=4))
+    assert main(["--arch", "sm_80", "--dtype", "fp16", "--op", "position_gate", "--jobs", "1"]) == 1
+    assert "position_gate_fwd_kernel sm_80 fp16: spills 4 bytes per thread" in capsys.readouterr().out
