@@ -118,9 +118,9 @@ def biased_scores(
         bias = _fragment_tile(copies, first, start, T, W, MARGIN, BLOCK_ROWS, BLOCK_COLUMNS, WARPS)
         scores = tl.dot(a, b, gate * bias, input_precision=PRECISION)
     else:
+        scores = tl.dot(a, b, input_precision=PRECISION)
         rows = copies + row_places(first + tl.arange(0, BLOCK_ROWS), T, W, MARGIN)
         bias = tl.load(rows[:, None] + (start + tl.arange(0, BLOCK_COLUMNS))[None, :])
-        scores = tl.dot(a, b, input_precision=PRECISION)
         scores = tl.fma(tl.broadcast_to(gate, bias.shape), bias, scores)
     return scores, bias
 

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ._dropout import keep, row_keys
 from ._precision import dot_precision
-from ._target import target
+from ._target import has_tensor_memory, target
 from ._toeplitz import MARGIN, biased_scores, far_tiles, fragment_warps, toeplitz
 from ._tuning import Config, tunable
 
@@ -147,20 +147,33 @@ def _gated_attention_fwd_kernel(
 
 
 @tunable
-def forward_configs(head_dim: int, dtype: torch.dtype, target: str) -> tuple[Config, ...]:
+def forward_configs(
+    head_dim: int, dtype: torch.dtype, precision: str, tensor_memory: bool, target: str
+) -> tuple[Config, ...]:
     """Tiles and warps. 128 queries read keys and values half as often as 64 do, with as many warps resident: eight of
-    one program in place of four of two. Wide heads and fp32 leave registers for half the keys, AMD's wider warps hold
-    half a tile.
+    one program in place of four of two. What an iteration does once per tile is spread over more scores in wide tiles:
+    128 keys where registers hold one program at a time all the same, 64 on sm_90 where two then fit. Wide heads leave
+    registers for 64 keys on sm_90, whose operands need none, and for 32 elsewhere, as fp32 does. AMD's wider warps hold
+    half a tile. Without matrix instructions a thread holds whole rows of both operands: tiles are small.
     """
     small = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    if dtype == torch.float32 and precision == "ieee" and target != "cdna":
+        tiny = {**small, "BLOCK_M": 32 if head_dim <= 64 else 16, "BLOCK_N": 16, "num_stages": 1}
+        return tiny, {**tiny, "num_stages": 2}
     if dtype == torch.float32:
         default = {**small, "num_stages": 2 if head_dim <= 64 else 1}
         return default, {**small, "BLOCK_N": 16}, {**small, "BLOCK_M": 32}
     if target == "cdna":
         return small, {**small, "num_stages": 1}, {**small, "BLOCK_M": 128}, {**small, "BLOCK_N": 64}
-    default = {"BLOCK_M": 128, "BLOCK_N": 64 if head_dim <= 64 else 32, "num_warps": 8, "num_stages": 2}
-    # More loads on their way, and twice the programs for short batches.
-    return default, {**default, "num_stages": 3}, {**default, "BLOCK_M": 64, "num_warps": 4}, small
+    wide = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
+    if head_dim > 64:
+        default = {**wide, "BLOCK_N": 64 if target == "hopper" and not tensor_memory else 32}
+        return default, {**default, "num_stages": 3}, {**default, "BLOCK_M": 64, "num_warps": 4}, small
+    # Half the programs at a time for a quarter fewer instructions or the reverse, and more programs for short batches.
+    both = wide, {**wide, "BLOCK_N": 64}
+    if target == "hopper" and not tensor_memory:
+        both = both[::-1]
+    return *both, {**both[0], "num_stages": 3}, {**wide, "BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}
 
 
 def launch_constants(q: torch.Tensor, key_lengths: torch.Tensor | None, dropout_p: float) -> dict[str, object]:
@@ -196,15 +209,22 @@ def gated_attention(
     copies, ends = toeplitz(rel_bias, both=False)
     constants = launch_constants(q, key_lengths, dropout_p)
     chip = target(q.device)
+    tensor_memory = has_tensor_memory(q.device)
 
     def run(config: Config) -> None:
-        warps = fragment_warps(config["BLOCK_M"], config["num_warps"], q.dtype, constants["PRECISION"], chip)
+        warps = 0
+        if not tensor_memory:
+            warps = fragment_warps(config["BLOCK_M"], config["num_warps"], q.dtype, constants["PRECISION"], chip)
+        # On sm_90 a product still running into `acc` while the next scores' first bias is written makes the compiler
+        # wait for every single instruction of both products. On sm_100 `acc` would go to tensor memory and back.
+        apart = tensor_memory or (chip == "hopper" and warps > 0)
         _gated_attention_fwd_kernel[(triton.cdiv(T, config["BLOCK_M"]), B * H)](
             q, k, v, gate, rel_bias, copies, ends, key_lengths, seed, out, lse,
             T, H, copies.shape[-1], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             scale * LOG2_E, 1 / scale, int(dropout_p * 2**24), 1 / (1 - dropout_p), **constants, **config,
-            WARPS=warps, APART=chip == "hopper" and warps > 0,
+            WARPS=warps, APART=apart,
         )  # fmt: skip
 
-    forward_configs.launch(run, q.device, (D, q.dtype), (T, B * H), (constants["DROPOUT"], constants["PRECISION"]))
+    arguments = (D, q.dtype, constants["PRECISION"], tensor_memory)
+    forward_configs.launch(run, q.device, arguments, (T, B * H), (constants["DROPOUT"],))
     return out, lse
