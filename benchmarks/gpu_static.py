@@ -24,11 +24,11 @@ BOUNDS = {
     ("gated_attention_fwd_kernel", "sm_80"): 8.7,
     ("gated_attention_fwd_kernel", "sm_86"): 8.7,
     ("gated_attention_fwd_kernel", "sm_90"): 10.5,
-    ("gated_attention_fwd_kernel", "sm_100"): 9.2,
+    ("gated_attention_fwd_kernel", "sm_100"): 11.6,
     ("gated_attention_bwd_dq_kernel", "sm_80"): 14.8,
     ("gated_attention_bwd_dq_kernel", "sm_90"): 13.7,
     ("gated_attention_bwd_dkv_kernel", "sm_80"): 14.0,
-    ("gated_attention_bwd_dkv_kernel", "sm_90"): 14.5,
+    ("gated_attention_bwd_dkv_kernel", "sm_90"): 13.1,
 }
 # Per multiprocessor and clock: half-precision matrix operations with fp32 sums (2 per multiply-add), and fp32 lanes.
 # NVIDIA's architecture whitepapers. Exponentials 16, shared and global memory 32 lanes, 4 instructions issued, on all.

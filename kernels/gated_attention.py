@@ -152,9 +152,10 @@ def forward_configs(
 ) -> tuple[Config, ...]:
     """Tiles and warps. 128 queries read keys and values half as often as 64 do, with as many warps resident: eight of
     one program in place of four of two. What an iteration does once per tile is spread over more scores in wide tiles:
-    128 keys where registers hold one program at a time all the same, 64 on sm_90 where two then fit. Wide heads leave
-    registers for 64 keys on sm_90, whose operands need none, and for 32 elsewhere, as fp32 does. AMD's wider warps hold
-    half a tile. Without matrix instructions a thread holds whole rows of both operands: tiles are small.
+    128 keys where registers hold one program at a time all the same, 64 on "hopper": sm_90 then holds two, and sm_100
+    spills with more. Wide heads leave registers for 64 keys on sm_90, whose operands need none, and for 32 elsewhere,
+    as fp32 does. AMD's wider warps hold half a tile. Without matrix instructions a thread holds whole rows of both
+    operands: tiles are small.
     """
     small = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
     if dtype == torch.float32 and precision == "ieee" and target != "cdna":
@@ -171,7 +172,7 @@ def forward_configs(
         return default, {**default, "num_stages": 3}, {**default, "BLOCK_M": 64, "num_warps": 4}, small
     # Half the programs at a time for a quarter fewer instructions or the reverse, and more programs for short batches.
     both = wide, {**wide, "BLOCK_N": 64}
-    if target == "hopper" and not tensor_memory:
+    if target == "hopper":
         both = both[::-1]
     return *both, {**both[0], "num_stages": 3}, {**wide, "BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}
 
