@@ -26,15 +26,23 @@ def target(device: torch.device) -> str:
     """
     pretended = _pretended.get()
     if pretended is not None:
-        return pretended
+        return "hopper" if pretended == "blackwell" else pretended
     if device.type != "cuda":  # the interpreter
         return "cuda"
     return _of_device(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def has_tensor_memory(device: torch.device) -> bool:
+    """Whether products leave their sums in tensor memory (sm_100), not in registers."""
+    pretended = _pretended.get()
+    if pretended is not None or device.type != "cuda" or torch.version.hip:
+        return pretended == "blackwell"
+    return torch.cuda.get_device_capability(device)[0] == 10
+
+
 @contextmanager
 def pretend(name: str) -> Iterator[None]:
-    """Choose tiles as for another GPU: "hopper", "cuda" or "cdna"."""
+    """Choose tiles as for another GPU: "hopper" (sm_90), "blackwell" (sm_100), "cuda" or "cdna"."""
     token = _pretended.set(name)
     try:
         yield

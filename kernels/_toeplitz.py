@@ -2,7 +2,8 @@
 
 A score tile needs bias[i, j] = rel_bias[j - i + T - 1]: neighbouring rows start one entry apart, so at most one row in
 four could be loaded in 16-byte vectors. Four copies of the vector, each shifted by one entry more, hold every row at an
-aligned address. Beyond the largest distance that the model tells apart the bias is one constant per direction: the
+aligned address. Matrix instructions of NVIDIA leave pairs of neighbouring columns in a thread; pairs are aligned in two
+of the copies. Beyond the largest distance that the model tells apart the bias is one constant per direction: the
 first and last entries that differ from their end are found here, on the device, and tiles beyond need no loads.
 """
 
@@ -77,6 +78,57 @@ def row_places(row, T, W, MARGIN: tl.constexpr):
     """Where in the copies the rows `row` begin: entry for column j is at this place + j, in 16-byte vectors."""
     start = T - 1 - row + MARGIN
     return (start % SHIFTS) * W + (start // SHIFTS) * SHIFTS
+
+
+@triton.jit
+def _fragment_tile(
+    copies, first, start, T, W,
+    MARGIN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """The bias of a tile, loaded by the threads that hold its scores: no exchange through shared memory.
+
+    A warp has 16 rows. Each thread has rows r and r + 8 and, of every eight columns, pair c. Row r + 8 of column j has
+    the bias of row r and column j - 8, at the same address, so that the compiler loads half as much.
+    """
+    tl.static_assert(BLOCK_ROWS == 16 * WARPS)
+    # [columns / 8, half, WARPS, r, c, 2]: threads run along r and c, the rest are registers of a thread.
+    eight = tl.arange(0, BLOCK_COLUMNS // 8)[:, None, None, None, None, None]
+    half = tl.arange(0, 2)[None, :, None, None, None, None]
+    warp = tl.arange(0, WARPS)[None, None, :, None, None, None]
+    r = tl.arange(0, 8)[None, None, None, :, None, None]
+    pair = tl.arange(0, 4)[None, None, None, None, :, None]
+    one = tl.arange(0, 2)[None, None, None, None, None, :]
+    row = T - 1 + MARGIN - first - (warp * 16 + r)
+    place = (row % 2) * W + (row // 2) * 2 - half * 8 + (eight * 8 + pair * 2 + one)
+    return tl.load(copies + place + start).permute(2, 1, 3, 0, 4, 5).reshape(BLOCK_ROWS, BLOCK_COLUMNS)
+
+
+@triton.jit
+def biased_scores(
+    a, b, gate, copies, first, start, T, W,
+    MARGIN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, WARPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """a · b + gate · bias, and the bias; `copies` are those of the head, `gate` broadcasts to the tile.
+
+    With WARPS, sums of the product begin with the gated bias: only operands a and b of a product are staged in shared
+    memory by the compiler, and this way its loads stay where they are needed. 0 is for layouts other than theirs.
+    """
+    if WARPS:
+        bias = _fragment_tile(copies, first, start, T, W, MARGIN, BLOCK_ROWS, BLOCK_COLUMNS, WARPS)
+        scores = tl.dot(a, b, gate * bias, input_precision=PRECISION)
+    else:
+        scores = tl.dot(a, b, input_precision=PRECISION)
+        rows = copies + row_places(first + tl.arange(0, BLOCK_ROWS), T, W, MARGIN)
+        bias = tl.load(rows[:, None] + (start + tl.arange(0, BLOCK_COLUMNS))[None, :])
+        scores = tl.fma(tl.broadcast_to(gate, bias.shape), bias, scores)
+    return scores, bias
+
+
+def fragment_warps(rows: int, warps: int, dtype: torch.dtype, precision: str, target: str) -> int:
+    """WARPS of `biased_scores`: `warps` where scores lie as its loads do, else 0."""
+    by_matrix_unit = target != "cdna" and (dtype != torch.float32 or precision == "tf32")
+    return warps if by_matrix_unit and rows == 16 * warps else 0
 
 
 @triton.jit

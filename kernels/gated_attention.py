@@ -13,10 +13,20 @@ import triton.language as tl
 
 from ._dropout import keep, row_keys
 from ._precision import dot_precision
-from ._toeplitz import MARGIN, far_tiles, row_places, toeplitz
+from ._target import has_tensor_memory, target
+from ._toeplitz import MARGIN, biased_scores, far_tiles, fragment_warps, toeplitz
 from ._tuning import Config, tunable
 
 LOG2_E = 1 / math.log(2)
+
+
+@triton.jit
+def row_pointers(base, start, stride, rows, column):
+    """Pointers [rows, columns] to the tile that begins `start` rows behind `base`.
+
+    Sequences may be longer than 32-bit offsets reach, tiles are not: only one number a tile is computed in 64 bits.
+    """
+    return base + tl.cast(start, tl.int64) * stride + (rows[:, None] * stride + column[None, :])
 
 
 @triton.jit
@@ -31,23 +41,25 @@ def load_tile(pointers, row, stop, column, MASKED: tl.constexpr, D: tl.constexpr
 
 @triton.jit
 def _fwd_step(
-    acc, total, top, q, gate, far, row_key, k_base, v_base, bias_rows, start, length,
+    acc, total, top, q, gate, far, row_key, k_base, v_base, copies, first, start, length, T, W,
     stride_kt, stride_vt, scale, threshold,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MARGIN: tl.constexpr,
     FAR: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    WARPS: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys: `acc` [M, D] and `total` [M] relative to 2**(top * scale), `top` [M] the largest score yet.
 
     `far` [M] is the gated bias of a far tile, else 0.
     """
-    key = start + tl.arange(0, BLOCK_N)
-    column = tl.arange(0, BLOCK_D)
-    place = key[:, None].to(tl.int64)
-    k = load_tile(k_base + place * stride_kt + column[None, :], key, length, column, EDGE, D, BLOCK_D)
-    scores = tl.dot(q, k.T, input_precision=PRECISION)  # [M, N], before the scale
-    if not FAR:
-        bias = tl.load(bias_rows[:, None] + key[None, :])
-        scores = tl.fma(tl.broadcast_to(gate[:, None], bias.shape), bias, scores)
+    rows, column = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    key = start + rows
+    k = load_tile(row_pointers(k_base, start, stride_kt, rows, column), key, length, column, EDGE, D, BLOCK_D)
+    if FAR:
+        scores = tl.dot(q, k.T, input_precision=PRECISION)  # [M, N], before the scale
+    else:
+        scores, _ = biased_scores(
+            q, k.T, gate[:, None], copies, first, start, T, W, MARGIN, BLOCK_M, BLOCK_N, WARPS, PRECISION
+        )
     if EDGE:
         scores = tl.where((key < length)[None, :], scores, float("-inf"))
     # A bias that is one number per row joins the row's numbers, not the scores.
@@ -58,8 +70,13 @@ def _fwd_step(
     total = total * decay + tl.sum(weights, axis=1)
     if DROPOUT:
         weights = tl.where(keep(row_key[:, None], key[None, :], threshold), weights, 0.0)
-    v = load_tile(v_base + place * stride_vt + column[None, :], key, length, column, EDGE, D, BLOCK_D)
-    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    v = load_tile(row_pointers(v_base, start, stride_vt, rows, column), key, length, column, EDGE, D, BLOCK_D)
+    weights = weights.to(v.dtype)
+    if APART:
+        product = tl.dot(weights, v, input_precision=PRECISION)
+        acc = tl.fma(acc, tl.broadcast_to(decay[:, None], acc.shape), product)
+    else:
+        acc = tl.dot(weights, v, acc * decay[:, None], input_precision=PRECISION)
     return acc, total, new_top
 
 
@@ -72,6 +89,8 @@ def _gated_attention_fwd_kernel(
     threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MARGIN: tl.constexpr,
     LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    WARPS: tl.constexpr,  # of biased_scores
+    APART: tl.constexpr,  # products with values are added to the sum of those before, not summed up in place
 ):  # fmt: skip
     first = tl.program_id(0) * BLOCK_M
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
@@ -87,7 +106,7 @@ def _gated_attention_fwd_kernel(
     row_key = row_keys(seed_ptr, head + row) if DROPOUT else row
     k_base = k_ptr + b.to(tl.int64) * stride_kb + h * stride_kh
     v_base = v_ptr + b.to(tl.int64) * stride_vb + h * stride_vh
-    bias_rows = copies_ptr + h * (4 * W) + row_places(query, T, W, MARGIN)
+    copies = copies_ptr + h * (4 * W)
 
     length = tl.load(lengths_ptr + b).to(tl.int32) if LENGTHS else T
     full = length // BLOCK_N
@@ -103,20 +122,20 @@ def _gated_attention_fwd_kernel(
         tile = tl.where(index < left, index, index - left + right)
         acc, total, top = _fwd_step(
             acc, total, top, q, gate, gate * tl.where(index < left, bias_left, bias_right), row_key, k_base, v_base,
-            bias_rows, tile * BLOCK_N, length, stride_kt, stride_vt, scale, threshold,
-            D, BLOCK_D, BLOCK_N, True, False, DROPOUT, PRECISION,
+            copies, first, tile * BLOCK_N, length, T, W, stride_kt, stride_vt, scale, threshold,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, True, False, DROPOUT, PRECISION, WARPS, APART,
         )  # fmt: skip
     for tile in range(left, right):
         acc, total, top = _fwd_step(
             acc, total, top, q, gate, 0.0, row_key, k_base, v_base,
-            bias_rows, tile * BLOCK_N, length, stride_kt, stride_vt, scale, threshold,
-            D, BLOCK_D, BLOCK_N, False, False, DROPOUT, PRECISION,
+            copies, first, tile * BLOCK_N, length, T, W, stride_kt, stride_vt, scale, threshold,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, False, False, DROPOUT, PRECISION, WARPS, APART,
         )  # fmt: skip
     if full * BLOCK_N < length:
         acc, total, top = _fwd_step(
             acc, total, top, q, gate, 0.0, row_key, k_base, v_base,
-            bias_rows, full * BLOCK_N, length, stride_kt, stride_vt, scale, threshold,
-            D, BLOCK_D, BLOCK_N, False, True, DROPOUT, PRECISION,
+            copies, first, full * BLOCK_N, length, T, W, stride_kt, stride_vt, scale, threshold,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, False, True, DROPOUT, PRECISION, WARPS, APART,
         )  # fmt: skip
 
     # A row without keys has total 0: zeros out, and a log-sum-exp of -inf.
@@ -128,20 +147,34 @@ def _gated_attention_fwd_kernel(
 
 
 @tunable
-def forward_configs(head_dim: int, dtype: torch.dtype, target: str) -> tuple[Config, ...]:
+def forward_configs(
+    head_dim: int, dtype: torch.dtype, precision: str, tensor_memory: bool, target: str
+) -> tuple[Config, ...]:
     """Tiles and warps. 128 queries read keys and values half as often as 64 do, with as many warps resident: eight of
-    one program in place of four of two. Wide heads and fp32 leave registers for half the keys, AMD's wider warps hold
-    half a tile.
+    one program in place of four of two. What an iteration does once per tile is spread over more scores in wide tiles:
+    128 keys where registers hold one program at a time all the same, 64 on "hopper": sm_90 then holds two, and sm_100
+    spills with more. Wide heads leave registers for 64 keys on sm_90, whose operands need none, and for 32 elsewhere,
+    as fp32 does. AMD's wider warps hold half a tile. Without matrix instructions a thread holds whole rows of both
+    operands: tiles are small.
     """
     small = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    if dtype == torch.float32 and precision == "ieee" and target != "cdna":
+        tiny = {**small, "BLOCK_M": 32 if head_dim <= 64 else 16, "BLOCK_N": 16, "num_stages": 1}
+        return tiny, {**tiny, "num_stages": 2}
     if dtype == torch.float32:
         default = {**small, "num_stages": 2 if head_dim <= 64 else 1}
         return default, {**small, "BLOCK_N": 16}, {**small, "BLOCK_M": 32}
     if target == "cdna":
         return small, {**small, "num_stages": 1}, {**small, "BLOCK_M": 128}, {**small, "BLOCK_N": 64}
-    default = {"BLOCK_M": 128, "BLOCK_N": 64 if head_dim <= 64 else 32, "num_warps": 8, "num_stages": 2}
-    # More loads on their way, and twice the programs for short batches.
-    return default, {**default, "num_stages": 3}, {**default, "BLOCK_M": 64, "num_warps": 4}, small
+    wide = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
+    if head_dim > 64:
+        default = {**wide, "BLOCK_N": 64 if target == "hopper" and not tensor_memory else 32}
+        return default, {**default, "num_stages": 3}, {**default, "BLOCK_M": 64, "num_warps": 4}, small
+    # Half the programs at a time for a quarter fewer instructions or the reverse, and more programs for short batches.
+    both = wide, {**wide, "BLOCK_N": 64}
+    if target == "hopper":
+        both = both[::-1]
+    return *both, {**both[0], "num_stages": 3}, {**wide, "BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}
 
 
 def launch_constants(q: torch.Tensor, key_lengths: torch.Tensor | None, dropout_p: float) -> dict[str, object]:
@@ -176,13 +209,23 @@ def gated_attention(
         return out, lse
     copies, ends = toeplitz(rel_bias, both=False)
     constants = launch_constants(q, key_lengths, dropout_p)
+    chip = target(q.device)
+    tensor_memory = has_tensor_memory(q.device)
 
     def run(config: Config) -> None:
+        warps = 0
+        if not tensor_memory:
+            warps = fragment_warps(config["BLOCK_M"], config["num_warps"], q.dtype, constants["PRECISION"], chip)
+        # On sm_90 a product still running into `acc` while the next scores' first bias is written makes the compiler
+        # wait for every single instruction of both products. On sm_100 `acc` would go to tensor memory and back.
+        apart = tensor_memory or (chip == "hopper" and warps > 0)
         _gated_attention_fwd_kernel[(triton.cdiv(T, config["BLOCK_M"]), B * H)](
             q, k, v, gate, rel_bias, copies, ends, key_lengths, seed, out, lse,
             T, H, copies.shape[-1], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             scale * LOG2_E, 1 / scale, int(dropout_p * 2**24), 1 / (1 - dropout_p), **constants, **config,
+            WARPS=warps, APART=apart,
         )  # fmt: skip
 
-    forward_configs.launch(run, q.device, (D, q.dtype), (T, B * H), (constants["DROPOUT"], constants["PRECISION"]))
+    arguments = (D, q.dtype, constants["PRECISION"], tensor_memory)
+    forward_configs.launch(run, q.device, arguments, (T, B * H), (constants["DROPOUT"],))
     return out, lse

@@ -13,31 +13,32 @@ import triton
 import triton.language as tl
 
 from ._dropout import keep, row_keys
-from ._toeplitz import far_tiles, row_places, toeplitz
+from ._target import target
+from ._toeplitz import biased_scores, far_tiles, fragment_warps, toeplitz
 from ._tuning import Config, tunable
-from .gated_attention import LOG2_E, launch_constants, load_tile
+from .gated_attention import LOG2_E, launch_constants, load_tile, row_pointers
 from .gated_attention_dbias import rel_bias_gradient
 
 
 @triton.jit
 def _dq_step(
-    dq, dgate, rest, mean_bias, q, dout, gate, far, lse, delta, row_key, k_base, v_base, bias_rows, start, length,
-    stride_kt, stride_vt, scale, threshold, keep_scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    FAR: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    dq, dgate, rest, mean_bias, q, dout, gate, far, lse, delta, row_key, k_base, v_base, copies, first, start,
+    length, T, W, stride_kt, stride_vt, scale, threshold, keep_scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MARGIN: tl.constexpr,
+    FAR: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys. Per row: `rest` sums dscores, `dgate` dscores · bias, `mean_bias` weights · bias."""
-    key = start + tl.arange(0, BLOCK_N)
-    column = tl.arange(0, BLOCK_D)
-    place = key[:, None].to(tl.int64)
-    k = load_tile(k_base + place * stride_kt + column[None, :], key, length, column, EDGE, D, BLOCK_D)
-    v = load_tile(v_base + place * stride_vt + column[None, :], key, length, column, EDGE, D, BLOCK_D)
-    scores = tl.dot(q, k.T, input_precision=PRECISION)  # [M, N], before the scale
+    rows, column = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    key = start + rows
+    k = load_tile(row_pointers(k_base, start, stride_kt, rows, column), key, length, column, EDGE, D, BLOCK_D)
+    v = load_tile(row_pointers(v_base, start, stride_vt, rows, column), key, length, column, EDGE, D, BLOCK_D)
     if FAR:
+        scores = tl.dot(q, k.T, input_precision=PRECISION)  # [M, N], before the scale
         weights = tl.exp2(scores * scale - (lse - gate * far * scale)[:, None])
     else:
-        bias = tl.load(bias_rows[:, None] + key[None, :])
-        scores = tl.fma(tl.broadcast_to(gate[:, None], bias.shape), bias, scores)
+        scores, bias = biased_scores(
+            q, k.T, gate[:, None], copies, first, start, T, W, MARGIN, BLOCK_M, BLOCK_N, WARPS, PRECISION
+        )
         weights = tl.exp2(scores * scale - lse[:, None])
     if EDGE:
         weights = tl.where((key < length)[None, :], weights, 0.0)
@@ -64,7 +65,7 @@ def _gated_attention_bwd_dq_kernel(
     T, H, W, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     scale, gate_scale, dot_scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MARGIN: tl.constexpr,
-    LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * BLOCK_M
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
@@ -85,7 +86,7 @@ def _gated_attention_bwd_dq_kernel(
     row_key = row_keys(seed_ptr, head + row) if DROPOUT else row
     k_base = k_ptr + b.to(tl.int64) * stride_kb + h * stride_kh
     v_base = v_ptr + b.to(tl.int64) * stride_vb + h * stride_vh
-    bias_rows = copies_ptr + h * (4 * W) + row_places(query, T, W, MARGIN)
+    copies = copies_ptr + h * (4 * W)
 
     length = tl.load(lengths_ptr + b).to(tl.int32) if LENGTHS else T
     full = length // BLOCK_N
@@ -102,20 +103,20 @@ def _gated_attention_bwd_dq_kernel(
         tile = tl.where(index < left, index, index - left + right)
         dq, dgate, rest, mean_bias = _dq_step(
             dq, dgate, rest, mean_bias, q, dout, gate, tl.where(index < left, bias_left, bias_right), lse, delta,
-            row_key, k_base, v_base, bias_rows, tile * BLOCK_N, length, stride_kt, stride_vt, scale, threshold,
-            keep_scale, D, BLOCK_D, BLOCK_N, True, False, DROPOUT, PRECISION,
+            row_key, k_base, v_base, copies, first, tile * BLOCK_N, length, T, W, stride_kt, stride_vt, scale,
+            threshold, keep_scale, D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, True, False, DROPOUT, PRECISION, WARPS,
         )  # fmt: skip
     for tile in range(left, right):
         dq, dgate, rest, mean_bias = _dq_step(
             dq, dgate, rest, mean_bias, q, dout, gate, 0.0, lse, delta,
-            row_key, k_base, v_base, bias_rows, tile * BLOCK_N, length, stride_kt, stride_vt, scale, threshold,
-            keep_scale, D, BLOCK_D, BLOCK_N, False, False, DROPOUT, PRECISION,
+            row_key, k_base, v_base, copies, first, tile * BLOCK_N, length, T, W, stride_kt, stride_vt, scale,
+            threshold, keep_scale, D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, False, False, DROPOUT, PRECISION, WARPS,
         )  # fmt: skip
     if full * BLOCK_N < length:
         dq, dgate, rest, mean_bias = _dq_step(
             dq, dgate, rest, mean_bias, q, dout, gate, 0.0, lse, delta,
-            row_key, k_base, v_base, bias_rows, full * BLOCK_N, length, stride_kt, stride_vt, scale, threshold,
-            keep_scale, D, BLOCK_D, BLOCK_N, False, True, DROPOUT, PRECISION,
+            row_key, k_base, v_base, copies, first, full * BLOCK_N, length, T, W, stride_kt, stride_vt, scale,
+            threshold, keep_scale, D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, False, True, DROPOUT, PRECISION, WARPS,
         )  # fmt: skip
 
     inside = query < T
@@ -128,14 +129,15 @@ def _gated_attention_bwd_dq_kernel(
 
 @triton.jit
 def _dkv_step(
-    dk, dv, k, v, gate_base, far, lse_base, delta_base, seed_ptr, head, key, q_base, dout_base, bias_rows, start, T,
-    stride_qt, stride_ot, scale, gate_scale, threshold, keep_scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    FAR: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    dk, dv, k, v, gate_base, far, lse_base, delta_base, seed_ptr, head, key, q_base, dout_base, copies, first, start,
+    T, W, stride_qt, stride_ot, scale, gate_scale, threshold, keep_scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MARGIN: tl.constexpr,
+    FAR: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries, everything transposed: rows are keys. Queries past the end have lse inf, so weights 0."""
-    query = start + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_D)
+    query = start + tl.arange(0, BLOCK_M)
+    # Offsets in 64 bits: the shorter way to them takes registers that this kernel has not.
     place = query[:, None].to(tl.int64)
     q = load_tile(q_base + place * stride_qt + column[None, :], query, T, column, EDGE, D, BLOCK_D)
     dout = load_tile(dout_base + place * stride_ot + column[None, :], query, T, column, EDGE, D, BLOCK_D)
@@ -147,12 +149,13 @@ def _dkv_step(
         gate = tl.load(gate_base + query) * gate_scale
         lse = tl.load(lse_base + query) * 1.4426950408889634
         delta = tl.load(delta_base + query)
-    scores = tl.dot(k, q.T, input_precision=PRECISION)  # [N, M], before the scale
     if FAR:
+        scores = tl.dot(k, q.T, input_precision=PRECISION)  # [N, M], before the scale
         weights = tl.exp2(scores * scale - (lse - gate * far * scale)[None, :])
     else:
-        bias = tl.load(bias_rows[:, None] + query[None, :])
-        scores = tl.fma(tl.broadcast_to(gate[None, :], bias.shape), bias, scores)
+        scores, _ = biased_scores(
+            k, q.T, gate[None, :], copies, first, start, T, W, MARGIN, BLOCK_N, BLOCK_M, WARPS, PRECISION
+        )
         weights = tl.exp2(scores * scale - lse[None, :])
     dweights = tl.dot(v, dout.T, input_precision=PRECISION)
     kept = weights
@@ -173,7 +176,7 @@ def _gated_attention_bwd_dkv_kernel(
     T, H, W, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     scale, gate_scale, dot_scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MARGIN: tl.constexpr,
-    LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * BLOCK_N
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
@@ -189,8 +192,7 @@ def _gated_attention_bwd_dkv_kernel(
     v = load_tile(v_base + place * stride_vt + column[None, :], row, T, column, False, D, BLOCK_D)
     q_base = q_ptr + b.to(tl.int64) * stride_qb + h * stride_qh
     dout_base = dout_ptr + (b.to(tl.int64) * T * H + h) * D
-    reversed_copies = copies_ptr + (H + h) * (4 * W)
-    bias_rows = reversed_copies + row_places(key, T, W, MARGIN)
+    copies = copies_ptr + (H + h) * (4 * W)  # reversed
 
     length = tl.load(lengths_ptr + b).to(tl.int32) if LENGTHS else T
     # A tile past the length takes part in nothing.
@@ -206,23 +208,23 @@ def _gated_attention_bwd_dkv_kernel(
         tile = tl.where(index < left, index, index - left + right)
         dk, dv = _dkv_step(
             dk, dv, k, v, gate_ptr + head, tl.where(index < left, bias_left, bias_right), lse_ptr + head,
-            delta_ptr + head, seed_ptr, head, key, q_base, dout_base, bias_rows, tile * BLOCK_M, T,
-            stride_qt, H * D, scale, gate_scale, threshold, keep_scale,
-            D, BLOCK_D, BLOCK_M, True, False, DROPOUT, PRECISION,
+            delta_ptr + head, seed_ptr, head, key, q_base, dout_base, copies, first, tile * BLOCK_M,
+            T, W, stride_qt, H * D, scale, gate_scale, threshold, keep_scale,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, True, False, DROPOUT, PRECISION, WARPS,
         )  # fmt: skip
     for tile in range(left, right):
         dk, dv = _dkv_step(
             dk, dv, k, v, gate_ptr + head, 0.0, lse_ptr + head,
-            delta_ptr + head, seed_ptr, head, key, q_base, dout_base, bias_rows, tile * BLOCK_M, T,
-            stride_qt, H * D, scale, gate_scale, threshold, keep_scale,
-            D, BLOCK_D, BLOCK_M, False, False, DROPOUT, PRECISION,
+            delta_ptr + head, seed_ptr, head, key, q_base, dout_base, copies, first, tile * BLOCK_M,
+            T, W, stride_qt, H * D, scale, gate_scale, threshold, keep_scale,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, False, False, DROPOUT, PRECISION, WARPS,
         )  # fmt: skip
     if (first < length) & (T % BLOCK_M != 0):
         dk, dv = _dkv_step(
             dk, dv, k, v, gate_ptr + head, 0.0, lse_ptr + head,
-            delta_ptr + head, seed_ptr, head, key, q_base, dout_base, bias_rows, full * BLOCK_M, T,
-            stride_qt, H * D, scale, gate_scale, threshold, keep_scale,
-            D, BLOCK_D, BLOCK_M, False, True, DROPOUT, PRECISION,
+            delta_ptr + head, seed_ptr, head, key, q_base, dout_base, copies, first, full * BLOCK_M,
+            T, W, stride_qt, H * D, scale, gate_scale, threshold, keep_scale,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, False, True, DROPOUT, PRECISION, WARPS,
         )  # fmt: skip
 
     at = ((b.to(tl.int64) * T + key[:, None]) * H + h) * D + column[None, :]
@@ -279,17 +281,26 @@ def gated_attention_backward(
         scale * LOG2_E, 1 / scale, scale, int(dropout_p * 2**24), 1 / (1 - dropout_p),
     )  # fmt: skip
 
+    chip = target(q.device)
+
+    def warps(config: Config) -> int:
+        # On "hopper" the last tile's gradients are still being added to when scores would begin with the next bias,
+        # and the compiler would wait for every single instruction of all products.
+        if chip == "hopper":
+            return 0
+        return fragment_warps(config["ROWS"], config["num_warps"], q.dtype, constants["PRECISION"], chip)
+
     def run_dq(config: Config) -> None:
         _gated_attention_bwd_dq_kernel[(triton.cdiv(T, config["ROWS"]), B * H)](
             *operands, grad, out, lse, dq, dgate, delta, *numbers,
-            BLOCK_M=config["ROWS"], BLOCK_N=config["COLUMNS"], **constants,
+            BLOCK_M=config["ROWS"], BLOCK_N=config["COLUMNS"], WARPS=warps(config), **constants,
             num_warps=config["num_warps"], num_stages=config["num_stages"],
         )  # fmt: skip
 
     def run_dkv(config: Config) -> None:
         _gated_attention_bwd_dkv_kernel[(triton.cdiv(T, config["ROWS"]), B * H)](
             *operands, grad, lse, delta, dk, dv, *numbers,
-            BLOCK_M=config["COLUMNS"], BLOCK_N=config["ROWS"], **constants,
+            BLOCK_M=config["COLUMNS"], BLOCK_N=config["ROWS"], WARPS=warps(config), **constants,
             num_warps=config["num_warps"], num_stages=config["num_stages"],
         )  # fmt: skip
 
