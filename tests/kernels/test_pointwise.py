@@ -1,4 +1,4 @@
-"""position_gate and stats_pool, forward and backward, against the reference in float64."""
+"""add_layer_norm, position_gate and stats_pool, forward and backward, against the reference in float64."""
 
 import pytest
 import torch
@@ -19,6 +19,26 @@ def compare(op, args, saved=False, tiny=8.0, floor=0.0):
         ours, true, theirs = (ours,), (true,), (theirs,)
     for o, t, p in zip(ours, true, theirs, strict=True):
         assert_close(o, t, p, tiny=tiny, floor=floor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 2), (3, 7), (2, 5, 96), (3, 768), (258, 4)])
+def test_add_layer_norm(shape, dtype):
+    x, residual, grad_sum, grad_normed = (randn(*shape, seed=i, dtype=dtype) for i in range(4))
+    x[..., shape[-1] // 2] += 50  # an outlier channel, as trained models have them
+    parameters = [randn(shape[-1], seed=i, dtype=dtype) for i in range(2)]
+    args = [x, residual, *parameters, 1e-5, True]
+    # The norm is of the sum as it was rounded: that rounding is the contract, not an error.
+    truth = REFERENCE["add_layer_norm"].fn(*wide([x + residual, torch.zeros_like(x), *parameters]), 1e-5, True)
+    plain = REFERENCE["add_layer_norm"].fn(*args)
+    found = kernel("add_layer_norm")(*args)
+    assert torch.equal(kernel("add_layer_norm")(*args[:-1], False)[1], found[1])
+    given = [grad_sum, grad_normed, x + residual, parameters[0], 1e-5]
+    truth += REFERENCE["add_layer_norm_backward"].fn(*wide(given))
+    plain += REFERENCE["add_layer_norm_backward"].fn(*given)
+    found += kernel("add_layer_norm_backward")(*given)
+    for f, t, p in zip(found, truth, plain, strict=True):
+        assert_close(f, t, p)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
