@@ -16,6 +16,7 @@ from wavlm_fast import backends
 @contextlib.contextmanager
 def emulated():
     """What `python -m ttsem.sanitize pytest` does around a run, in this process: xdist's workers are others."""
+    from triton import knobs
     from ttsem import ops, sanitize
 
     exact = ops.OPS["math.fma"]
@@ -24,7 +25,8 @@ def emulated():
         single = all(np.asarray(a).dtype == np.float32 for a in args)
         return [fused_multiply_add(*args)] if single else exact(interp, op, args)
 
-    with sanitize.session() as session, replaced(ops.OPS, "math.fma", fma):
+    with sanitize.session() as session, knobs.runtime.scope(), replaced(ops.OPS, "math.fma", fma):
+        knobs.runtime.add_stages_inspection_hook = stop_at_ttir
         mode = _get_current_function_mode()
         choose = backends.choose
         backends.choose = lambda op, args: _choose_in(mode, choose, op, args)
@@ -32,6 +34,21 @@ def emulated():
             yield session
         finally:
             backends.choose = choose
+
+
+def stop_at_ttir(backend=None, stages=None, *settings):
+    """Compile to the IR that is run, and no further: machine code of fp32 products takes minutes."""
+    if stages is None:
+        return "ttir", "ttir"  # what the compiler's cache knows such kernels by
+
+    def empty_binary(module, metadata):
+        metadata.update(name="", shared=0)
+        return b""
+
+    for name in stages.keys() - {"ttir"}:
+        del stages[name]
+    stages["cubin"] = empty_binary
+    return None
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import torch
 from cases import DTYPES, assert_close, kernel, randn, wide
 
 from wavlm_fast.backends.reference import TABLE as REFERENCE
+from wavlm_fast.kernels import position_gate as position_gate_kernels
 
 
 def compare(op, args, saved=False, tiny=8.0, floor=0.0):
@@ -47,6 +48,11 @@ def test_position_gate(B, T, H, D, dtype):
     x = randn(B, T, H * D, dtype=dtype) * 3
     weight, bias = randn(8, D, dtype=dtype, scale=D**-0.5), randn(8, dtype=dtype)
     compare("position_gate", [x, weight, bias, randn(H, dtype=dtype) + 1])
+
+
+def test_position_gate_in_programs_that_take_several_tiles(monkeypatch):
+    monkeypatch.setattr(position_gate_kernels, "PARTS", 2)
+    compare("position_gate", [randn(3, 37, 2 * 16), randn(8, 16, scale=1 / 4), randn(8), randn(2) + 1])
 
 
 def test_position_gate_of_a_strided_view():
