@@ -10,15 +10,16 @@ from cases import DEVICE, DTYPES
 import wavlm_fast
 from wavlm_fast.sensitive import make_sensitive
 
-FORMS = {
-    "base": ("group", False, transformers.WavLMModel, "last_hidden_state"),
-    "large": ("layer", True, transformers.WavLMModel, "last_hidden_state"),
-    "x-vector": ("group", False, transformers.WavLMForXVector, "embeddings"),
+FORMS = {"base": ("group", False), "large": ("layer", True)}
+MODELS = {
+    "base": ("base", transformers.WavLMModel, "last_hidden_state"),
+    "large": ("large", transformers.WavLMModel, "last_hidden_state"),
+    "x-vector": ("base", transformers.WavLMForXVector, "embeddings"),
 }
 
 
-def tiny(form):
-    norm, stable, model, _ = FORMS[form]
+def tiny(form, model=transformers.WavLMModel):
+    norm, stable = FORMS[form]
     config = transformers.WavLMConfig(
         hidden_size=32, num_attention_heads=2, num_hidden_layers=2, intermediate_size=48, conv_dim=(16, 16, 16),
         conv_kernel=(10, 3, 2), conv_stride=(5, 2, 2), num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
@@ -29,24 +30,24 @@ def tiny(form):
     return make_sensitive(model(config)).eval()
 
 
-def run(model, form, waveform, mask):
-    states = getattr(model(waveform, attention_mask=mask), FORMS[form][-1])
+def run(model, output, waveform, mask):
+    states = getattr(model(waveform, attention_mask=mask), output)
     states.square().mean(dtype=torch.promote_types(states.dtype, torch.float32)).backward()
     return states.detach().cpu(), {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "model", "output"), MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("dtype", DTYPES if DEVICE == "cuda" else DTYPES[:1])
-def test_matches_transformers(form, dtype):
-    model = tiny(form).to(dtype)
+def test_matches_transformers(form, model, output, dtype):
+    model = tiny(form, model).to(dtype)
     waveform = torch.randn(2, 420, generator=torch.Generator().manual_seed(0)).to(dtype)
     mask = torch.ones(2, 420, dtype=torch.long)
     mask[1, 300:] = 0
-    truth, true = run(copy.deepcopy(model).double(), form, waveform.double(), mask)
-    plain, theirs = run(copy.deepcopy(model), form, waveform, mask)
+    truth, true = run(copy.deepcopy(model).double(), output, waveform.double(), mask)
+    plain, theirs = run(copy.deepcopy(model), output, waveform, mask)
     fast = wavlm_fast.accelerate(model).to(DEVICE)
     with wavlm_fast.use_backend("triton"):
-        found, ours = run(fast, form, waveform.to(DEVICE), mask.to(DEVICE))
+        found, ours = run(fast, output, waveform.to(DEVICE), mask.to(DEVICE))
     eps = torch.finfo(dtype).eps
     forward, backward = (64, 512) if dtype == torch.float32 else (2, 32)  # roundings, where plain torch is lucky
     allowed = 2 * (plain - truth).abs().max() + forward * eps * truth.abs().max()
