@@ -1,22 +1,45 @@
 """The Triton kernels against float64, on whatever runs them.
 
-Under TRITON_INTERPRET=1 they run on CPU tensors, otherwise on the device "cuda": a real one, or one that ttsem
-emulates. The flag is read when a kernel is defined, so tests/test_kernels_interpreted.py runs this folder in processes
-of its own, and a plain pytest run leaves it alone.
+Under TRITON_INTERPRET=1 they run on CPU tensors, otherwise on the device "cuda": with WAVLM_FAST_TEST_DEVICE=cuda a
+real one, with WAVLM_FAST_TEST_DEVICE=ttsem the one of emulation.py. Triton reads its flag when a kernel is defined, so
+tests/test_kernels_interpreted.py runs this folder in processes of its own, and a plain pytest run leaves it alone.
 """
 
+import contextlib
 import os
 
 import pytest
 import torch
+from emulation import emulated
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EMULATED = not INTERPRETED and os.environ.get("WAVLM_FAST_TEST_DEVICE") == "ttsem"
+
+session = pytest.StashKey()
 
 
 def pytest_ignore_collect(collection_path, config):
-    if INTERPRETED or os.environ.get("WAVLM_FAST_TEST_DEVICE") == "cuda":
+    if INTERPRETED or EMULATED or os.environ.get("WAVLM_FAST_TEST_DEVICE") == "cuda":
         return None
     return True if collection_path.name.startswith("test_") else None
+
+
+def pytest_configure(config):
+    if EMULATED:
+        stack = contextlib.ExitStack()
+        config.stash[session] = stack.enter_context(emulated())
+        config.add_cleanup(stack.close)
+
+
+@pytest.fixture(autouse=True)
+def every_launch_is_checked(request):
+    """A launch of millions of accesses is not searched for races: the shapes of these tests stay below that."""
+    if not EMULATED:
+        yield
+        return
+    before = request.config.stash[session].races_unchecked
+    yield
+    assert request.config.stash[session].races_unchecked == before, "a launch too large to be searched for races"
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import DEVICE, DTYPES, assert_close, kernel, randn, wide
+from wavlm_fast.kernels._target import pretend
 
 from wavlm_fast.backends.reference import TABLE as REFERENCE
 
@@ -65,9 +66,19 @@ def test_matches_float64(B, T, H, D, lengths, dtype):
     check(inputs(B, T, H, D, lengths, dtype=dtype))
 
 
-@pytest.mark.parametrize(("T", "far", "lengths"), [(330, 40, None), (330, 40, [301]), (200, 1, [7])])
+# 530 frames: the bias takes more than one program to copy, and more than one step to find its constant ends.
+@pytest.mark.parametrize(("T", "far", "lengths"), [(530, 40, None), (330, 40, [301]), (200, 1, [7])])
 def test_far_tiles_load_no_bias(T, far, lengths):
-    check(inputs(1, T, 1, 16, lengths, far=far, dtype=torch.float16))
+    check(inputs(1, T, 1, 16, lengths, far=far, dtype=DTYPES[-1]))
+
+
+@pytest.mark.parametrize("target", ["cuda", "hopper", "cdna"])
+@pytest.mark.parametrize("D", [64, 128] if DEVICE == "cuda" else [64])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_tiles_of_each_target(target, D, dtype):
+    """More than one tile of queries and of keys, whichever is chosen; fp32 has the same tiles everywhere."""
+    with pretend(target):
+        check(inputs(1, 150, 1, D, [139], 0.1, dtype, far=30))
 
 
 def test_a_constant_bias_all_over():
@@ -81,25 +92,59 @@ def test_dropout_draws_the_reference_mask(dtype):
     check(inputs(2, 70, 2, 16, [70, 41], 0.3, dtype))
 
 
-def test_deterministic_bias_gradient():
+@pytest.fixture
+def deterministic():
     torch.use_deterministic_algorithms(True)
-    try:
-        check(inputs(3, 200, 2, 16, [200, 0, 133]))
-    finally:
-        torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_deterministic_bias_gradient(dtype, deterministic):
+    check(inputs(2, 140, 1, 16, [0, 133], dtype=dtype))
+
+
+def test_deterministic_gradients_repeat(deterministic):
+    args = inputs(9, 33, 1, 16)
+    grad, saved = randn(*args[0].shape, seed=3), kernel("gated_attention")(*args)
+    first, second = (kernel("gated_attention_backward")(grad, *args[:6], *saved, *args[6:]) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
 def test_strides():
-    args = inputs(2, 40, 2, 16)
-    contiguous = kernel("gated_attention")(*[a.contiguous() if isinstance(a, torch.Tensor) else a for a in args])
+    args = inputs(2, 20, 2, 16)
+    grad = randn(*args[0].shape, seed=3)
+
+    def run(*args):
+        out = kernel("gated_attention")(*args)
+        return *out, *kernel("gated_attention_backward")(grad, *args[:6], *out, *args[6:])[:4]
+
+    contiguous = run(*(a.contiguous() if isinstance(a, torch.Tensor) else a for a in args))
     args[1] = args[1].transpose(1, 2).contiguous().transpose(1, 2)
     args[2] = torch.cat((args[2], args[2]), -1)[..., :16]
-    strided = kernel("gated_attention")(*args)
-    assert torch.equal(strided[0], contiguous[0])
+    for a, b in zip(run(*args), contiguous, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_many_programs_per_diagonal():
     check(inputs(20, 20, 1, 16, [20 - i for i in range(20)]))
+
+
+def test_many_parts_per_diagonal(deterministic):
+    check(inputs(10, 9, 1, 16, [9 - i for i in range(10)]))
+
+
+def test_tf32():
+    """Where torch's setting allows it: inputs of ten bits, so errors between those of fp16 and of fp32 products."""
+    args = inputs(1, 70, 1, 64, [63])
+    truth = REFERENCE["gated_attention"].fn(*wide(args))
+    coarse = REFERENCE["gated_attention"].fn(*wide(args, torch.float16))
+    torch.backends.cuda.matmul.allow_tf32 = True
+    found = kernel("gated_attention")(*args)
+    error, allowed = ((x[0].double() - truth[0]).abs().max().item() for x in (found, coarse))
+    assert error <= 2 * allowed
+    if DEVICE == "cuda":  # the interpreter multiplies in full precision
+        assert error > 1e-5
 
 
 @pytest.mark.parametrize("mutation", ["no gate", "bias shifted", "tail tile skipped", "k and v swapped"])

@@ -5,47 +5,54 @@ import copy
 import pytest
 import torch
 import transformers
-from cases import DEVICE
+from cases import DEVICE, DTYPES
 
 import wavlm_fast
 from wavlm_fast.sensitive import make_sensitive
 
 FORMS = {"base": ("group", False), "large": ("layer", True)}
+MODELS = {
+    "base": ("base", transformers.WavLMModel, "last_hidden_state"),
+    "large": ("large", transformers.WavLMModel, "last_hidden_state"),
+    "x-vector": ("base", transformers.WavLMForXVector, "embeddings"),
+}
 
 
-def tiny(form):
+def tiny(form, model=transformers.WavLMModel):
     norm, stable = FORMS[form]
     config = transformers.WavLMConfig(
         hidden_size=32, num_attention_heads=2, num_hidden_layers=2, intermediate_size=48, conv_dim=(16, 16, 16),
         conv_kernel=(10, 3, 2), conv_stride=(5, 2, 2), num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
         num_buckets=16, max_bucket_distance=20, feat_extract_norm=norm, do_stable_layer_norm=stable, conv_bias=stable,
         hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, feat_proj_dropout=0.0, layerdrop=0.0,
-        apply_spec_augment=False,
+        apply_spec_augment=False, tdnn_dim=(24, 40), tdnn_kernel=(3, 1), tdnn_dilation=(2, 1), xvector_output_dim=16,
     )  # fmt: skip
-    return make_sensitive(transformers.WavLMModel(config)).eval()
+    return make_sensitive(model(config)).eval()
 
 
-def run(model, waveform, mask):
-    states = model(waveform, attention_mask=mask).last_hidden_state
-    states.square().mean().backward()
+def run(model, output, waveform, mask):
+    states = getattr(model(waveform, attention_mask=mask), output)
+    states.square().mean(dtype=torch.promote_types(states.dtype, torch.float32)).backward()
     return states.detach().cpu(), {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_matches_transformers(form):
-    model = tiny(form)
-    waveform = torch.randn(2, 420, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(("form", "model", "output"), MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("dtype", DTYPES if DEVICE == "cuda" else DTYPES[:1])
+def test_matches_transformers(form, model, output, dtype):
+    model = tiny(form, model).to(dtype)
+    waveform = torch.randn(2, 420, generator=torch.Generator().manual_seed(0)).to(dtype)
     mask = torch.ones(2, 420, dtype=torch.long)
     mask[1, 300:] = 0
-    truth, true = run(copy.deepcopy(model).double(), waveform.double(), mask)
-    plain, theirs = run(copy.deepcopy(model), waveform, mask)
+    truth, true = run(copy.deepcopy(model).double(), output, waveform.double(), mask)
+    plain, theirs = run(copy.deepcopy(model), output, waveform, mask)
     fast = wavlm_fast.accelerate(model).to(DEVICE)
     with wavlm_fast.use_backend("triton"):
-        found, ours = run(fast, waveform.to(DEVICE), mask.to(DEVICE))
-    tiny_part = 64 * torch.finfo(torch.float32).eps
-    allowed = 2 * (plain - truth).abs().max() + tiny_part * truth.abs().max()
+        found, ours = run(fast, output, waveform.to(DEVICE), mask.to(DEVICE))
+    eps = torch.finfo(dtype).eps
+    forward, backward = (64, 512) if dtype == torch.float32 else (2, 32)  # roundings, where plain torch is lucky
+    allowed = 2 * (plain - truth).abs().max() + forward * eps * truth.abs().max()
     assert (found - truth).abs().max() <= allowed
     assert ours.keys() == true.keys()
     for name in true:
-        allowed = 2 * (theirs[name] - true[name]).abs().max() + 8 * tiny_part * true[name].abs().max() + 1e-6
+        allowed = 2 * (theirs[name] - true[name]).abs().max() + backward * eps * true[name].abs().max() + 1e-6
         assert (ours[name] - true[name]).abs().max() <= allowed, name

@@ -1,10 +1,11 @@
-"""position_gate and stats_pool, forward and backward, against the reference in float64."""
+"""add_layer_norm, position_gate and stats_pool, forward and backward, against the reference in float64."""
 
 import pytest
 import torch
 from cases import DTYPES, assert_close, kernel, randn, wide
 
 from wavlm_fast.backends.reference import TABLE as REFERENCE
+from wavlm_fast.kernels import position_gate as position_gate_kernels
 
 
 def compare(op, args, saved=False, tiny=8.0, floor=0.0):
@@ -21,12 +22,41 @@ def compare(op, args, saved=False, tiny=8.0, floor=0.0):
         assert_close(o, t, p, tiny=tiny, floor=floor)
 
 
+def compare_add_layer_norm(shape, dtype):
+    x, residual, grad_sum, grad_normed = (randn(*shape, seed=i, dtype=dtype) for i in range(4))
+    x[..., shape[-1] // 2] += 50  # an outlier channel, as trained models have them
+    parameters = [randn(shape[-1], seed=i, dtype=dtype) for i in range(2)]
+    args = [x, residual, *parameters, 1e-5, True]
+    # The norm is of the sum as it was rounded: that rounding is the contract, not an error.
+    truth = REFERENCE["add_layer_norm"].fn(*wide([x + residual, torch.zeros_like(x), *parameters]), 1e-5, True)
+    plain = REFERENCE["add_layer_norm"].fn(*args)
+    found = kernel("add_layer_norm")(*args)
+    assert torch.equal(kernel("add_layer_norm")(*args[:-1], False)[1], found[1])
+    given = [grad_sum, grad_normed, x + residual, parameters[0], 1e-5]
+    truth += REFERENCE["add_layer_norm_backward"].fn(*wide(given))
+    plain += REFERENCE["add_layer_norm_backward"].fn(*given)
+    found += kernel("add_layer_norm_backward")(*given)
+    for f, t, p in zip(found, truth, plain, strict=True):
+        assert_close(f, t, p)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 2), (3, 7), (2, 5, 96), (3, 768), (258, 4)])
+def test_add_layer_norm(shape, dtype):
+    compare_add_layer_norm(shape, dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("B", "T", "H", "D"), [(1, 1, 1, 16), (2, 37, 3, 64), (3, 18, 2, 80), (1, 100, 12, 8)])
 def test_position_gate(B, T, H, D, dtype):
     x = randn(B, T, H * D, dtype=dtype) * 3
     weight, bias = randn(8, D, dtype=dtype, scale=D**-0.5), randn(8, dtype=dtype)
     compare("position_gate", [x, weight, bias, randn(H, dtype=dtype) + 1])
+
+
+def test_position_gate_in_programs_that_take_several_tiles(monkeypatch):
+    monkeypatch.setattr(position_gate_kernels, "PARTS", 2)
+    compare("position_gate", [randn(3, 37, 2 * 16), randn(8, 16, scale=1 / 4), randn(8), randn(2) + 1])
 
 
 def test_position_gate_of_a_strided_view():

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from cases import DTYPES, assert_close, kernel, randn, wide
+from cases import DEVICE, DTYPES, assert_close, kernel, randn, wide
 
 from wavlm_fast.backends.reference import TABLE as REFERENCE
+from wavlm_fast.kernels import _finish_backward
 
 SUMS = 8  # sums over frames, in another order than the reference's
 
@@ -42,6 +43,7 @@ def compare(op, args, save=True, floor=0.0):
         (1, 40, 40, 72, 5, 3, True, True, "relu"),
         (2, 11, 16, 16, 2, 3, True, False, "none"),
         (1, 150, 24, 16, 1, 1, False, True, "none"),
+        (9, 64, 16, 16, 2, 1, True, False, "relu"),  # the weight's gradient in more than one part
     ],
 )
 def test_strided_conv(B, T, C, N, K, stride, bias, norm, activation, dtype):
@@ -51,6 +53,26 @@ def test_strided_conv(B, T, C, N, K, stride, bias, norm, activation, dtype):
     args = [x, weight, vector[0] if bias else None, stride]
     args += [vector[1] + 1, vector[2]] if norm else [None, None]
     compare("strided_conv", [*args, 1e-5, activation])
+
+
+def test_programs_that_take_several_tiles_of_rows(monkeypatch):
+    monkeypatch.setattr(_finish_backward, "PARTS", 2)
+    x, weight = randn(1, 70, 16), randn(200, 16, 1, scale=1 / 4)
+    vectors = [randn(200, seed=i) for i in range(3)]
+    compare("strided_conv", [x, weight, vectors[0], 1, vectors[1] + 1, vectors[2], 1e-5, "gelu"])
+    compare("strided_conv", [x, weight, vectors[0], 1, None, None, 1e-5, "gelu"])
+
+
+def test_tf32():
+    """Where torch's setting allows it: inputs of ten bits, so errors as of fp16 inputs."""
+    args = [randn(2, 37, 32), randn(32, 32, 3, scale=96**-0.5), None, 2, None, None, 1e-5, "none", False]
+    truth, coarse = (REFERENCE["strided_conv"].fn(*wide(args, dtype))[0] for dtype in (torch.float64, torch.float16))
+    torch.backends.cuda.matmul.allow_tf32 = True
+    found = kernel("strided_conv")(*args)[0]
+    error, allowed = ((x.double() - truth).abs().max().item() for x in (found, coarse))
+    assert error <= 2 * allowed
+    if DEVICE == "cuda":  # the interpreter multiplies in full precision
+        assert error > 1e-5
 
 
 def test_strided_conv_with_wider_norm_parameters():
