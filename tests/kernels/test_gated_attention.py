@@ -28,7 +28,9 @@ def check(args):
     plain = REFERENCE["gated_attention"].fn(*args)
     found = kernel("gated_attention")(*args)
     assert_close(found[0], truth[0], plain[0])
-    assert_close(found[1], truth[1], plain[1])
+    # In half precision a score's sum begins with its bias, and each step of the sum is rounded at the bias's size.
+    steps = 1 if args[0].dtype == torch.float32 else 2
+    assert_close(found[1], truth[1], plain[1], tiny=4 * steps)
     grad = randn(*args[0].shape, seed=3, dtype=args[0].dtype)
     backward = REFERENCE["gated_attention_backward"].fn
     true = backward(*wide([grad, *args[:6], *truth, *args[6:]]))
@@ -42,7 +44,7 @@ def check(args):
     for name, a, t, p in zip(NAMES, ours, true, theirs, strict=True):
         fine = name in ("dgate", "drel_bias")
         try:
-            assert_close(a, t, p, tiny=(32 if fine else 8) + saved, floor=4e-6 if fine else 4 * eps)
+            assert_close(a, t, p, tiny=(32 * steps if fine else 8) + saved, floor=4e-6 if fine else 4 * eps)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
 
