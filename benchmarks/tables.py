@@ -290,7 +290,8 @@ def head(found: Found) -> str:
     # OpenVINO's name of itself holds its commit and branch.
     named = ", ".join(f"{name} {versions[name].partition('-')[0]}" for name in shown if versions.get(name))
     where = found["machine"] if found.get("device", "cpu") == "cpu" else f"{found['device']}, {found['machine']}"
-    return f"{where}, {found["threads"]} thread{"s" * (found["threads"] > 1)}; {named}. Measured peaks: {_peaks(found.get('peaks') or {}) or NONE}."
+    threads = f"{found['threads']} thread{'s' * (found['threads'] > 1)}"
+    return f"{where}, {threads}; {named}. Measured peaks: {_peaks(found.get('peaks') or {}) or NONE}."
 
 
 _KINDS = {"rows": "case", "stages": "stage", "layers": "layer", "memory": "memory", "scaling": "scaling"}
