@@ -68,12 +68,14 @@ def _finish_bwd_kernel(
 @tunable
 def finish_configs(C: int, norm: bool, target: str) -> tuple[Config, ...]:
     """Tiles and warps. 4096 numbers in four warps are 32 registers for each of the few tiles that live at once. A norm
-    needs whole rows, and has more of them: 16 registers for each.
+    needs whole rows, and has more of them: 8 registers for each.
     """
     block = triton.next_power_of_2(C) if norm else min(triton.next_power_of_2(C), 256)
-    default = {"BLOCK_T": max(1, (2048 if norm else 4096) // block), "BLOCK_C": block}
-    default["num_warps"] = 8 if block > 2048 else 4
-    return default, {**default, "BLOCK_T": max(1, 1024 // block)}, {**default, "num_warps": 8}
+    if norm:
+        default = {"BLOCK_T": max(1, 2048 // block), "BLOCK_C": block, "num_warps": 8}
+        return default, {**default, "BLOCK_T": max(1, 1024 // block), "num_warps": 4 if block <= 1024 else 8}
+    default = {"BLOCK_T": max(1, 4096 // block), "BLOCK_C": block, "num_warps": 4}
+    return default, {**default, "BLOCK_T": max(1, 2048 // block)}, {**default, "num_warps": 8}
 
 
 def finish_backward(

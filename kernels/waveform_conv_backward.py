@@ -151,7 +151,7 @@ def backward_configs(C: int, norm: str, dot: bool, target: str) -> tuple[Config,
     block = max(16, triton.next_power_of_2(C) if norm == "layer" or dot else min(64, triton.next_power_of_2(C)))
     warps = 4 if block < 512 or target == "cdna" else 8  # AMD's are twice as wide
     default = {"BLOCK_T": 16, "BLOCK_C": block, "num_warps": warps, "num_stages": 1}
-    if target == "cdna" and block >= 512:  # twice the warps spill
+    if block >= 512:  # twice the warps have too few registers each
         return (default,)
     if dot or norm == "layer":
         return default, {**default, "num_warps": min(2 * warps, 16)}
