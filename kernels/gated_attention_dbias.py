@@ -124,8 +124,10 @@ def dbias_configs(head_dim: int, dtype: torch.dtype, tensor_memory: bool, target
     if dtype == torch.float32 or head_dim > 64:
         return small, {**small, "BLOCK_M": 32}
     wide = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1}
-    others = wide, {**small, "BLOCK_N": 64}, small
-    return ({**wide, "BLOCK_N": 128}, *others) if target == "hopper" and not tensor_memory else others
+    if target == "hopper":
+        others = wide, {**small, "BLOCK_N": 64}, small
+        return others if tensor_memory else ({**wide, "BLOCK_N": 128}, *others)
+    return wide, {**wide, "BLOCK_N": 32}
 
 
 def rel_bias_gradient(
