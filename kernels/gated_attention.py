@@ -49,7 +49,7 @@ def _fwd_step(
 ):  # fmt: skip
     """One tile of keys: `acc` [M, D] and `total` [M] relative to 2**(top * scale), `top` [M] the largest score yet.
 
-    `far` [M] is the gated bias of a far tile, else 0.
+    `far` [M] is the gated bias of a FAR tile.
     """
     rows, column = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     key = start + rows
@@ -62,10 +62,11 @@ def _fwd_step(
         )
     if EDGE:
         scores = tl.where((key < length)[None, :], scores, float("-inf"))
+    here = tl.max(scores, axis=1)
     # A bias that is one number per row joins the row's numbers, not the scores.
-    new_top = tl.maximum(top, tl.max(scores, axis=1) + far)
+    new_top = tl.maximum(top, here + far if FAR else here)
     shift = new_top * scale
-    weights = tl.exp2(scores * scale - (shift - far * scale)[:, None])
+    weights = tl.exp2(scores * scale - (shift - far * scale if FAR else shift)[:, None])
     decay = tl.exp2(top * scale - shift)
     total = total * decay + tl.sum(weights, axis=1)
     if DROPOUT:
@@ -174,6 +175,8 @@ def forward_configs(
     both = wide, {**wide, "BLOCK_N": 64}
     if target == "hopper":
         both = both[::-1]
+    if tensor_memory:
+        both = both[:1]
     return *both, {**both[0], "num_stages": 3}, {**wide, "BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}
 
 

@@ -248,8 +248,8 @@ def backward_configs(head_dim: int, dtype: torch.dtype, target: str) -> tuple[Co
         default = {**small, "num_stages": 2 if head_dim <= 64 else 1}
         return default, {**small, "num_stages": 3 - default["num_stages"]}, {**small, "COLUMNS": 16}
     default = {"ROWS": 128, "COLUMNS": 64 if target == "hopper" else 32, "num_warps": 8, "num_stages": 2}
-    # Fewer loads on their way, and twice the programs for short batches.
-    return default, {**default, "num_stages": 1}, {**small, "num_stages": 2}
+    # Twice the programs for short batches.
+    return default, {**small, "num_stages": 2}
 
 
 def gated_attention_backward(

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 
 from ._dropout import keep, row_keys
-from ._toeplitz import row_places
+from ._target import has_tensor_memory, target
+from ._toeplitz import biased_scores, fragment_warps, row_places
 from ._tuning import Config, tunable
-from .gated_attention import load_tile
+from .gated_attention import load_tile, row_pointers
 
 
 @triton.jit
@@ -23,6 +24,7 @@ def _gated_attention_bwd_dbias_kernel(
     scale, gate_scale, dot_scale, threshold, keep_scale, batch, splits,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MARGIN: tl.constexpr,
     LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ATOMIC: tl.constexpr,
+    WARPS: tl.constexpr,  # of biased_scores; with 0 the bias stays in registers
 ):  # fmt: skip
     RATIO: tl.constexpr = BLOCK_M // BLOCK_N
     GROUPS: tl.constexpr = RATIO + 1
@@ -34,32 +36,41 @@ def _gated_attention_bwd_dbias_kernel(
     tiles = tl.minimum(query_tiles, tl.cdiv(key_tiles - diagonal, RATIO)) - first_m
     row, column, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     # The bias is the same for all tiles of the diagonal.
+    copies = copies_ptr + h * (4 * W)
     start = first_m * BLOCK_M
-    bias_rows = copies_ptr + h * (4 * W) + row_places(start + row, T, W, MARGIN)
-    bias = tl.load(bias_rows[:, None] + (diagonal * BLOCK_N + start + column)[None, :])
+    if not WARPS:
+        bias_rows = copies + row_places(start + row, T, W, MARGIN)
+        bias = tl.load(bias_rows[:, None] + (diagonal * BLOCK_N + start + column)[None, :])
 
     sums = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for item in range(split, tiles * batch, splits):
         b = item // tiles
-        query = (first_m + item % tiles) * BLOCK_M + row
-        key = (first_m + item % tiles) * BLOCK_M + diagonal * BLOCK_N + column
+        first_query = (first_m + item % tiles) * BLOCK_M
+        first_key = first_query + diagonal * BLOCK_N
+        query, key = first_query + row, first_key + column
         length = tl.load(lengths_ptr + b).to(tl.int32) if LENGTHS else T
         head = (b * H + h).to(tl.int64) * T
         wide = b.to(tl.int64)
-        q_at = q_ptr + wide * stride_qb + h * stride_qh + query[:, None].to(tl.int64) * stride_qt + d[None, :]
-        q = load_tile(q_at, query, T, d, True, D, BLOCK_D)
-        dout_at = dout_ptr + ((wide * T + query[:, None]) * H + h) * D + d[None, :]
-        dout = load_tile(dout_at, query, T, d, True, D, BLOCK_D)
-        k_at = k_ptr + wide * stride_kb + h * stride_kh + key[:, None].to(tl.int64) * stride_kt + d[None, :]
-        k = load_tile(k_at, key, length, d, True, D, BLOCK_D)
-        v_at = v_ptr + wide * stride_vb + h * stride_vh + key[:, None].to(tl.int64) * stride_vt + d[None, :]
-        v = load_tile(v_at, key, length, d, True, D, BLOCK_D)
+        q_base = q_ptr + wide * stride_qb + h * stride_qh
+        q = load_tile(row_pointers(q_base, first_query, stride_qt, row, d), query, T, d, True, D, BLOCK_D)
+        dout_base = dout_ptr + (wide * T * H + h) * D
+        dout = load_tile(row_pointers(dout_base, first_query, H * D, row, d), query, T, d, True, D, BLOCK_D)
+        k_base = k_ptr + wide * stride_kb + h * stride_kh
+        k = load_tile(row_pointers(k_base, first_key, stride_kt, column, d), key, length, d, True, D, BLOCK_D)
+        v_base = v_ptr + wide * stride_vb + h * stride_vh
+        v = load_tile(row_pointers(v_base, first_key, stride_vt, column, d), key, length, d, True, D, BLOCK_D)
         gate = tl.load(gate_ptr + head + query, mask=query < T, other=0.0)
         # An infinite log-sum-exp makes the weights of a row 0.
         lse = tl.load(lse_ptr + head + query, mask=query < T, other=float("inf")) * 1.4426950408889634
         delta = tl.load(delta_ptr + head + query, mask=query < T, other=0.0)
-        scores = tl.dot(q, k.T, input_precision=PRECISION)
-        scores = tl.fma(tl.broadcast_to((gate * gate_scale)[:, None], bias.shape), bias, scores)
+        if WARPS:
+            scores, _ = biased_scores(
+                q, k.T, (gate * gate_scale)[:, None], copies, first_query, first_key, T, W,
+                MARGIN, BLOCK_M, BLOCK_N, WARPS, PRECISION,
+            )  # fmt: skip
+        else:
+            scores = tl.dot(q, k.T, input_precision=PRECISION)
+            scores = tl.fma(tl.broadcast_to((gate * gate_scale)[:, None], bias.shape), bias, scores)
         weights = tl.exp2(scores * scale - lse[:, None])
         weights = tl.where((key < length)[None, :], weights, 0.0)
         dweights = tl.dot(dout, v.T, input_precision=PRECISION)
@@ -105,12 +116,20 @@ def _gated_attention_bwd_dbias_sum_kernel(
 
 
 @tunable
-def dbias_configs(head_dim: int, dtype: torch.dtype, target: str) -> tuple[Config, ...]:
-    """Tiles and warps. The loop holds three tiles of scores in registers: 32 each with eight warps."""
+def dbias_configs(head_dim: int, dtype: torch.dtype, tensor_memory: bool, target: str) -> tuple[Config, ...]:
+    """Tiles and warps. The loop holds three tiles of scores in registers. Eight warps have room for 128 keys on sm_90,
+    whose operands need none, and for 64 elsewhere. Without matrix instructions four warps have not enough registers.
+    """
     small = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    if dtype == torch.float32 and head_dim <= 64 and target != "cdna":
+        return {**small, "num_warps": 8}, {**small, "BLOCK_M": 32}
     if dtype == torch.float32 or head_dim > 64:
         return small, {**small, "BLOCK_M": 32}
-    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1}, {**small, "BLOCK_N": 64}, small
+    wide = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1}
+    if target == "hopper":
+        others = wide, {**small, "BLOCK_N": 64}, small
+        return others if tensor_memory else ({**wide, "BLOCK_N": 128}, *others)
+    return wide, {**wide, "BLOCK_N": 32}
 
 
 def rel_bias_gradient(
@@ -124,8 +143,9 @@ def rel_bias_gradient(
     def run(config: Config) -> torch.Tensor:
         return _rel_bias_gradient(operands, grad, lse, delta, numbers, constants, config, atomic)
 
+    arguments = (D, q.dtype, has_tensor_memory(q.device))
     also = (constants["DROPOUT"], constants["PRECISION"])
-    return dbias_configs.launch(run, q.device, (D, q.dtype), (T, B * H), also)
+    return dbias_configs.launch(run, q.device, arguments, (T, B * H), also)
 
 
 def _rel_bias_gradient(
@@ -144,8 +164,12 @@ def _rel_bias_gradient(
     splits = triton.cdiv(B * query_tiles, 8)
     parts = (H, diagonals, splits, groups, BLOCK_N)
     found = torch.zeros_like(rel_bias) if atomic else rel_bias.new_empty(parts)
+    warps = 0
+    if not has_tensor_memory(q.device):
+        chip = target(q.device)
+        warps = fragment_warps(BLOCK_M, config["num_warps"], q.dtype, constants["PRECISION"], chip)
     _gated_attention_bwd_dbias_kernel[(diagonals, splits, H)](
-        *operands, grad, lse, delta, found, *numbers, B, splits, ATOMIC=atomic, **constants, **config
+        *operands, grad, lse, delta, found, *numbers, B, splits, ATOMIC=atomic, WARPS=warps, **constants, **config
     )
     if atomic:
         return found
