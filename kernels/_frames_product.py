@@ -156,12 +156,15 @@ def product_configs(
     if norm:
         frames = max(16, min(64, (32768 if half and target != "cdna" else 16384) // whole))
         warps = 8 if frames * whole >= 8192 else 4
-        depth = 64 if half and target == "hopper" and whole <= 512 else 32
+        if target == "cdna" and not half:
+            depth = 16  # two stages of 32 are more shared memory than there is
+        else:
+            depth = 64 if half and target == "hopper" and whole <= 512 else 32
         default = {"BLOCK_T": frames, "BLOCK_N": whole, "BLOCK_K": depth, "num_warps": warps,
                    "num_stages": 3 if half and target != "cdna" else 2}  # fmt: skip
         return default, {**default, "BLOCK_T": max(16, frames // 2)}, {**default, "num_stages": 2}
-    if not half:
-        default = {"BLOCK_T": 128, "BLOCK_N": min(whole, 64), "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+    if not half:  # deeper tiles spill registers on some architectures, and gain nothing on any
+        default = {"BLOCK_T": 128, "BLOCK_N": min(whole, 64), "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
         small = {**default, "BLOCK_T": 64}
         return (small, default) if few else (default, small)
     small = {"BLOCK_T": 64, "BLOCK_N": min(whole, 64), "BLOCK_K": 64, "num_warps": 4,

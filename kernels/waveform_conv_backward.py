@@ -148,8 +148,12 @@ def backward_configs(C: int, norm: str, dot: bool, target: str) -> tuple[Config,
     """Tiles and warps. Products need sixteen rows. A layer norm needs whole rows of channels, which in half precision
     cost products little.
     """
-    block = max(16, triton.next_power_of_2(C) if norm == "layer" or dot else min(64, triton.next_power_of_2(C)))
-    warps = 4 if block < 512 or (dot and target == "cdna") else 8  # AMD's are twice as wide
+    block = max(16, triton.next_power_of_2(C))
+    if norm != "layer" and not dot:
+        block = min(block, 64)
+    elif norm != "layer" and target == "cuda":
+        block = min(block, 256)  # 512 spill registers on sm_120
+    warps = 4 if block < 256 or (dot and target == "cdna") else 8  # AMD's are twice as wide
     default = {"BLOCK_T": 16, "BLOCK_C": block, "num_warps": warps, "num_stages": 1}
     if block >= 512:  # twice the warps have too few registers each
         return (default,)
