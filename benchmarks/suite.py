@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--provider", nargs="+", metavar="TEXT", help="only providers whose name contains one of these")
     parser.add_argument("--quick", action="store_true", help=f"{' and '.join(QUICK)}, in less than a minute")
     parser.add_argument(
-        "--rounds", type=console.rounds, metavar="N", help="timed runs of each (default: 7 to 1, by length)"
+        "--rounds", type=console.rounds, metavar="N", help="timed runs of each (default: 7, 3 or 1, by length)"
     )
     parser.add_argument("--json", metavar="FILE", help='write everything measured to FILE ("-": standard output)')
     parser.add_argument("--csv", metavar="FILE", help="write one line per measurement to FILE")
@@ -213,6 +213,7 @@ def _for(case: Case, available: Mapping[str, Provider]) -> dict[str, Provider]:
         for name, p in available.items()
         if (p.everywhere or case.everybody)
         and (not case.families or p.family in case.families)
+        and (not case.dtypes or p.dtype in case.dtypes)
         and (not p.memory or case.memory)
         and (not case.train or p.trains is not None)
     }
