@@ -157,7 +157,8 @@ def product_configs(
         frames = max(16, min(64, (32768 if half and target != "cdna" else 16384) // whole))
         warps = 8 if frames * whole >= 8192 else 4
         depth = 64 if half and target == "hopper" and whole <= 512 else 32
-        depth = 16 if target == "cdna" and not half else depth  # two stages of 32 are more shared memory than there is
+        if target == "cdna" and not half:
+            depth = 16  # two stages of 32 are more shared memory than there is
         default = {"BLOCK_T": frames, "BLOCK_N": whole, "BLOCK_K": depth, "num_warps": warps,
                    "num_stages": 3 if half and target != "cdna" else 2}  # fmt: skip
         return default, {**default, "BLOCK_T": max(16, frames // 2)}, {**default, "num_stages": 2}

@@ -70,7 +70,9 @@ def _waveform_norm_kernel(
 
 
 @triton.jit
-def load_taps(taps_ptr, channel, C, K: tl.constexpr, DOT: tl.constexpr, BLOCK_K: tl.constexpr):
+def load_taps(
+    taps_ptr, channel, C, K: tl.constexpr, DOT: tl.constexpr, BLOCK_K: tl.constexpr, VOLATILE: tl.constexpr = False
+):  # fmt: skip
     """The weight [K, C], as `convolve` wants it, and its sums over the taps [C] in fp32 where it wants them."""
     if DOT:
         k = tl.arange(0, BLOCK_K)
@@ -80,7 +82,8 @@ def load_taps(taps_ptr, channel, C, K: tl.constexpr, DOT: tl.constexpr, BLOCK_K:
     else:
         vectors = ()
         for k in tl.static_range(K):
-            vectors += (tl.load(taps_ptr + k * C + channel, mask=channel < C, other=0.0).to(tl.float32),)
+            tap = tl.load(taps_ptr + k * C + channel, mask=channel < C, other=0.0, volatile=VOLATILE)
+            vectors += (tap.to(tl.float32),)
         return vectors, 0.0
 
 
@@ -109,12 +112,12 @@ def convolve(
 
 
 @triton.jit
-def load_vector(pointer, at, inside, default):
+def load_vector(pointer, at, inside, default, VOLATILE: tl.constexpr = False):
     """A vector of parameters in fp32, `default` where there is none."""
     if pointer is None:
         return tl.full(at.shape, default, tl.float32)
     else:
-        return tl.load(pointer + at, mask=inside, other=0.0).to(tl.float32)
+        return tl.load(pointer + at, mask=inside, other=0.0, volatile=VOLATILE).to(tl.float32)
 
 
 @triton.jit

@@ -97,6 +97,11 @@ def _waveform_conv_bwd_kernel(
             grad *= activate_slope(hat * gain[None, :] + shift[None, :], ACTIVATION)
             dy = (grad - plain[None, :] - hat * weighted[None, :]) * (rstd * gain)[None, :]
         else:
+            if NORM == "layer":  # whole rows leave few registers: volatile, these are read again for each tile
+                bias = load_vector(bias_ptr, channel, inside, 0.0, VOLATILE=True)
+                shift = load_vector(norm_bias_ptr, channel, inside, 0.0, VOLATILE=True)
+                if not DOT:
+                    taps, total = load_taps(taps_ptr, channel, C, K, DOT, BLOCK_K, VOLATILE=True)
             y = convolve(waveform_ptr, taps, total, None, b, frame, S, K, STRIDE, DOT, BLOCK_K) + bias[None, :]
             if NORM == "layer":
                 centred = tl.where(inside[None, :], y - tl.sum(y, axis=1)[:, None] / C, 0.0)
