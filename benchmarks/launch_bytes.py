@@ -174,11 +174,14 @@ def _convolved(a: dict[str, Any], b: int, first: int, count: int) -> Touch:
     return Touch(asked * e, ("waveform", b), first * a["STRIDE"], _windows(count, a), e)
 
 
+def _taps(a: dict[str, Any], first: int, c: int) -> Touch:
+    row = a["K"] * _size(a["taps_ptr"])
+    return Touch(c * row, ("taps",), first, c, row)
+
+
 def _waveform_vectors(a: dict[str, Any], b: int | None, first: int, c: int) -> list[Touch]:
     """Taps, gain and shift, and what is an utterance's own (where `b` says whose)."""
-    taps = a["taps_ptr"]
-    row = a["K"] * _size(taps)
-    found = [Touch(c * row, ("taps",), first, c, row)]
+    found = [_taps(a, first, c)]
     found += _vectors(a, ("norm_weight_ptr", "norm_bias_ptr"), first, c)
     return found + (_statistics(a, b, first, c) if b is not None else [])
 
@@ -225,6 +228,10 @@ def _waveform_bwd(a: dict[str, Any]) -> Programs:
         for index in range(first, min(first + a["tiles_per_program"], a["B"] * tiles)):
             b, tile = divmod(index, tiles)
             n = _within(a["BLOCK_T"], tile, T)
+            if a["NORM"] == "layer" and index > first:  # read again for each tile
+                found += _vectors(a, ("bias_ptr", "norm_bias_ptr"), channel, c)
+                if not a["DOT"]:
+                    found.append(_taps(a, channel, c))
             if a["NORM"] == "group":
                 found += _statistics(a, b, channel, c)
                 found += [Touch(4 * c, ("sums", b, i), channel, c, 4) for i in range(2)]

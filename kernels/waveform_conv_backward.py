@@ -71,9 +71,11 @@ def _waveform_conv_bwd_kernel(
     channel, k = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
     inside = channel < C
     gain = load_vector(norm_weight_ptr, channel, inside, 1.0)
-    shift = load_vector(norm_bias_ptr, channel, inside, 0.0)
-    bias = load_vector(bias_ptr, channel, inside, 0.0)
-    taps, total = load_taps(taps_ptr, channel, C, K, DOT, BLOCK_K)
+    if NORM != "layer":
+        shift = load_vector(norm_bias_ptr, channel, inside, 0.0)
+        bias = load_vector(bias_ptr, channel, inside, 0.0)
+    if NORM != "layer" or DOT:
+        taps, total = load_taps(taps_ptr, channel, C, K, DOT, BLOCK_K)
     dtaps = tl.zeros([BLOCK_K, BLOCK_C], dtype=tl.float32)
     dgain = tl.zeros([BLOCK_C], dtype=tl.float32)
     dshift = tl.zeros([BLOCK_C], dtype=tl.float32)
@@ -97,7 +99,7 @@ def _waveform_conv_bwd_kernel(
             grad *= activate_slope(hat * gain[None, :] + shift[None, :], ACTIVATION)
             dy = (grad - plain[None, :] - hat * weighted[None, :]) * (rstd * gain)[None, :]
         else:
-            if NORM == "layer":  # whole rows leave few registers: volatile, these are read again for each tile
+            if NORM == "layer":  # whole rows leave few registers: these are read again for each tile
                 bias = load_vector(bias_ptr, channel, inside, 0.0, VOLATILE=True)
                 shift = load_vector(norm_bias_ptr, channel, inside, 0.0, VOLATILE=True)
                 if not DOT:
