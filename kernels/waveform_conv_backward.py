@@ -71,11 +71,10 @@ def _waveform_conv_bwd_kernel(
     channel, k = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
     inside = channel < C
     gain = load_vector(norm_weight_ptr, channel, inside, 1.0)
-    if NORM != "layer":
+    if NORM != "layer" or not DOT:
         shift = load_vector(norm_bias_ptr, channel, inside, 0.0)
         bias = load_vector(bias_ptr, channel, inside, 0.0)
-    if NORM != "layer" or DOT:
-        taps, total = load_taps(taps_ptr, channel, C, K, DOT, BLOCK_K)
+    taps, total = load_taps(taps_ptr, channel, C, K, DOT, BLOCK_K)
     dtaps = tl.zeros([BLOCK_K, BLOCK_C], dtype=tl.float32)
     dgain = tl.zeros([BLOCK_C], dtype=tl.float32)
     dshift = tl.zeros([BLOCK_C], dtype=tl.float32)
@@ -99,11 +98,9 @@ def _waveform_conv_bwd_kernel(
             grad *= activate_slope(hat * gain[None, :] + shift[None, :], ACTIVATION)
             dy = (grad - plain[None, :] - hat * weighted[None, :]) * (rstd * gain)[None, :]
         else:
-            if NORM == "layer":  # whole rows leave few registers: these are read again for each tile
+            if NORM == "layer" and DOT:  # whole rows leave few registers: these are read again for each tile
                 bias = load_vector(bias_ptr, channel, inside, 0.0, VOLATILE=True)
                 shift = load_vector(norm_bias_ptr, channel, inside, 0.0, VOLATILE=True)
-                if not DOT:
-                    taps, total = load_taps(taps_ptr, channel, C, K, DOT, BLOCK_K, VOLATILE=True)
             y = convolve(waveform_ptr, taps, total, None, b, frame, S, K, STRIDE, DOT, BLOCK_K) + bias[None, :]
             if NORM == "layer":
                 centred = tl.where(inside[None, :], y - tl.sum(y, axis=1)[:, None] / C, 0.0)
