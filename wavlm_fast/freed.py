@@ -85,6 +85,11 @@ def free(parameter: nn.Parameter) -> None:
     parameter.__class__ = FreedWeight
 
 
+def contiguous(weight: Tensor) -> Tensor:
+    """`weight.contiguous()`; a freed one as it is, also where torch does not ask `FreedWeight`: inside of an op."""
+    return weight if type(weight) is FreedWeight else weight.contiguous()
+
+
 def refuse(what: str, args: Iterable[Any]) -> None:
     """Raise RuntimeError if one of the arguments of `what`, alone or in a list, has no values."""
     for a in args:

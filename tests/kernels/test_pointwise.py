@@ -36,8 +36,9 @@ def compare_add_layer_norm(shape, dtype):
     truth += REFERENCE["add_layer_norm_backward"].fn(*wide(given))
     plain += REFERENCE["add_layer_norm_backward"].fn(*given)
     found += kernel("add_layer_norm_backward")(*given)
+    # A row's mean and variance are sums of its length, and their roundings are in all of its numbers.
     for f, t, p in zip(found, truth, plain, strict=True):
-        assert_close(f, t, p)
+        assert_close(f, t, p, tiny=8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

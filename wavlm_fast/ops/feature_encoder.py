@@ -180,6 +180,7 @@ _op = define(
     check=_check,
     fake=_fake,
     kernel=_kernel,
+    in_parts=True,
 )
 references[NAME] = reference
 autocast(NAME, _op, lower=(0, 1, 2))

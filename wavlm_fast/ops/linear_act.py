@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..freed import contiguous
 from . import _check as check
 from ._activation import activate, activate_backward
 from ._define import autocast, define, differentiate, needs_grad, only, or_empty, or_none
@@ -29,7 +30,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
         ValueError, TypeError: shapes, devices, dtypes or the activation do not fit.
     """
     save = activation != "none" and needs_grad(x, weight, bias)
-    return _op(x.contiguous(), weight.contiguous(), bias, activation, save)[0]
+    return _op(x.contiguous(), contiguous(weight), bias, activation, save)[0]
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
