@@ -92,7 +92,7 @@ def test_a_wrong_layer_fails(command, tiny, no_probe, broken, tmp_path, change):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_held_to_half_precision(command, tiny, no_probe, broken, dtype):
     assert command("demo", "--model", tiny, "--dtype", dtype, "--max-seconds", "2").status == 0
-    broken(lambda model: model.encoder.layers[0].feed_forward.output_dense.weight.mul_(-3))
+    broken(lambda model: model.feature_extractor.conv_layers[1].conv.weight.mul_(-3))
     assert command("demo", "--model", tiny, "--dtype", dtype, "--max-seconds", "2").status == 1
 
 
