@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from wavlm_fast import memory
-from wavlm_fast.errors import UserError
+from wavlm_fast.errors import UserError, first_line
 
 from .cases import MODELS, Case, Output, Spec
 from .providers import SHORT, Provider, Subject, providers
@@ -63,7 +63,7 @@ def run(case: Case, name: str, provider: Provider, subject: Subject) -> Result |
     except UserError as error:
         return f"the process {error}"
     except Exception as error:  # an exporter raises what it likes
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return first_line(error)
 
 
 def installed() -> int:

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 from wavlm_fast.kernels._target import pretend
 
 from wavlm_fast.backends.triton import TABLE
@@ -34,7 +33,7 @@ from wavlm_fast.backends.triton import TABLE
 from .gpu_cases import BATCH, DTYPES, FRAMES, MODELS, Case, cases
 from .gpu_compile import Launch, recording
 from .launch_bytes import Bytes, of_launch
-from .torch_bytes import TorchBytes, matching, size, transformers_bytes
+from .torch_bytes import TorchBytes, matching, sizes, transformers_bytes
 
 TARGET = "hopper"
 # The most that is allowed over the compulsory bytes, of what is asked for and of what comes from memory.
@@ -89,7 +88,7 @@ class Row:
 
 def compulsory(case: Case, outputs: Any) -> int:
     """Bytes of all inputs and outputs of an op."""
-    return sum(size(t) for t in tree_leaves((case.args, outputs)) if isinstance(t, torch.Tensor))
+    return sizes(case.args, outputs)
 
 
 def _with_memory(case: Case) -> Case:
@@ -129,7 +128,7 @@ def attention(dtype: torch.dtype, head_dim: int) -> dict[str, Bytes]:
 def rows(dtype: torch.dtype, chosen: str = "") -> Iterator[Row]:
     """Every op of both models whose name contains `chosen`, forward and backward."""
     heads: dict[int, dict[str, Bytes]] = {}
-    for model, sizes in MODELS.items():
+    for model, shape in MODELS.items():
         theirs = {(op, what): both for op, what, *both in transformers_bytes(model, dtype)}
         for case in cases(model, dtype):
             if chosen not in case.op:
@@ -137,10 +136,10 @@ def rows(dtype: torch.dtype, chosen: str = "") -> Iterator[Row]:
             with pretend(TARGET):
                 outputs, launches, around = ours(case)
             if case.op.startswith("gated_attention"):
-                D = sizes.channels // sizes.heads
+                D = shape.channels // shape.heads
                 heads[D] = heads.get(D) or attention(dtype, D)
                 one = heads[D][case.op]
-                found = Bytes(one.asked * sizes.heads, one.memory * sizes.heads)
+                found = Bytes(one.asked * shape.heads, one.memory * shape.heads)
             else:
                 found = sum(map(of_launch, launches), around)
             least = compulsory(case, outputs)

@@ -17,6 +17,7 @@ from wavlm_fast.backends.triton import TABLE
 
 from .gpu_cases import MODELS, TO_WAVEFORM, Case, cases
 from .gpu_compile import Launch, recording
+from .torch_bytes import sizes
 
 # Stage of benchmarks.flops -> the op that is the whole of it, apart from torch's linear layers.
 OPS = {
@@ -54,11 +55,6 @@ class Call:
     bytes: int
 
 
-def size(*tensors: Any) -> int:
-    """Bytes of all tensors in what is given."""
-    return sum(t.numel() * t.element_size() for t in tree_leaves(tensors) if isinstance(t, Tensor))
-
-
 class _Around(TorchDispatchMode):
     """While entered, notes torch's ops that move anything."""
 
@@ -73,7 +69,7 @@ class _Around(TorchDispatchMode):
             count = flop_registry.get(op.overloadpacket)
             operations = count(*args, **(kwargs or {}), out_val=result) if count else 0
             dtype = next((a.dtype for a in tree_leaves(args) if isinstance(a, Tensor)), torch.float32)
-            self.found.append(TorchOp(name, operations, type_of(dtype), size(args, result)))
+            self.found.append(TorchOp(name, operations, type_of(dtype), sizes(args, result)))
         return result
 
 
@@ -85,7 +81,7 @@ def type_of(dtype: torch.dtype) -> str:
 def _call(stage: str, op: str, times: int, function: Callable[..., Any], args: tuple[Any, ...]) -> Call:
     with recording() as launches, torch.no_grad(), _Around() as around:
         outputs = function(*args)
-    return Call(stage, op, times, tuple(launches), tuple(around.found), size(args, outputs))
+    return Call(stage, op, times, tuple(launches), tuple(around.found), sizes(args, outputs))
 
 
 def _saves(case: Case) -> Case:

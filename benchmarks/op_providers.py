@@ -18,8 +18,9 @@ from wavlm_fast.parity.definitions import toeplitz
 from wavlm_fast.parity.run_ops import FRONTS
 
 from . import peers
+from .providers import SHORT
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {short: dtype for dtype, short in SHORT.items()}
 # Ops that stand for several others, and run as those where there is no kernel for the whole.
 WHOLE = frozenset({"feature_encoder", "encoder_layer"})
 _FASTEST = {"cpu": "cpu", "cuda": "triton"}

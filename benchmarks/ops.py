@@ -13,13 +13,16 @@ from torch import Tensor
 from transformers import WavLMConfig
 
 from wavlm_fast import audio, backends, measure, memory
+from wavlm_fast.errors import first_line
 from wavlm_fast.parity import cases as parity_cases
 from wavlm_fast.parity import plain, rule, run_ops
 
 from . import flops
 from .cases import MODELS
-from .op_providers import DTYPES, OpProvider, Refusal, op_providers
+from .op_providers import OpProvider, Refusal, op_providers
 from .peaks import Peaks
+from .providers import SHORT
+from .rounds import Row
 
 __all__ = ["BoundOp", "OpCase", "Truth", "op_cases", "op_providers", "run_op"]
 
@@ -300,60 +303,41 @@ def run_op(
     seconds = measure.interleave(calls, rounds, device, budget) if calls else {}
     peak = before.best(peaks()) if before else None
     for name, times in seconds.items():
-        _fill(rows[name], times, peak.of(providers[name].dtype) if peak else None)
+        rows[name].timed(times, peak.of(providers[name].dtype) if peak else None)
     _compare(rows, providers, seconds)
     calls.clear()
     memory.give_back_freed()
-    return list(rows.values())
+    return [row.as_dict() for row in rows.values()]
 
 
-def _row(case: OpCase, name: str, provider: OpProvider) -> dict[str, Any]:
-    timed = ("factor", "gflops", "peak_gflops", "share", "ours_faster")
-    return {
-        "case": case.name, "group": "op", "model": case.model, "cls": case.op, "batch": case.batch,
-        "length": case.length, "provider": name, "family": provider.family,
-        "dtype": next(short for short, dtype in DTYPES.items() if dtype == provider.dtype), "ours": provider.ours,
-        "audio": None, "gflop": case.operations / 1e9, "error": None, "allowed": None, "problem": None,
-        "wrong": False, "note": "", "seconds": None, **dict.fromkeys(timed),
-    }  # fmt: skip
+def _row(case: OpCase, name: str, provider: OpProvider) -> Row:
+    return Row(
+        case.name, "op", case.model, case.op, case.batch, case.length,
+        name, provider.family, SHORT[provider.dtype], provider.ours, None, case.operations / 1e9,
+    )  # fmt: skip
 
 
 def _verified(
-    case: OpCase, row: dict[str, Any], provider: OpProvider, values: dict[str, Any], truth: Truth
+    case: OpCase, row: Row, provider: OpProvider, values: dict[str, Any], truth: Truth
 ) -> BoundOp | None:
     """The provider's call, and in `row` how right it is; None, and in `row` why, if it is not to be timed."""
     try:
         call = BoundOp(case, provider, values)
         verdict = truth.verdict(*call.result())
     except (Refusal, backends.BackendUnavailable) as refusal:
-        row["problem"] = f"does not run this case: {refusal}"
+        row.failed(str(refusal), wrong=False)
         return None
     except Exception as error:  # whatever a library raises at what it cannot do
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        row["problem"] = f"does not run this case: {lines[0]}"
-        row["wrong"] = provider.ours or provider.family == "torch"
+        row.failed(first_line(error), wrong=provider.ours or provider.family == "torch")
         return None
-    sizes = {"error": verdict.error, "allowed": verdict.allowed}
-    row |= {name: size if math.isfinite(size) else None for name, size in sizes.items()}
-    row |= {"problem": verdict.problem, "wrong": verdict.problem is not None, "note": call.note}
+    row.error, row.allowed = (size if math.isfinite(size) else None for size in (verdict.error, verdict.allowed))
+    row.problem, row.wrong, row.note = verdict.problem, verdict.problem is not None, call.note
     return None if verdict.problem else call
 
 
-def _fill(row: dict[str, Any], times: list[float], peak: float | None) -> None:
-    timing = measure.Timing.of(times)
-    row["seconds"] = timing.as_dict()
-    if not row["gflop"]:
-        return
-    row["gflops"] = row["gflop"] / timing.median
-    if peak is not None:
-        row |= {"peak_gflops": peak / 1e9, "share": row["gflops"] * 1e9 / peak}
-
-
-def _compare(
-    rows: dict[str, dict[str, Any]], providers: Mapping[str, OpProvider], seconds: Mapping[str, list[float]]
-) -> None:
+def _compare(rows: dict[str, Row], providers: Mapping[str, OpProvider], seconds: Mapping[str, list[float]]) -> None:
     """The fastest backend of ours over the others, in the same dtype."""
     for name, times in seconds.items():
         same = [n for n in seconds if providers[n].ours and providers[n].dtype == providers[name].dtype]
         if same and not providers[name].ours:
-            rows[name]["ours_faster"] = measure.ratio(times, seconds[same[0]]).as_dict()
+            rows[name].ours_faster = measure.ratio(times, seconds[same[0]])

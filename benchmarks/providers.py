@@ -98,7 +98,7 @@ def providers(device: str = "cpu") -> tuple[dict[str, Provider], dict[str, str]]
         else:
             absent[name] = reason
     if device != "cpu":
-        absent |= dict.fromkeys(("ONNX Runtime fp32", "OpenVINO f32", "OpenVINO bf16"), "runs on the CPU here")
+        absent |= {name: "runs on the CPU here" for name, p in _on_cpu().items() if p.packages}
     return found, absent
 
 
@@ -110,8 +110,7 @@ def _on_cpu() -> dict[str, Provider]:
     onnx, openvino = ("onnxruntime", "onnx"), {"prepare": _openvino_file, "packages": ("openvino",)}
     return {
         **_eager((SINGLE, HALF)),
-        **_compiled((SINGLE,)),
-        **_attention((SINGLE,)),
+        **_changed((SINGLE,)),
         "ONNX Runtime fp32": Provider("ONNX Runtime", SINGLE, _onnxruntime, prepare=_onnx_file, packages=onnx),
         "OpenVINO f32": Provider("OpenVINO", SINGLE, _openvino("f32"), **openvino),
         "OpenVINO bf16": Provider("OpenVINO", HALF, _openvino("bf16"), **openvino, note=_openvino_bf16),
@@ -123,8 +122,7 @@ def _on_cpu() -> dict[str, Provider]:
 def _on_gpu() -> dict[str, Provider]:
     return {
         **_eager((SINGLE, SIXTEEN, HALF)),
-        **_compiled((SIXTEEN, HALF)),
-        **_attention((SIXTEEN, HALF)),
+        **_changed((SIXTEEN, HALF)),
         **_fast((SINGLE, SIXTEEN, HALF)),
         **{f"{OURS} {SHORT[d]}, graph": Provider(f"{OURS}, graph", d, _graph(d), dense=False) for d in (SIXTEEN, HALF)},
     }
@@ -139,20 +137,16 @@ def _trained(dtype: torch.dtype, fast: bool = False) -> Callable[[Subject], Outp
     return (lambda subject: subject.copy(dtype, fast)) if dtype == SINGLE else None
 
 
-def _compiled(dtypes: tuple[torch.dtype, ...]) -> dict[str, Provider]:
-    def build(dtype: torch.dtype) -> Callable[[Subject], Call]:
-        return lambda subject: _run(peers.compiled, subject.copy(dtype), subject)
+def _changed(dtypes: tuple[torch.dtype, ...]) -> dict[str, Provider]:
+    """transformers' model, compiled or around other attention than its own."""
+    forms = {
+        f"{BASELINE} + compile": (peers.compiled, True),
+        "SDPA, dense bias": (peers.with_sdpa, True),
+        "FlexAttention": (peers.with_flex, False),
+    }
 
-    family = f"{BASELINE} + compile"
-    return {f"{family} {SHORT[d]}": Provider(family, d, build(d), everywhere=False) for d in dtypes}
-
-
-def _attention(dtypes: tuple[torch.dtype, ...]) -> dict[str, Provider]:
-    """transformers' model around other attention than its own."""
-    forms = {"SDPA, dense bias": (peers.with_sdpa, True), "FlexAttention": (peers.with_flex, False)}
-
-    def build(change: Callable, dtype: torch.dtype) -> Callable[[Subject], Call]:
-        return lambda subject: _run(change, subject.copy(dtype), subject)
+    def build(change: Callable[[Output], Output], dtype: torch.dtype) -> Callable[[Subject], Call]:
+        return lambda subject: bound(change(subject.copy(dtype)), subject.inputs)
 
     return {
         f"{name} {SHORT[d]}": Provider(name, d, build(change, d), everywhere=False, dense=dense)
@@ -169,10 +163,6 @@ def _fast(dtypes: tuple[torch.dtype, ...]) -> dict[str, Provider]:
     for dtype in dtypes:
         found[f"{name} {SHORT[dtype]}"] = Provider(name, dtype, _reference(dtype), everywhere=False, dense=False)
     return found
-
-
-def _run(change: Callable[[Output], Output], module: Output, subject: Subject) -> Call:
-    return bound(change(module), subject.inputs)
 
 
 def _torch(dtype: torch.dtype, fast: bool = False) -> Callable[[Subject], Call]:

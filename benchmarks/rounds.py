@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from wavlm_fast import measure, memory
+from wavlm_fast.errors import first_line
 
 from . import fresh
 from .cases import MODELS, Case, bound, bound_step
@@ -39,7 +40,7 @@ class Row:
     family: str
     dtype: str
     ours: bool
-    audio: float  # seconds, of all utterances
+    audio: float | None  # seconds, of all utterances; of an op, none
     gflop: float  # by the direct algorithm
     error: float | None = None  # largest, relative to the largest value of the truth
     allowed: float | None = None
@@ -65,10 +66,17 @@ class Row:
     def timed(self, times: list[float], peak: float | None) -> None:
         """Fill in what follows from the seconds of each round, with the machine's peak in operations per second."""
         self.seconds = measure.Timing.of(times)
-        self.factor = self.audio / self.seconds.median
+        if self.audio is not None:
+            self.factor = self.audio / self.seconds.median
+        if not self.gflop:
+            return
         self.gflops = self.gflop / self.seconds.median
         if peak is not None:
             self.peak_gflops, self.share = peak / 1e9, self.gflops / (peak / 1e9)
+
+    def failed(self, why: str, wrong: bool) -> None:
+        """It does not run this case; `wrong` where it should."""
+        self.problem, self.wrong = f"does not run this case: {why}", wrong
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -131,13 +139,14 @@ def run_fresh(
     """
     rows = {name: Row.of(case, name, p) for name, p in providers.items()}
     peaks: dict[str, dict[str, Any]] = {}
-    yield list(rows.values()), []
+    shown = [row for row in rows.values() if not providers[row.provider].memory]
+    yield shown, []
     meter.doing(f"{case.name}: float64")
     checked, checker = (case, subject) if affordable(case) else narrow(case, subject)
     judge = Judge(checked, checker)
     seconds: defaultdict[str, list[float]] = defaultdict(list)
     for index in range(rounds):
-        for name in list(providers) if index % 2 == 0 else list(reversed(providers)):
+        for name in measure.order(providers, index):
             row, provider = rows[name], providers[name]
             if row.problem is not None:
                 continue
@@ -146,7 +155,7 @@ def run_fresh(
             meter.done(case.audio)
             peaks[name] = fresh.worst(peaks.get(name), fresh.row(case, name, provider, result))
             if isinstance(result, str):
-                row.problem = f"does not run this case: {result}"
+                row.failed(result, wrong=False)
                 continue
             seconds[name].append(result.seconds)
             if index == 0:
@@ -154,14 +163,14 @@ def run_fresh(
                     row.note = "held against float64 on a narrow model of this length"
                     result = fresh.run(checked, name, provider, checker)
                 if isinstance(result, str):
-                    _failed(row, provider, result)
+                    row.failed(result, _expected(provider))
                 else:
                     _judge(row, provider, judge, result.output)
         timed = {n: s for n, s in seconds.items() if rows[n].problem is None and not providers[n].memory}
         _compare(rows, providers, timed)
         for name, times in timed.items():
             rows[name].timed(times, None)
-        yield [row for row in rows.values() if not providers[row.provider].memory], list(peaks.values())
+        yield shown, list(peaks.values())
 
 
 def _verified(case: Case, row: Row, provider: Provider, subject: Subject, judge: Judge) -> Call | None:
@@ -170,16 +179,15 @@ def _verified(case: Case, row: Row, provider: Provider, subject: Subject, judge:
         call = bound_step(provider.trains(subject), subject.inputs) if case.train else provider.build(subject)
         result = call()
     except Exception as error:  # whatever a runtime raises at what it cannot do
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        _failed(row, provider, lines[0])
+        row.failed(first_line(error), _expected(provider))
         return None
     _judge(row, provider, judge, result)
     return None if row.wrong else call
 
 
-def _failed(row: Row, provider: Provider, why: str) -> None:
-    row.problem = f"does not run this case: {why}"
-    row.wrong = provider.ours or provider.family == BASELINE
+def _expected(provider: Provider) -> bool:
+    """Whether it has to run every case that it is asked for."""
+    return provider.ours or provider.family == BASELINE
 
 
 def _judge(row: Row, provider: Provider, judge: Judge, result: Any) -> None:

@@ -30,6 +30,11 @@ def size(tensor: torch.Tensor) -> int:
     return elements * tensor.element_size()
 
 
+def sizes(*given: Any) -> int:
+    """Bytes of all tensors in what is given."""
+    return sum(size(t) for t in tree_leaves(given) if isinstance(t, torch.Tensor))
+
+
 class TorchBytes(TorchDispatchMode):
     """Adds up the bytes of the ops run inside, `total`, but for those that touch a tensor of `ignored`."""
 

@@ -16,28 +16,30 @@ _pretended: ContextVar[str | None] = ContextVar("wavlm_fast_target", default=Non
 def _of_device(index: int) -> str:
     if torch.version.hip:
         return "cdna"
-    major = torch.cuda.get_device_capability(index)[0]
-    return "hopper" if major in (9, 10) else "cuda"
+    return {9: "hopper", 10: "blackwell"}.get(torch.cuda.get_device_capability(index)[0], "cuda")
 
 
-def target(device: torch.device) -> str:
-    """Products read their operands from shared memory on "hopper" (sm_90, sm_100), from registers on "cuda" (other
-    NVIDIA GPUs) and "cdna" (AMD). Asks the driver once per device, and waits for nothing.
-    """
+def _kind(device: torch.device) -> str:
+    """What `pretend` takes. Asks the driver once per device, and waits for nothing."""
     pretended = _pretended.get()
     if pretended is not None:
-        return "hopper" if pretended == "blackwell" else pretended
+        return pretended
     if device.type != "cuda":  # the interpreter
         return "cuda"
     return _of_device(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def target(device: torch.device) -> str:
+    """Products read their operands from shared memory on "hopper" (sm_90, sm_100), from registers on "cuda" (other
+    NVIDIA GPUs) and "cdna" (AMD).
+    """
+    kind = _kind(device)
+    return "hopper" if kind == "blackwell" else kind
+
+
 def has_tensor_memory(device: torch.device) -> bool:
     """Whether products leave their sums in tensor memory (sm_100), not in registers."""
-    pretended = _pretended.get()
-    if pretended is not None or device.type != "cuda" or torch.version.hip:
-        return pretended == "blackwell"
-    return torch.cuda.get_device_capability(device)[0] == 10
+    return _kind(device) == "blackwell"
 
 
 @contextmanager

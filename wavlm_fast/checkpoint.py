@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import WavLMConfig, WavLMModel
 
-from .errors import UserError
+from .errors import UserError, first_line
 from .inputs import receptive_field as _receptive_field
 from .sensitive import make_sensitive
 
@@ -146,5 +146,4 @@ def _normalises(name: str, config: WavLMConfig) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".:")
+    return first_line(error).strip().rstrip(".:")

@@ -6,7 +6,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -153,11 +153,15 @@ def interleave(
     for index in range(rounds):
         if index >= 3 and time.perf_counter() - begin > budget:
             break
-        order = list(calls) if index % 2 == 0 else list(reversed(calls))
-        for name in order:
+        for name in order(calls, index):
             seconds[name].append(_clock(calls[name], device))
             between()
     return seconds
+
+
+def order(names: Iterable[str], index: int) -> list[str]:
+    """Who comes after whom in round `index`: every other one runs backwards."""
+    return list(names) if index % 2 == 0 else list(names)[::-1]
 
 
 def _clock(call: Callable[[], Any], device: torch.device | str) -> float:
