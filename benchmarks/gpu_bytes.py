@@ -9,7 +9,7 @@ Attention, norms and pooling are held to what is asked for. Products are held to
 multiply M·K by K·N numbers ask for at least 2·M·N·K over the root of how many a processor holds, whatever their tiles,
 which for the convolutions of the front end and 256 KB is nearly three times the compulsory bytes.
 
-No GPU is needed. The kernels are counted by formulas (benchmarks/launch_bytes.py), attention by running it in Triton's
+No GPU is needed. Kernels are counted by formulas (benchmarks/launch_formulas.py), attention by running it in Triton's
 interpreter (benchmarks/counted_bytes.py). Exit status 1 when a bar is missed.
 """
 

@@ -1,4 +1,4 @@
-"""The formulas of benchmarks/launch_bytes.py against what the interpreter counts, launch by launch."""
+"""The formulas of benchmarks/launch_formulas.py against what the interpreter counts, launch by launch."""
 
 from functools import cache
 
@@ -13,7 +13,8 @@ if DEVICE != "cpu":
     pytest.skip("the interpreter counts", allow_module_level=True)
 
 from benchmarks.counted_bytes import counting
-from benchmarks.launch_bytes import FORMULAS, of_launch
+from benchmarks.launch_bytes import of_launch
+from benchmarks.launch_formulas import FORMULAS
 
 HALF = torch.float16
 EVERY = 10**9  # programs in one wave: every address counts once per launch
