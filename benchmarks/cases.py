@@ -138,7 +138,8 @@ def of(model: str, batch: int, length: float, group: str, **options: Any) -> Cas
 
 _RAGGED = tuple(float(s) for s in torch.linspace(2, 10, 4).tolist())
 _PLAIN = ("transformers", "wavlm_fast")
-_NO_ONNX = (*_PLAIN, "OpenVINO", "wavlm_fast, originals freed")  # it never was far from OpenVINO
+_AND_FREED = (*_PLAIN, "wavlm_fast, originals freed")
+_NO_ONNX = (*_AND_FREED, "OpenVINO")  # it never was far from OpenVINO
 
 
 def _all() -> Iterator[Case]:
@@ -146,14 +147,14 @@ def _all() -> Iterator[Case]:
     yield of("base", 1, 2, "latency")
     yield of("base", 1, 10, "latency", stages=True, layers=True, memory=True, everybody=True)
     yield of("base", 1, 30, "latency", memory=True, families=_NO_ONNX)
-    yield of("base", 8, 10, "throughput")
+    yield of("base", 8, 10, "throughput", families=_NO_ONNX)
     yield Case("base", _RAGGED, "ragged", ragged="ragged 4x2-10", families=_NO_ONNX)
-    for batch in (1, 4, 16, 64):
+    for batch in (1, 8, 64):
         yield of("base", batch, 1, "batch", families=_PLAIN)
-    yield of("base", 1, 60, "length", families=_PLAIN)
-    yield of("base", 1, 120, "length", memory=True, families=_NO_ONNX, dtypes=(torch.float32,))
+    # OpenVINO in f32 is wrong for so long an utterance, and transformers has not the memory for ten minutes.
+    yield of("base", 1, 120, "length", memory=True, families=_AND_FREED, dtypes=(torch.float32,))
     yield of("base", 1, 600, "length", memory=True, families=_PLAIN, dtypes=(torch.bfloat16,))
-    yield of("large", 1, 10, "latency", families=_NO_ONNX)
+    yield of("large", 1, 10, "latency", families=_PLAIN)
     for model in ("ctc", "classification", "frames", "xvector"):
         yield of(model, 1, 10, "classes", families=_PLAIN)
     yield of("train", 2, 5, "training", train=True)

@@ -57,7 +57,7 @@ class OpProvider:
         make: from an op, and whether its gradient is wanted, to the way it is run; raises `Refusal`.
         ops: what it is for; None for every op.
         backend: which of ours it is, or None.
-        everywhere: False for what takes a compilation for every case.
+        everywhere: False for what runs only where it is asked for: it compiles for every case, or tells little.
     """
 
     family: str
@@ -98,7 +98,8 @@ def op_providers(device: torch.device | str) -> tuple[dict[str, OpProvider], dic
             label = f"wavlm_fast {backend} {name}"
             if reason is None:
                 make = partial(_ours, backend, backend == fastest)
-                found[label] = OpProvider("wavlm_fast", dtype, device, make, backend=backend)
+                everywhere = backend != "reference"  # it is what torch makes of it, once more
+                found[label] = OpProvider("wavlm_fast", dtype, device, make, backend=backend, everywhere=everywhere)
             else:
                 absent[label] = reason
     return found, absent

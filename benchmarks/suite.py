@@ -33,7 +33,7 @@ from .rounds import Row, run_case, run_fresh, run_layers, run_stages
 _INTERRUPTED, _WRONG = 130, 1
 _STAGE_RUNS = 16
 _PEERS = ("openvino", "onnxruntime", "onnx")
-_OP_ROUNDS, _OP_BUDGET = 7, 3.0  # seconds
+_OP_SECONDS, _OP_ROUNDS, _OP_BUDGET = 5.0, 7, 3.0  # of audio, and seconds after which no further round starts
 _OWN = "model"  # what a user's checkpoint is called in the names of cases
 
 
@@ -151,7 +151,7 @@ def selected(args: argparse.Namespace) -> list[Case | OpCase]:
         there = grid(_OWN if args.model else "base", args.batch or [1, 8], args.seconds or [2.0, 10.0, 30.0])
     else:
         there = dict(CASES)
-    of_ops = {case.name: case for case in ops.op_cases("base", 1, 10.0)}
+    of_ops = {case.name: case for case in ops.op_cases("base", 1, _OP_SECONDS)}
     asked = args.case or (there if own else QUICK if args.quick else [*there, "ops"])
     unknown = [name for name in asked if name not in there and name not in of_ops and name != "ops"]
     if unknown:

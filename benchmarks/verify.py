@@ -18,7 +18,7 @@ from .cases import MODELS, Case, Inputs, Output, Spec, bound, bound_step
 from .providers import Subject
 
 _DENSE_LIMIT = 8e9  # bytes that transformers' attention weights may take
-_EXACT_LIMIT = 4e12  # operations that a truth in float64 may take
+_EXACT_LIMIT = 2e12  # operations that a truth in float64 may take
 _SAME = 1e-10  # as far as our reference may be from transformers, both in float64
 _CHECKED_SAMPLES = 32_000
 _NARROW = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from wavlm_fast.benchmarks.providers import Subject
 
+from wavlm_fast import use_backend
 from wavlm_fast.benchmarks import cases, flops, rounds, stages
 
 
@@ -46,6 +47,15 @@ def test_no_op_of_ours_is_missed(subject, monkeypatch):
         call()
     counted = sum(count for ops in clock.ops.values() for name, count in ops.items() if name in set(chosen))
     assert counted == len(chosen) > 20
+
+
+def test_steps_are_taken_where_no_kernel_is_a_whole_layer(subject):
+    module = subject.module.copy(fast=True)
+    call = cases.bound(module, subject.inputs)
+    with use_backend("reference"), stages.in_steps(module), stages.Clock(module) as clock:
+        call()
+    assert "gated_attention" in clock.ops["attention"]
+    assert not {"encoder_layer", "feature_encoder"} & {name for ops in clock.ops.values() for name in ops}
 
 
 def test_steps_are_taken_only_where_asked_for(subject):
