@@ -10,6 +10,7 @@ import torch
 
 from wavlm_fast.backends.triton import TABLE
 
+from .cases import MODELS as SPECS
 from .gpu_compile import Launch, record
 
 BATCH, SAMPLES = 8, 160_000  # 8 utterances of 10 s at 16 kHz
@@ -30,8 +31,15 @@ class Model:
     norm: str  # of the feature encoder
     conv_bias: bool
 
+    @classmethod
+    def of(cls, name: str) -> Model:
+        """Those of one of benchmarks.cases.MODELS."""
+        c = SPECS[name].config
+        sizes = c.hidden_size, c.num_attention_heads, c.intermediate_size, c.num_hidden_layers
+        return cls(*sizes, c.feat_extract_norm, c.conv_bias)
 
-MODELS = {"base": Model(768, 12, 3072, 12, "group", False), "large": Model(1024, 16, 4096, 24, "layer", True)}
+
+MODELS = {name: Model.of(name) for name in ("base", "large")}
 
 
 @dataclass(frozen=True)

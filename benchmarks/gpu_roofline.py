@@ -1,9 +1,10 @@
 """`python -m benchmarks.gpu_roofline`: how fast WavLM could be on GPUs, estimated. Nothing is measured.
 
 A kernel of ours takes at least as long as its busiest unit: the matrix unit, the issue of instructions and the like by
-the machine code that was compiled for the device, or memory by the bytes that the op cannot do without. Torch's own ops
-take the longer of arithmetic at the device's peak and their bytes. Real times are longer: nothing is known here of
-latency, of caches beyond that, or of clocks that sink under load. The host's time for launches stands beside the sum.
+the machine code that was compiled for the device, or memory by the bytes that its programs miss in the last cache
+(launch_bytes.py; attention has no formula there, and counts the bytes that it cannot do without). Torch's own ops take
+the longer of arithmetic at the device's peak and their bytes. Real times are longer: nothing is known here of latency,
+of caches beyond that, or of clocks that sink under load. The host's time for launches stands beside the sum.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from .gpu_compile import Built, Launch, build
 from .gpu_devices import DEVICES, Device
 from .gpu_pieces import Call, calls, trips
 from .gpu_static import pretended
+from .launch_bytes import of_launch as bytes_of_launch
+from .launch_formulas import FORMULAS
 
 ESTIMATE = "Estimate from data sheets and compiled kernels, not measured on a GPU"
 BATCHES = (8, 1)
@@ -99,7 +102,7 @@ def of_call(call: Call, device: Device) -> dict[str, float]:
         units = of_launch(launch, compiled(launch, device), device)
         unit = max(units, key=units.__getitem__)
         kernels[unit] += units[unit]
-    memory = call.bytes / device.bandwidth
+    memory = moved(call, device) / device.bandwidth
     if call.launches:
         found.update({"memory": memory} if memory > kernels.total() else kernels)
     for op in call.around:
@@ -107,6 +110,13 @@ def of_call(call: Call, device: Device) -> dict[str, float]:
         unit = "memory" if memory > arithmetic else "fp32" if op.type == "fp32" else "matrix"
         found[unit] += max(arithmetic, memory)
     return dict(found)
+
+
+def moved(call: Call, device: Device) -> int:
+    """Bytes that the launches of a call move to and from memory, two programs on each processor at a time."""
+    known = (launch for launch in call.launches if launch.name in FORMULAS)
+    found = sum(bytes_of_launch(launch, 2 * device.processors, device.cache).memory for launch in known)
+    return max(found, call.bytes)
 
 
 _built: dict[tuple, Built] = {}
@@ -125,17 +135,17 @@ def estimate(model: str, device: Device, dtype: str, batch: int, train: bool, se
     samples = int(seconds * RATE)
     operations = _operations(model, batch, samples)
     bounds: dict[str, Counter[str]] = {stage: Counter() for stage in operations}
-    moved, launched = Counter(), Counter()
+    traffic, launched = Counter(), Counter()
     with pretend(pretended(device.architecture)):
         for call in calls(model, DTYPES[dtype], batch, samples, train):
             for unit, time in of_call(call, device).items():
                 bounds[call.stage][unit] += call.times * time
             around = sum(op.bytes for op in call.around)
-            moved[call.stage] += call.times * (around + (call.bytes if call.launches else 0))
+            traffic[call.stage] += call.times * (around + (moved(call, device) if call.launches else 0))
             launched[call.stage] += call.times * (len(call.launches) + len(call.around))
     stages = tuple(
-        Stage(name, bounds[name].total(), dict(bounds[name]), (3 if train else 1) * count, moved[name], launched[name])
-        for name, count in operations.items()
+        Stage(name, found.total(), dict(found), (3 if train else 1) * operations[name], traffic[name], launched[name])
+        for name, found in bounds.items()
     )
     return Estimate(model, device.name, dtype, batch, train, stages)
 

@@ -15,6 +15,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -49,6 +50,10 @@ _PER_SCORE = (
 )  # fmt: skip
 QUICK = ("sm_80", "sm_90", "gfx942")
 _TILES = ("BLOCK_M", "BLOCK_T", "BLOCK_R", "BLOCK_N", "BLOCK_C", "BLOCK_K", "BLOCK_D")
+
+
+TF32 = "tf32"
+TYPES = {**DTYPES, TF32: torch.float32}  # by the names of the table
 
 
 @dataclass(frozen=True)
@@ -89,9 +94,19 @@ class Row:
 
 def pretended(architecture: Architecture) -> str:
     """The name in kernels/_target.py that an architecture goes by."""
-    if architecture.target.backend == "hip":
-        return "cdna"
-    return {"sm_90": "hopper", "sm_100": "blackwell"}.get(architecture.name, "cuda")
+    names = {"sm_90": "hopper", "sm_100": "blackwell", "gfx942": "cdna3", "gfx90a": "cdna"}
+    return names.get(architecture.name, "cuda")
+
+
+@contextmanager
+def _multiplying(dtype: str) -> Iterator[None]:
+    """Set torch, and with it the kernels, to multiply fp32 matrices in TF32 or exactly."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, dtype == TF32
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def launches(
@@ -105,11 +120,12 @@ def launches(
     seen = set()
     for index in indices:
         for model, batch in product(MODELS, (BATCH, 1)):
-            for case in cases(model, DTYPES[dtype], batch=batch):
-                with pretend(pretended(architecture)), forced(index):
+            for case in cases(model, TYPES[dtype], batch=batch):
+                with pretend(pretended(architecture)), forced(index), _multiplying(dtype):
                     made = case.launches()
                 for launch in made:
-                    if launch.key not in seen:
+                    other = dtype == TF32 and launch.arguments.get("PRECISION") != TF32  # the same as in fp32
+                    if launch.key not in seen and not other:
                         seen.add(launch.key)
                         yield case.op, launch, index
 
@@ -220,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the table; the exit status is 1 if anything is wrong."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_static", description=__doc__)
     parser.add_argument("--arch", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--dtype", nargs="+", choices=list(TYPES), default=list(TYPES))
     parser.add_argument("--op", default="", help="only ops whose name contains this")
     parser.add_argument("--defaults", action="store_true", help="only what runs without tuning")
     parser.add_argument("--quick", action="store_true", help=f"defaults in bfloat16 on {', '.join(QUICK)}")

@@ -147,8 +147,9 @@ def _waveform_bwd(a: dict[str, Any]) -> Programs:
         for index in range(first, min(first + a["tiles_per_program"], a["B"] * tiles)):
             b, tile = divmod(index, tiles)
             n = _within(a["BLOCK_T"], tile, T)
-            if a["NORM"] == "layer" and a["DOT"] and index > first:  # read again for each tile
+            if a["NORM"] == "layer" and index > first:  # read again for each tile
                 found += _vectors(a, ("bias_ptr", "norm_bias_ptr"), channel, c)
+                found += [_taps(a, channel, c)] if a["TAPS_AGAIN"] else []
             if a["NORM"] == "group":
                 found += _statistics(a, b, channel, c)
                 found += [Touch(4 * c, ("sums", b, i), channel, c, 4) for i in range(2)]

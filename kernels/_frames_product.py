@@ -206,7 +206,7 @@ def frames_product(
     """Write `units` frames of `out` `[B, T', G·N]` from `x` `[B, T, G·C]` and `weight` `[G, taps, C, N]`."""
     G, taps, C, N = weight.shape
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
-    precision = dot_precision(x.dtype)
+    precision = dot_precision(x.dtype, x.device)
 
     def run(config: Config) -> None:
         grid = (G * triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(units, config["BLOCK_T"]), x.shape[0])
@@ -244,7 +244,7 @@ def frames_product_weight_gradient(
     """Gradient `[G, taps, C, N]` fp32 of the weight, from `x` `[B, T, G·C]` and the out's gradient `[B, T', G·N]`."""
     B, frames_out, N = grad.shape
     C, N = x.shape[2] // groups, N // groups
-    length, precision = taps * C, dot_precision(x.dtype)
+    length, precision = taps * C, dot_precision(x.dtype, x.device)
 
     def run(config: Config) -> torch.Tensor:
         tiles = triton.cdiv(length, config["BLOCK_K"]) * triton.cdiv(N, config["BLOCK_N"])

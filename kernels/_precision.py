@@ -2,12 +2,10 @@
 
 import torch
 
+from ._target import has_tf32
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """`input_precision` of `tl.dot`: "tf32" where torch's matrix products may use it, else "ieee"."""
-    if dtype != torch.float32:
-        return "ieee"
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # torch 2.9: its getter follows the settings above it
-        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
-    return "tf32" if matmul.allow_tf32 else "ieee"
+
+def dot_precision(dtype: torch.dtype, device: torch.device) -> str:
+    """`input_precision` of `tl.dot`: "tf32" where torch's products may use it and the GPU has it, else "ieee"."""
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed and has_tf32(device) else "ieee"

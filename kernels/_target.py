@@ -15,7 +15,8 @@ _pretended: ContextVar[str | None] = ContextVar("wavlm_fast_target", default=Non
 @cache
 def _of_device(index: int) -> str:
     if torch.version.hip:
-        return "cdna"
+        name = torch.cuda.get_device_properties(index).gcnArchName
+        return "cdna3" if name.startswith("gfx942") else "cdna"
     return {9: "hopper", 10: "blackwell"}.get(torch.cuda.get_device_capability(index)[0], "cuda")
 
 
@@ -34,7 +35,7 @@ def target(device: torch.device) -> str:
     NVIDIA GPUs) and "cdna" (AMD).
     """
     kind = _kind(device)
-    return "hopper" if kind == "blackwell" else kind
+    return {"blackwell": "hopper", "cdna3": "cdna"}.get(kind, kind)
 
 
 def has_tensor_memory(device: torch.device) -> bool:
@@ -42,9 +43,14 @@ def has_tensor_memory(device: torch.device) -> bool:
     return _kind(device) == "blackwell"
 
 
+def has_tf32(device: torch.device) -> bool:
+    """Whether products of TF32 numbers exist: of AMD's GPUs Triton makes them on gfx942 alone."""
+    return _kind(device) != "cdna"
+
+
 @contextmanager
 def pretend(name: str) -> Iterator[None]:
-    """Choose tiles as for another GPU: "hopper" (sm_90), "blackwell" (sm_100), "cuda" or "cdna"."""
+    """Launch as for another GPU: "hopper" (sm_90), "blackwell" (sm_100), "cuda", "cdna3" (gfx942) or "cdna"."""
     token = _pretended.set(name)
     try:
         yield

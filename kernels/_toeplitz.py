@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ._rows import product_of_rows
+
 SHIFTS = tl.constexpr(4)
 # Entries in front of and behind each copy, so that tiles which overhang the sequence load without masks. No tile
 # is larger.
@@ -107,18 +109,18 @@ def _fragment_tile(
 def biased_scores(
     a, b, gate, copies, first, start, T, W,
     MARGIN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, WARPS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """a · b + gate · bias, and the bias; `copies` are those of the head, `gate` broadcasts to the tile.
+    """product_of_rows(a, b) + gate · bias, and the bias; `copies` are those of the head, `gate` broadcasts to the tile.
 
     With WARPS, sums of the product begin with the gated bias: only operands a and b of a product are staged in shared
     memory by the compiler, and this way its loads stay where they are needed. 0 is for layouts other than theirs.
     """
     if WARPS:
         bias = _fragment_tile(copies, first, start, T, W, MARGIN, BLOCK_ROWS, BLOCK_COLUMNS, WARPS)
-        scores = tl.dot(a, b, gate * bias, input_precision=PRECISION)
+        scores = tl.dot(a, b.T, gate * bias, input_precision=PRECISION)
     else:
-        scores = tl.dot(a, b, input_precision=PRECISION)
+        scores = product_of_rows(a, b, D, PRECISION)
         rows = copies + row_places(first + tl.arange(0, BLOCK_ROWS), T, W, MARGIN)
         bias = tl.load(rows[:, None] + (start + tl.arange(0, BLOCK_COLUMNS))[None, :])
         scores = tl.fma(tl.broadcast_to(gate, bias.shape), bias, scores)

@@ -13,30 +13,12 @@ import triton.language as tl
 
 from ._dropout import keep, row_keys
 from ._precision import dot_precision
+from ._rows import in_pieces, load_tile, product_of_rows, row_pointers, row_starts
 from ._target import has_tensor_memory, target
 from ._toeplitz import MARGIN, biased_scores, far_tiles, fragment_warps, toeplitz
 from ._tuning import Config, tunable
 
 LOG2_E = 1 / math.log(2)
-
-
-@triton.jit
-def row_pointers(base, start, stride, rows, column):
-    """Pointers [rows, columns] to the tile that begins `start` rows behind `base`.
-
-    Sequences may be longer than 32-bit offsets reach, tiles are not: only one number a tile is computed in 64 bits.
-    """
-    return base + tl.cast(start, tl.int64) * stride + (rows[:, None] * stride + column[None, :])
-
-
-@triton.jit
-def load_tile(pointers, row, stop, column, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A [rows, BLOCK_D] tile, zero past `stop` (checked when MASKED) and past D."""
-    if MASKED:
-        return tl.load(pointers, mask=(row < stop)[:, None] & (column < D)[None, :], other=0.0)
-    if D == BLOCK_D:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=(column < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -53,12 +35,15 @@ def _fwd_step(
     """
     rows, column = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     key = start + rows
-    k = load_tile(row_pointers(k_base, start, stride_kt, rows, column), key, length, column, EDGE, D, BLOCK_D)
+    if q.dtype.is_ptr():
+        k = row_starts(k_base, start, stride_kt, rows, length, EDGE)
+    else:
+        k = load_tile(row_pointers(k_base, start, stride_kt, rows, column), key, length, column, EDGE, D, BLOCK_D)
     if FAR:
-        scores = tl.dot(q, k.T, input_precision=PRECISION)  # [M, N], before the scale
+        scores = product_of_rows(q, k, D, PRECISION)  # [M, N], before the scale
     else:
         scores, _ = biased_scores(
-            q, k.T, gate[:, None], copies, first, start, T, W, MARGIN, BLOCK_M, BLOCK_N, WARPS, PRECISION
+            q, k, gate[:, None], copies, first, start, T, W, MARGIN, BLOCK_M, BLOCK_N, WARPS, D, PRECISION
         )
     if EDGE:
         scores = tl.where((key < length)[None, :], scores, float("-inf"))
@@ -90,6 +75,7 @@ def _gated_attention_fwd_kernel(
     threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MARGIN: tl.constexpr,
     LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    IN_PIECES: tl.constexpr,  # products of queries and keys
     WARPS: tl.constexpr,  # of biased_scores
     APART: tl.constexpr,  # products with values are added to the sum of those before, not summed up in place
 ):  # fmt: skip
@@ -101,8 +87,8 @@ def _gated_attention_fwd_kernel(
     column = tl.arange(0, BLOCK_D)
     head = tl.program_id(1).to(tl.int64) * T
     q_base = q_ptr + b.to(tl.int64) * stride_qb + h * stride_qh
-    q_at = q_base + row[:, None].to(tl.int64) * stride_qt + column[None, :]
-    q = load_tile(q_at, row, T, column, False, D, BLOCK_D)
+    q_at = q_base + row[:, None].to(tl.int64) * stride_qt
+    q = q_at if IN_PIECES else load_tile(q_at + column[None, :], row, T, column, False, D, BLOCK_D)
     gate = tl.load(gate_ptr + head + row) * gate_scale
     row_key = row_keys(seed_ptr, head + row) if DROPOUT else row
     k_base = k_ptr + b.to(tl.int64) * stride_kb + h * stride_kh
@@ -149,17 +135,17 @@ def _gated_attention_fwd_kernel(
 
 @tunable
 def forward_configs(
-    head_dim: int, dtype: torch.dtype, precision: str, tensor_memory: bool, target: str
+    head_dim: int, dtype: torch.dtype, pieces: bool, tensor_memory: bool, target: str
 ) -> tuple[Config, ...]:
     """Tiles and warps. 128 queries read keys and values half as often as 64 do, with as many warps resident: eight of
     one program in place of four of two. What an iteration does once per tile is spread over more scores in wide tiles:
     128 keys where registers hold one program at a time all the same, 64 on "hopper": sm_90 then holds two, and sm_100
     spills with more. Wide heads leave registers for 64 keys on sm_90, whose operands need none, and for 32 elsewhere,
-    as fp32 does. AMD's wider warps hold half a tile. Without matrix instructions a thread holds whole rows of both
-    operands: tiles are small.
+    as fp32 does. AMD's wider warps hold half a tile. Products of queries and keys in `pieces` are followed by one over
+    all keys of a tile, of which a thread holds whole rows.
     """
     small = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-    if dtype == torch.float32 and precision == "ieee" and target != "cdna":
+    if pieces:
         tiny = {**small, "BLOCK_M": 32 if head_dim <= 64 else 16, "BLOCK_N": 16, "num_stages": 1}
         return tiny, {**tiny, "num_stages": 2}
     if dtype == torch.float32:
@@ -182,14 +168,15 @@ def forward_configs(
 
 def launch_constants(q: torch.Tensor, key_lengths: torch.Tensor | None, dropout_p: float) -> dict[str, object]:
     """The constexpr arguments that forward and backward share."""
-    D = q.shape[-1]
+    D, precision = q.shape[-1], dot_precision(q.dtype, q.device)
     return {
         "D": D,
         "BLOCK_D": max(16, triton.next_power_of_2(D)),
         "MARGIN": MARGIN,
         "LENGTHS": key_lengths is not None,
         "DROPOUT": dropout_p > 0,
-        "PRECISION": dot_precision(q.dtype),
+        "PRECISION": precision,
+        "IN_PIECES": in_pieces(q.dtype, precision, target(q.device)),
     }
 
 
@@ -229,6 +216,6 @@ def gated_attention(
             WARPS=warps, APART=apart,
         )  # fmt: skip
 
-    arguments = (D, q.dtype, constants["PRECISION"], tensor_memory)
+    arguments = (D, q.dtype, constants["IN_PIECES"], tensor_memory)
     forward_configs.launch(run, q.device, arguments, (T, B * H), (constants["DROPOUT"],))
     return out, lse

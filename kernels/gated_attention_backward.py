@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 
 from ._dropout import keep, row_keys
+from ._rows import load_tile, product_of_rows, row_pointers, row_starts
 from ._target import target
 from ._toeplitz import biased_scores, far_tiles, fragment_warps, toeplitz
 from ._tuning import Config, tunable
-from .gated_attention import LOG2_E, launch_constants, load_tile, row_pointers
+from .gated_attention import LOG2_E, launch_constants
 from .gated_attention_dbias import rel_bias_gradient
 
 
@@ -31,18 +32,23 @@ def _dq_step(
     rows, column = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     key = start + rows
     k = load_tile(row_pointers(k_base, start, stride_kt, rows, column), key, length, column, EDGE, D, BLOCK_D)
-    v = load_tile(row_pointers(v_base, start, stride_vt, rows, column), key, length, column, EDGE, D, BLOCK_D)
+    if q.dtype.is_ptr():
+        k_rows = row_starts(k_base, start, stride_kt, rows, length, EDGE)
+        v_rows = row_starts(v_base, start, stride_vt, rows, length, EDGE)
+    else:
+        k_rows = k
+        v_rows = load_tile(row_pointers(v_base, start, stride_vt, rows, column), key, length, column, EDGE, D, BLOCK_D)
     if FAR:
-        scores = tl.dot(q, k.T, input_precision=PRECISION)  # [M, N], before the scale
+        scores = product_of_rows(q, k_rows, D, PRECISION)  # [M, N], before the scale
         weights = tl.exp2(scores * scale - (lse - gate * far * scale)[:, None])
     else:
         scores, bias = biased_scores(
-            q, k.T, gate[:, None], copies, first, start, T, W, MARGIN, BLOCK_M, BLOCK_N, WARPS, PRECISION
+            q, k_rows, gate[:, None], copies, first, start, T, W, MARGIN, BLOCK_M, BLOCK_N, WARPS, D, PRECISION
         )
         weights = tl.exp2(scores * scale - lse[:, None])
     if EDGE:
         weights = tl.where((key < length)[None, :], weights, 0.0)
-    dweights = tl.dot(dout, v.T, input_precision=PRECISION)
+    dweights = product_of_rows(dout, v_rows, D, PRECISION)
     if DROPOUT:
         dweights = tl.where(keep(row_key[:, None], key[None, :], threshold), dweights * keep_scale, 0.0)
     dscores = weights * (dweights - delta[:, None])
@@ -65,7 +71,8 @@ def _gated_attention_bwd_dq_kernel(
     T, H, W, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     scale, gate_scale, dot_scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MARGIN: tl.constexpr,
-    LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WARPS: tl.constexpr,
+    LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, IN_PIECES: tl.constexpr,
+    WARPS: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * BLOCK_M
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
@@ -75,12 +82,13 @@ def _gated_attention_bwd_dq_kernel(
     column = tl.arange(0, BLOCK_D)
     head = tl.program_id(1).to(tl.int64) * T
     q_base = q_ptr + b.to(tl.int64) * stride_qb + h * stride_qh
-    q_at = q_base + row[:, None].to(tl.int64) * stride_qt + column[None, :]
-    q = load_tile(q_at, row, T, column, False, D, BLOCK_D)
-    own = ((b.to(tl.int64) * T + row[:, None]) * H + h) * D + column[None, :]  # [M, D] of the contiguous tensors
-    dout = load_tile(dout_ptr + own, row, T, column, False, D, BLOCK_D)
-    out = load_tile(out_ptr + own, row, T, column, False, D, BLOCK_D)
+    q_at = q_base + row[:, None].to(tl.int64) * stride_qt
+    q = q_at if IN_PIECES else load_tile(q_at + column[None, :], row, T, column, False, D, BLOCK_D)
+    own = ((b.to(tl.int64) * T + row[:, None]) * H + h) * D  # of the contiguous tensors
+    dout = load_tile(dout_ptr + own + column[None, :], row, T, column, False, D, BLOCK_D)
+    out = load_tile(out_ptr + own + column[None, :], row, T, column, False, D, BLOCK_D)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
+    dout = dout_ptr + own if IN_PIECES else dout
     gate = tl.load(gate_ptr + head + row) * gate_scale
     lse = tl.load(lse_ptr + head + row) * 1.4426950408889634
     row_key = row_keys(seed_ptr, head + row) if DROPOUT else row
@@ -136,7 +144,8 @@ def _dkv_step(
 ):  # fmt: skip
     """One tile of queries, everything transposed: rows are keys. Queries past the end have lse inf, so weights 0."""
     column = tl.arange(0, BLOCK_D)
-    query = start + tl.arange(0, BLOCK_M)
+    rows = tl.arange(0, BLOCK_M)
+    query = start + rows
     # Offsets in 64 bits: the shorter way to them takes registers that this kernel has not.
     place = query[:, None].to(tl.int64)
     q = load_tile(q_base + place * stride_qt + column[None, :], query, T, column, EDGE, D, BLOCK_D)
@@ -149,15 +158,20 @@ def _dkv_step(
         gate = tl.load(gate_base + query) * gate_scale
         lse = tl.load(lse_base + query) * 1.4426950408889634
         delta = tl.load(delta_base + query)
+    if k.dtype.is_ptr():
+        q_rows = row_starts(q_base, start, stride_qt, rows, T, EDGE)
+        dout_rows = row_starts(dout_base, start, stride_ot, rows, T, EDGE)
+    else:
+        q_rows, dout_rows = q, dout
     if FAR:
-        scores = tl.dot(k, q.T, input_precision=PRECISION)  # [N, M], before the scale
+        scores = product_of_rows(k, q_rows, D, PRECISION)  # [N, M], before the scale
         weights = tl.exp2(scores * scale - (lse - gate * far * scale)[None, :])
     else:
         scores, _ = biased_scores(
-            k, q.T, gate[None, :], copies, first, start, T, W, MARGIN, BLOCK_N, BLOCK_M, WARPS, PRECISION
+            k, q_rows, gate[None, :], copies, first, start, T, W, MARGIN, BLOCK_N, BLOCK_M, WARPS, D, PRECISION
         )
         weights = tl.exp2(scores * scale - lse[None, :])
-    dweights = tl.dot(v, dout.T, input_precision=PRECISION)
+    dweights = product_of_rows(v, dout_rows, D, PRECISION)
     kept = weights
     if DROPOUT:
         mask = keep(row_keys(seed_ptr, head + query)[None, :], key[:, None], threshold)
@@ -176,7 +190,8 @@ def _gated_attention_bwd_dkv_kernel(
     T, H, W, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     scale, gate_scale, dot_scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MARGIN: tl.constexpr,
-    LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WARPS: tl.constexpr,
+    LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, IN_PIECES: tl.constexpr,
+    WARPS: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * BLOCK_N
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
@@ -188,8 +203,10 @@ def _gated_attention_bwd_dkv_kernel(
     k_base = k_ptr + b.to(tl.int64) * stride_kb + h * stride_kh
     v_base = v_ptr + b.to(tl.int64) * stride_vb + h * stride_vh
     place = row[:, None].to(tl.int64)
-    k = load_tile(k_base + place * stride_kt + column[None, :], row, T, column, False, D, BLOCK_D)
-    v = load_tile(v_base + place * stride_vt + column[None, :], row, T, column, False, D, BLOCK_D)
+    k, v = k_base + place * stride_kt, v_base + place * stride_vt
+    if not IN_PIECES:
+        k = load_tile(k + column[None, :], row, T, column, False, D, BLOCK_D)
+        v = load_tile(v + column[None, :], row, T, column, False, D, BLOCK_D)
     q_base = q_ptr + b.to(tl.int64) * stride_qb + h * stride_qh
     dout_base = dout_ptr + (b.to(tl.int64) * T * H + h) * D
     copies = copies_ptr + (H + h) * (4 * W)  # reversed
@@ -236,13 +253,17 @@ def _gated_attention_bwd_dkv_kernel(
 
 
 @tunable
-def backward_configs(head_dim: int, dtype: torch.dtype, target: str) -> tuple[Config, ...]:
+def backward_configs(head_dim: int, dtype: torch.dtype, pieces: bool, target: str) -> tuple[Config, ...]:
     """Tiles and warps. Rows are queries for dq, keys for dk and dv. Where products read their operands from registers,
-    three or four products a tile leave room for half the columns.
+    three or four products a tile leave room for half the columns. Those made in `pieces` are followed by one over all
+    columns of a tile, of which a thread holds whole rows.
     """
     small = {"ROWS": 64, "COLUMNS": 32, "num_warps": 4, "num_stages": 1}
+    if pieces:
+        default = {**small, "ROWS": 32, "COLUMNS": 16}
+        return default, {**default, "ROWS": 64, "num_warps": 8}
     if dtype == torch.float32:
-        default = {**small, "COLUMNS": 32 if head_dim <= 64 else 16}
+        default = {**small, "COLUMNS": 32 if head_dim <= 64 and target == "cdna" else 16}
         return default, {**default, "ROWS": 32}
     if target == "cdna" or head_dim > 64:
         default = {**small, "num_stages": 2 if head_dim <= 64 else 1}
@@ -283,6 +304,9 @@ def gated_attention_backward(
 
     chip = target(q.device)
 
+    # In TF32, where operands are registers, dk and dv leave none for whole rows of k and v.
+    dkv_in_pieces = constants["IN_PIECES"] or (q.dtype == torch.float32 and chip == "cuda")
+
     def warps(config: Config) -> int:
         # On "hopper" the last tile's gradients are still being added to when scores would begin with the next bias,
         # and the compiler would wait for every single instruction of all products.
@@ -300,12 +324,13 @@ def gated_attention_backward(
     def run_dkv(config: Config) -> None:
         _gated_attention_bwd_dkv_kernel[(triton.cdiv(T, config["ROWS"]), B * H)](
             *operands, grad, lse, delta, dk, dv, *numbers,
-            BLOCK_M=config["COLUMNS"], BLOCK_N=config["ROWS"], WARPS=warps(config), **constants,
+            BLOCK_M=config["COLUMNS"], BLOCK_N=config["ROWS"], WARPS=0 if dkv_in_pieces else warps(config),
+            **{**constants, "IN_PIECES": dkv_in_pieces},
             num_warps=config["num_warps"], num_stages=config["num_stages"],
         )  # fmt: skip
 
     for name, run in (("dq", run_dq), ("dkv", run_dkv)):
         also = (name, constants["DROPOUT"], constants["PRECISION"])
-        backward_configs.launch(run, q.device, (D, q.dtype), (T, B * H), also)
+        backward_configs.launch(run, q.device, (D, q.dtype, constants["IN_PIECES"]), (T, B * H), also)
     drel_bias = rel_bias_gradient(operands, grad, lse, delta, numbers, constants)
     return dq, dk, dv, dgate, drel_bias

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 
 from ._dropout import keep, row_keys
+from ._rows import load_tile, product_of_rows, row_pointers, row_starts
 from ._target import has_tensor_memory, target
 from ._toeplitz import biased_scores, fragment_warps, row_places
 from ._tuning import Config, tunable
-from .gated_attention import load_tile, row_pointers
 
 
 @triton.jit
@@ -24,6 +24,7 @@ def _gated_attention_bwd_dbias_kernel(
     scale, gate_scale, dot_scale, threshold, keep_scale, batch, splits,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MARGIN: tl.constexpr,
     LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ATOMIC: tl.constexpr,
+    IN_PIECES: tl.constexpr,
     WARPS: tl.constexpr,  # of biased_scores; with 0 the bias stays in registers
 ):  # fmt: skip
     RATIO: tl.constexpr = BLOCK_M // BLOCK_N
@@ -52,28 +53,34 @@ def _gated_attention_bwd_dbias_kernel(
         head = (b * H + h).to(tl.int64) * T
         wide = b.to(tl.int64)
         q_base = q_ptr + wide * stride_qb + h * stride_qh
-        q = load_tile(row_pointers(q_base, first_query, stride_qt, row, d), query, T, d, True, D, BLOCK_D)
         dout_base = dout_ptr + (wide * T * H + h) * D
-        dout = load_tile(row_pointers(dout_base, first_query, H * D, row, d), query, T, d, True, D, BLOCK_D)
         k_base = k_ptr + wide * stride_kb + h * stride_kh
-        k = load_tile(row_pointers(k_base, first_key, stride_kt, column, d), key, length, d, True, D, BLOCK_D)
         v_base = v_ptr + wide * stride_vb + h * stride_vh
-        v = load_tile(row_pointers(v_base, first_key, stride_vt, column, d), key, length, d, True, D, BLOCK_D)
+        if IN_PIECES:
+            q = row_starts(q_base, first_query, stride_qt, row, T, True)
+            dout = row_starts(dout_base, first_query, H * D, row, T, True)
+            k = row_starts(k_base, first_key, stride_kt, column, length, True)
+            v = row_starts(v_base, first_key, stride_vt, column, length, True)
+        else:
+            q = load_tile(row_pointers(q_base, first_query, stride_qt, row, d), query, T, d, True, D, BLOCK_D)
+            dout = load_tile(row_pointers(dout_base, first_query, H * D, row, d), query, T, d, True, D, BLOCK_D)
+            k = load_tile(row_pointers(k_base, first_key, stride_kt, column, d), key, length, d, True, D, BLOCK_D)
+            v = load_tile(row_pointers(v_base, first_key, stride_vt, column, d), key, length, d, True, D, BLOCK_D)
         gate = tl.load(gate_ptr + head + query, mask=query < T, other=0.0)
         # An infinite log-sum-exp makes the weights of a row 0.
         lse = tl.load(lse_ptr + head + query, mask=query < T, other=float("inf")) * 1.4426950408889634
         delta = tl.load(delta_ptr + head + query, mask=query < T, other=0.0)
         if WARPS:
             scores, _ = biased_scores(
-                q, k.T, (gate * gate_scale)[:, None], copies, first_query, first_key, T, W,
-                MARGIN, BLOCK_M, BLOCK_N, WARPS, PRECISION,
+                q, k, (gate * gate_scale)[:, None], copies, first_query, first_key, T, W,
+                MARGIN, BLOCK_M, BLOCK_N, WARPS, D, PRECISION,
             )  # fmt: skip
         else:
-            scores = tl.dot(q, k.T, input_precision=PRECISION)
+            scores = product_of_rows(q, k, D, PRECISION)
             scores = tl.fma(tl.broadcast_to((gate * gate_scale)[:, None], bias.shape), bias, scores)
         weights = tl.exp2(scores * scale - lse[:, None])
         weights = tl.where((key < length)[None, :], weights, 0.0)
-        dweights = tl.dot(dout, v.T, input_precision=PRECISION)
+        dweights = product_of_rows(dout, v, D, PRECISION)
         if DROPOUT:
             mask = keep(row_keys(seed_ptr, head + query)[:, None], key[None, :], threshold)
             dweights = tl.where(mask, dweights * keep_scale, 0.0)

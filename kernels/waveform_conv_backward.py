@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ._activation import activate_slope
 from ._frames_product import frames_product
+from ._target import target
 from ._tuning import Config, tunable
 from .waveform_conv import BLOCK_K, convolve, group_statistics, load_taps, load_vector, packed_taps, uses_dot
 
@@ -65,16 +66,18 @@ def _waveform_conv_bwd_kernel(
     vectors_ptr,  # [programs, 2, C] fp32
     B, S, T, C, eps, tiles_per_program,
     K: tl.constexpr, STRIDE: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr,
+    TAPS_AGAIN: tl.constexpr,  # with layer norm: read for each tile
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     channel, k = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
     inside = channel < C
     gain = load_vector(norm_weight_ptr, channel, inside, 1.0)
-    if NORM != "layer" or not DOT:
+    if NORM != "layer":
         shift = load_vector(norm_bias_ptr, channel, inside, 0.0)
         bias = load_vector(bias_ptr, channel, inside, 0.0)
-    taps, total = load_taps(taps_ptr, channel, C, K, DOT, BLOCK_K)
+    if not TAPS_AGAIN:
+        taps, total = load_taps(taps_ptr, channel, C, K, DOT, BLOCK_K)
     dtaps = tl.zeros([BLOCK_K, BLOCK_C], dtype=tl.float32)
     dgain = tl.zeros([BLOCK_C], dtype=tl.float32)
     dshift = tl.zeros([BLOCK_C], dtype=tl.float32)
@@ -98,9 +101,11 @@ def _waveform_conv_bwd_kernel(
             grad *= activate_slope(hat * gain[None, :] + shift[None, :], ACTIVATION)
             dy = (grad - plain[None, :] - hat * weighted[None, :]) * (rstd * gain)[None, :]
         else:
-            if NORM == "layer" and DOT:  # whole rows leave few registers: these are read again for each tile
+            if NORM == "layer":  # whole rows leave few registers: these are read again for each tile
                 bias = load_vector(bias_ptr, channel, inside, 0.0, VOLATILE=True)
                 shift = load_vector(norm_bias_ptr, channel, inside, 0.0, VOLATILE=True)
+                if TAPS_AGAIN:
+                    taps, total = load_taps(taps_ptr, channel, C, K, DOT, BLOCK_K, VOLATILE=True)
             y = convolve(waveform_ptr, taps, total, None, b, frame, S, K, STRIDE, DOT, BLOCK_K) + bias[None, :]
             if NORM == "layer":
                 centred = tl.where(inside[None, :], y - tl.sum(y, axis=1)[:, None] / C, 0.0)
@@ -203,6 +208,8 @@ def waveform_conv_backward(
         sums = backward_configs.launch(run_sums, grad.device, (C, norm, constants["DOT"]), (T, B), ("sums", *also))
 
     dy = torch.empty(B, T, C, dtype=waveform.dtype, device=grad.device) if wanted else None
+    # sm_100 has no registers to keep them in fp32, and gfx90a none for reading them early.
+    taps_again = norm == "layer" and not constants["DOT"] and target(grad.device) != "cdna"
 
     def run(config: Config) -> tuple[torch.Tensor, ...]:
         tiles, columns = B * triton.cdiv(T, config["BLOCK_T"]), triton.cdiv(C, config["BLOCK_C"])
@@ -213,7 +220,7 @@ def waveform_conv_backward(
         )
         _waveform_conv_bwd_kernel[(programs, columns)](
             grad, waveform, taps, bias, norm_weight, norm_bias, *statistics, sums, dy, dtaps, vectors,
-            B, S, T, C, eps, per_program, NORM=norm, BLOCK_K=BLOCK_K, **constants, **config,
+            B, S, T, C, eps, per_program, NORM=norm, TAPS_AGAIN=taps_again, BLOCK_K=BLOCK_K, **constants, **config,
         )  # fmt: skip
         return dtaps.sum(0), vectors.sum(0) if norm == "layer" else (None, None)
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, derived
-from .kernels._precision import dot_precision
 from .modules._plain import has_hooks
 
 logger = logging.getLogger("wavlm_fast")
@@ -268,7 +267,7 @@ def _look_at(model: nn.Module) -> dict[str, Any]:
         ),
         "backend, precision or determinism are not as they were at the capture": (
             backends.current(),
-            dot_precision(torch.float32),
+            torch.backends.cuda.matmul.fp32_precision,
             torch.are_deterministic_algorithms_enabled(),
         ),
         "the config asks for other outputs than at the capture": [getattr(config, name, None) for name in _FLAGS],

@@ -15,11 +15,12 @@ from benchmarks.gpu_code import Mix
 from benchmarks.gpu_compile import Built, Product
 from benchmarks.gpu_devices import DEVICES, Device
 from benchmarks.gpu_pieces import Call, TorchOp, calls, trips
-from benchmarks.gpu_roofline import ESTIMATE, estimate, main, of_call, of_launch
+from benchmarks.gpu_roofline import ESTIMATE, estimate, main, moved, of_call, of_launch
+from benchmarks.launch_bytes import Bytes
 
 BATCH, SAMPLES = 2, 32_000
 # 1000 operations of the matrix unit per processor and clock.
-MADE_UP = Device("made up", ARCHITECTURES["sm_90"], 10, 1e9, 1e13, 5e12, 1e12, 1e11, "")
+MADE_UP = Device("made up", ARCHITECTURES["sm_90"], 10, 1e9, 1e13, 5e12, 1e12, 1e11, 2**20, "")
 LOOP = Mix(Counter(matrix=4, exp=8), Counter(half=250))
 
 
@@ -55,8 +56,18 @@ def test_a_call_takes_the_longer_of_units_and_memory(product, monkeypatch):
     units = of_launch(product, made_up(), MADE_UP)
     few, many = 1000, 10**12
     call = Call("stage", "op", 1, (product, product), (), few)
+    monkeypatch.setattr(gpu_roofline, "bytes_of_launch", lambda launch, wave, cache: Bytes(0, few))
     assert of_call(call, MADE_UP) == {"exp": pytest.approx(2 * units["exp"])}
     assert of_call(replace(call, bytes=many), MADE_UP) == {"memory": many / 1e11}
+    monkeypatch.setattr(gpu_roofline, "bytes_of_launch", lambda launch, wave, cache: Bytes(0, many))
+    assert of_call(call, MADE_UP) == {"memory": 2 * many / 1e11}
+
+
+def test_a_smaller_cache_moves_more(product):
+    call = Call("stage", "op", 1, (product,), (), 0)
+    large, none = (moved(call, replace(MADE_UP, cache=cache)) for cache in (2**30, 0))
+    read = product.arguments["x_ptr"].nbytes + product.arguments["weight_ptr"].nbytes
+    assert read < large < none
 
 
 def test_what_torch_runs_takes_the_longer_of_arithmetic_and_memory():

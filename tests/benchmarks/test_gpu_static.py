@@ -38,6 +38,14 @@ def test_every_op_is_compiled():
     assert {task.op for task in tasks(["sm_90"], ["bf16"], "", [0])} == {*OPS} - {"linear_act_backward"}
 
 
+def test_tf32_is_compiled_where_it_exists():
+    found = {name: tasks([name], ["tf32"], "", [0]) for name in ("sm_80", "gfx942", "gfx90a")}
+    assert {task.op for task in found["sm_80"]} >= {"gated_attention", "gated_attention_backward", "strided_conv"}
+    assert {t.launch.arguments["PRECISION"] for t in found["sm_80"] + found["gfx942"]} == {"tf32"}
+    assert not found["gfx90a"]
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
 def first(op, kernel, architecture="sm_90", dtype="bf16"):
     return next(t for t in tasks([architecture], [dtype], op, [0]) if t.launch.name == kernel)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import DEVICE, DTYPES, assert_close, kernel, randn, wide
+from wavlm_fast.kernels._precision import dot_precision
 from wavlm_fast.kernels._target import pretend
 
 from wavlm_fast.backends.reference import TABLE as REFERENCE
@@ -78,7 +79,7 @@ def test_far_tiles_load_no_bias(T, far, lengths):
 @pytest.mark.parametrize("D", [64, 128] if DEVICE == "cuda" else [64])
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_tiles_of_each_target(target, D, dtype):
-    """More than one tile of queries and of keys, whichever is chosen; fp32 has the same tiles everywhere."""
+    """More than one tile of queries and of keys, whichever is chosen."""
     with pretend(target):
         check(inputs(1, 150, 1, D, [139], 0.1, dtype, far=30))
 
@@ -134,6 +135,21 @@ def test_many_programs_per_diagonal():
 
 def test_many_parts_per_diagonal(deterministic):
     check(inputs(10, 9, 1, 16, [9 - i for i in range(10)]))
+
+
+@pytest.mark.parametrize("D", [32, 64])
+def test_whole_tiles_in_float32(D):
+    """As on AMD, whose matrix unit has fp32; elsewhere products of queries and keys are made in pieces."""
+    with pretend("cdna"):
+        check(inputs(1, 75, 1, D, [69], far=30))
+
+
+@pytest.mark.parametrize(("target", "expected"), [("cuda", "tf32"), ("cdna3", "tf32"), ("cdna", "ieee")])
+def test_tf32_only_where_the_gpu_has_it(target, expected):
+    torch.backends.cuda.matmul.allow_tf32 = True
+    with pretend(target):
+        assert dot_precision(torch.float32, torch.device("cpu")) == expected
+        assert dot_precision(torch.float16, torch.device("cpu")) == "ieee"
 
 
 def test_tf32():

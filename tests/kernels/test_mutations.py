@@ -22,6 +22,10 @@ def attend(lengths=None, dropout_p=0.0, far=20, T=150):
     attention.check(attention.inputs(1, T, 1, 16, lengths, dropout_p, far=far))
 
 
+def wide_heads():
+    attention.check(attention.inputs(1, 40, 1, 32))
+
+
 def attend_deterministically():
     torch.use_deterministic_algorithms(True)
     try:
@@ -118,6 +122,9 @@ MISTAKES = {
     ),
     "attention: a key past the length seen": (
         "gated_attention._fwd_step", "scores = tl.where((key < length)", "scores = tl.where((key <= length)", ragged,
+    ),
+    "attention: last piece of a product dropped": (
+        "_rows.product_of_rows", "(0, D, PIECE", "(0, D - PIECE, PIECE", wide_heads,
     ),
     "attention: sum not rescaled": ("gated_attention._fwd_step", "total * decay", "total", attend),
     "attention: dropout of another seed": ("_dropout.row_keys", "_mix(seed + ", "_mix(seed + 1 + ", dropped_out),
