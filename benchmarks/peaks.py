@@ -11,7 +11,7 @@ import torch
 from wavlm_fast import measure
 from wavlm_fast.backends import cpu
 
-_SIZE, _GPU_SIZE, _RUNS = 4096, 8192, 6  # of the product that shows what matrix units do
+_SIZE, _GPU_SIZE, _RUNS = 2048, 8192, 6  # of the product that shows what matrix units do
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,49 @@
+"""What the repository says of its speed is what its recorded run found, to the letter."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from wavlm_fast.benchmarks.cases import CASES
+
+from wavlm_fast import cli
+from wavlm_fast.benchmarks import results, suite
+
+ROOT = Path(__file__).parents[2]
+FOUND = results.read(ROOT / "benchmarks/results.json")
+
+
+def test_results_are_rendered_from_the_record():
+    assert (ROOT / "benchmarks/RESULTS.md").read_text() == results.markdown(FOUND)
+
+
+def test_the_readme_shows_the_three_figures_of_the_record():
+    shown = re.search(r"<!-- figures -->\n(.*?)<!-- /figures -->", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+    rows = [[cell.strip() for cell in line.strip("|\n").split(" | ")] for line in shown.splitlines()[2:]]
+    assert rows == [[what, figure, f"`{command}`"] for what, figure, command in results.headline(FOUND)]
+    assert len(rows) == 3
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_record_is_of_every_case(name):
+    timed = {row["provider"] for row in FOUND["rows"] if row["case"] == name and row["seconds"]}
+    assert any(provider.startswith("wavlm_fast") for provider in timed)
+
+
+def test_nobody_was_wrong_unnoticed():
+    assert FOUND["command"].startswith("wavlm-fast bench")
+    for row in FOUND["rows"]:
+        assert row["seconds"] is None or (row["error"] <= row["allowed"] and not row["wrong"])
+
+
+def test_the_commands_of_the_figures_exist(monkeypatch):
+    """They are followed as far as choosing their cases."""
+    chosen = []
+    monkeypatch.setattr(suite, "_run", lambda cases, *rest: chosen.append(cases))
+    monkeypatch.setattr(suite, "peaks", lambda device: suite.Peaks(None, None, "not measured"))
+    commands = [command for _, _, command in results.headline(FOUND)]
+    for command in commands:
+        assert cli.main(shlex.split(command)[1:]) == 0
+    assert all(chosen)
+    assert len(chosen) == len(commands)
