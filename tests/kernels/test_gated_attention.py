@@ -165,6 +165,23 @@ def test_tf32():
         assert error > 1e-5
 
 
+def test_tf32_gradients():
+    args = inputs(1, 70, 1, 64, [63])
+    grad = randn(*args[0].shape, seed=3)
+
+    def reference(dtype):
+        values = wide([grad, *args], dtype)
+        saved = REFERENCE["gated_attention"].fn(*values[1:])
+        return REFERENCE["gated_attention_backward"].fn(*values[:7], *saved, *values[7:])
+
+    truth, coarse = reference(torch.float64), reference(torch.float16)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    found = kernel("gated_attention_backward")(grad, *args[:6], *kernel("gated_attention")(*args), *args[6:])
+    for name, a, t, c in zip(NAMES, found, truth, coarse, strict=True):
+        error, allowed = ((x.double() - t).abs().max().item() for x in (a, c))
+        assert error <= 2 * allowed, name
+
+
 @pytest.mark.parametrize("mutation", ["no gate", "bias shifted", "tail tile skipped", "k and v swapped"])
 def test_mutations_are_caught(mutation):
     args = inputs(1, 130, 1, 16)
