@@ -163,7 +163,8 @@ def product_configs(
                    "num_stages": 3 if half and target != "cdna" else 2}  # fmt: skip
         return default, {**default, "BLOCK_T": max(16, frames // 2)}, {**default, "num_stages": 2}
     if not half:  # deeper tiles spill registers on some architectures, and gain nothing on any
-        default = {"BLOCK_T": 128, "BLOCK_N": min(whole, 64), "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+        default = {"BLOCK_T": 128, "BLOCK_N": min(whole, 64), "BLOCK_K": 16, "num_warps": 4,
+                   "num_stages": 2 if target == "cdna" else 3}  # fmt: skip
         small = {**default, "BLOCK_T": 64}
         return (small, default) if few else (default, small)
     small = {"BLOCK_T": 64, "BLOCK_N": min(whole, 64), "BLOCK_K": 64, "num_warps": 4,
@@ -230,7 +231,9 @@ def weight_gradient_configs(length: int, N: int, dtype: torch.dtype, target: str
     if dtype == torch.float32:
         default = {"BLOCK_T": 32, "BLOCK_K": min(rows, 64), "BLOCK_N": min(columns, 64), "num_warps": 4,
                    "num_stages": 2}  # fmt: skip
-        return default, {**default, "num_stages": 1}
+        if target == "cdna":
+            return default, {**default, "num_stages": 1}
+        return {**default, "BLOCK_T": 16, "num_stages": 3}, default  # sm_120 spills in TF32 with 32
     default = {"BLOCK_T": 64, "BLOCK_K": min(rows, 128), "BLOCK_N": min(columns, 128), "num_warps": 8,
                "num_stages": 2 if target == "cdna" else 3}  # fmt: skip
     if columns <= 64 and target != "cdna":  # twice the rows instead: what is read of the gradient is read half as often
