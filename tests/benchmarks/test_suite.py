@@ -314,7 +314,8 @@ def test_own_cases_and_audio(bench, tmp_path):
     ended = bench("--batch", "1", "2", "--seconds", "0.3", "--audio", str(heard), only=only)
     assert {case for case, _ in ended.rows} == {"base 1x0.3", "base 2x0.3"}
     assert ended.found["audio"] == str(heard)
-    assert ended.rows["base 2x0.3", THEIRS]["error"] != ended.rows["base 1x0.3", THEIRS]["error"]
+    one, two = (ended.rows[f"base {batch}x0.3", THEIRS] for batch in (1, 2))
+    assert two["gflop"] == pytest.approx(2 * one["gflop"])
 
 
 @pytest.mark.parametrize(
