@@ -94,15 +94,15 @@ def of_launch(launch: Launch, built: Built, device: Device) -> dict[str, float]:
     return {unit: count * waves / device.clock for unit, count in found.items()}
 
 
-def of_call(call: Call, device: Device) -> dict[str, float]:
-    """Seconds of one call, by what bounds them."""
+def of_call(call: Call, device: Device, traffic: int) -> dict[str, float]:
+    """Seconds of one call, by what bounds them; `traffic` is what its launches move."""
     found: Counter[str] = Counter()
     kernels: Counter[str] = Counter()
     for launch in call.launches:
         units = of_launch(launch, compiled(launch, device), device)
         unit = max(units, key=units.__getitem__)
         kernels[unit] += units[unit]
-    memory = moved(call, device) / device.bandwidth
+    memory = traffic / device.bandwidth
     if call.launches:
         found.update({"memory": memory} if memory > kernels.total() else kernels)
     for op in call.around:
@@ -114,6 +114,8 @@ def of_call(call: Call, device: Device) -> dict[str, float]:
 
 def moved(call: Call, device: Device) -> int:
     """Bytes that the launches of a call move to and from memory, two programs on each processor at a time."""
+    if not call.launches:
+        return 0
     known = (launch for launch in call.launches if launch.name in FORMULAS)
     found = sum(bytes_of_launch(launch, 2 * device.processors, device.cache).memory for launch in known)
     return max(found, call.bytes)
@@ -138,10 +140,10 @@ def estimate(model: str, device: Device, dtype: str, batch: int, train: bool, se
     traffic, launched = Counter(), Counter()
     with pretend(pretended(device.architecture)):
         for call in calls(model, DTYPES[dtype], batch, samples, train):
-            for unit, time in of_call(call, device).items():
+            ours = moved(call, device)
+            for unit, time in of_call(call, device, ours).items():
                 bounds[call.stage][unit] += call.times * time
-            around = sum(op.bytes for op in call.around)
-            traffic[call.stage] += call.times * (around + (moved(call, device) if call.launches else 0))
+            traffic[call.stage] += call.times * (ours + sum(op.bytes for op in call.around))
             launched[call.stage] += call.times * (len(call.launches) + len(call.around))
     stages = tuple(
         Stage(name, found.total(), dict(found), (3 if train else 1) * operations[name], traffic[name], launched[name])

@@ -49,11 +49,9 @@ _PER_SCORE = (
     "gated_attention_bwd_dbias_kernel",
 )  # fmt: skip
 QUICK = ("sm_80", "sm_90", "gfx942")
-_TILES = ("BLOCK_M", "BLOCK_T", "BLOCK_R", "BLOCK_N", "BLOCK_C", "BLOCK_K", "BLOCK_D")
-
-
 TF32 = "tf32"
 TYPES = {**DTYPES, TF32: torch.float32}  # by the names of the table
+_TILES = ("BLOCK_M", "BLOCK_T", "BLOCK_R", "BLOCK_N", "BLOCK_C", "BLOCK_K", "BLOCK_D")
 
 
 @dataclass(frozen=True)

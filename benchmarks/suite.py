@@ -12,6 +12,7 @@ import shlex
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,10 @@ def selected(args: argparse.Namespace) -> list[Case | OpCase]:
     names = [name for name in names if args.filter is None or args.filter in name]
     if not names:
         raise UserError(f"no case's name contains {args.filter!r}: there are {', '.join((*there, *of_ops))}")
-    return [{**there, **of_ops}[name] for name in dict.fromkeys(names)]
+    found = [{**there, **of_ops}[name] for name in dict.fromkeys(names)]
+    if args.quick:  # memory takes a process of each provider
+        found = [replace(case, memory=False) if isinstance(case, Case) else case for case in found]
+    return found
 
 
 def writable(args: argparse.Namespace) -> None:

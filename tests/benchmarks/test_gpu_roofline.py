@@ -57,10 +57,11 @@ def test_a_call_takes_the_longer_of_units_and_memory(product, monkeypatch):
     few, many = 1000, 10**12
     call = Call("stage", "op", 1, (product, product), (), few)
     monkeypatch.setattr(gpu_roofline, "bytes_of_launch", lambda launch, wave, cache: Bytes(0, few))
-    assert of_call(call, MADE_UP) == {"exp": pytest.approx(2 * units["exp"])}
-    assert of_call(replace(call, bytes=many), MADE_UP) == {"memory": many / 1e11}
+    assert of_call(call, MADE_UP, moved(call, MADE_UP)) == {"exp": pytest.approx(2 * units["exp"])}
+    large = replace(call, bytes=many)
+    assert of_call(large, MADE_UP, moved(large, MADE_UP)) == {"memory": many / 1e11}
     monkeypatch.setattr(gpu_roofline, "bytes_of_launch", lambda launch, wave, cache: Bytes(0, many))
-    assert of_call(call, MADE_UP) == {"memory": 2 * many / 1e11}
+    assert of_call(call, MADE_UP, moved(call, MADE_UP)) == {"memory": 2 * many / 1e11}
 
 
 def test_a_smaller_cache_moves_more(product):
@@ -73,7 +74,7 @@ def test_a_smaller_cache_moves_more(product):
 def test_what_torch_runs_takes_the_longer_of_arithmetic_and_memory():
     ops = (TorchOp("mm", 1e10, "half", 10**7), TorchOp("mm", 1e10, "fp32", 10**7), TorchOp("gelu", 0, "half", 10**9))
     call = Call("stage", "op", 1, (), ops, 5)
-    assert of_call(call, MADE_UP) == pytest.approx({"matrix": 1e-3, "fp32": 1e-2, "memory": 1e-2})
+    assert of_call(call, MADE_UP, moved(call, MADE_UP)) == pytest.approx({"matrix": 1e-3, "fp32": 1e-2, "memory": 1e-2})
 
 
 @pytest.mark.parametrize("model", ["base", "large"])

@@ -273,6 +273,13 @@ def test_memory_is_measured_where_a_case_asks_for_it(bench, processes):
     assert processes == [(OURS, "base"), ("wavlm_fast fp32, originals freed", "base")]
 
 
+def test_quick_takes_no_processes_for_memory(bench, processes):
+    ended = bench("--quick", "--case", "base 1x1", only=("--provider", "wavlm_fast fp32"))
+    assert ended.rows["base 1x1", OURS]["seconds"]
+    assert not ended.found["memory"]
+    assert not processes
+
+
 def test_errors_at_every_layer(bench):
     ended = bench("--case", "base 1x0.5")
     found = ended.found["layers"]
