@@ -48,6 +48,19 @@ def load_tile(pointers, row, stop, column, MASKED: tl.constexpr, D: tl.constexpr
 
 
 @triton.jit
+def operand(
+    base, start, stride, rows, stop, column,
+    EDGE: tl.constexpr, IN_PIECES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The tile that begins `start` rows behind `base`, for `product_of_rows`."""
+    if IN_PIECES:
+        found = row_starts(base, start, stride, rows, stop, EDGE)
+    else:
+        found = load_tile(row_pointers(base, start, stride, rows, column), start + rows, stop, column, EDGE, D, BLOCK_D)
+    return found
+
+
+@triton.jit
 def product_of_rows(a, b, D: tl.constexpr, PRECISION: tl.constexpr):
     """a · bᵀ [M, N] fp32 of two tiles, or of two tiles IN_PIECES."""
     if a.dtype.is_ptr():

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ._dropout import keep, row_keys
 from ._precision import dot_precision
-from ._rows import in_pieces, load_tile, product_of_rows, row_pointers, row_starts
+from ._rows import in_pieces, load_tile, operand, product_of_rows, row_pointers
 from ._target import has_tensor_memory, target
 from ._toeplitz import MARGIN, biased_scores, far_tiles, fragment_warps, toeplitz
 from ._tuning import Config, tunable
@@ -35,10 +35,7 @@ def _fwd_step(
     """
     rows, column = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     key = start + rows
-    if q.dtype.is_ptr():
-        k = row_starts(k_base, start, stride_kt, rows, length, EDGE)
-    else:
-        k = load_tile(row_pointers(k_base, start, stride_kt, rows, column), key, length, column, EDGE, D, BLOCK_D)
+    k = operand(k_base, start, stride_kt, rows, length, column, EDGE, q.dtype.is_ptr(), D, BLOCK_D)
     if FAR:
         scores = product_of_rows(q, k, D, PRECISION)  # [M, N], before the scale
     else:

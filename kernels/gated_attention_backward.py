@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ._dropout import keep, row_keys
-from ._rows import load_tile, product_of_rows, row_pointers, row_starts
+from ._rows import load_tile, operand, product_of_rows, row_pointers, row_starts
 from ._target import target
 from ._toeplitz import biased_scores, far_tiles, fragment_warps, toeplitz
 from ._tuning import Config, tunable
@@ -32,12 +32,8 @@ def _dq_step(
     rows, column = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     key = start + rows
     k = load_tile(row_pointers(k_base, start, stride_kt, rows, column), key, length, column, EDGE, D, BLOCK_D)
-    if q.dtype.is_ptr():
-        k_rows = row_starts(k_base, start, stride_kt, rows, length, EDGE)
-        v_rows = row_starts(v_base, start, stride_vt, rows, length, EDGE)
-    else:
-        k_rows = k
-        v_rows = load_tile(row_pointers(v_base, start, stride_vt, rows, column), key, length, column, EDGE, D, BLOCK_D)
+    k_rows = row_starts(k_base, start, stride_kt, rows, length, EDGE) if q.dtype.is_ptr() else k
+    v_rows = operand(v_base, start, stride_vt, rows, length, column, EDGE, q.dtype.is_ptr(), D, BLOCK_D)
     if FAR:
         scores = product_of_rows(q, k_rows, D, PRECISION)  # [M, N], before the scale
         weights = tl.exp2(scores * scale - (lse - gate * far * scale)[:, None])

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ._dropout import keep, row_keys
-from ._rows import load_tile, product_of_rows, row_pointers, row_starts
+from ._rows import operand, product_of_rows
 from ._target import has_tensor_memory, target
 from ._toeplitz import biased_scores, fragment_warps, row_places
 from ._tuning import Config, tunable
@@ -56,16 +56,10 @@ def _gated_attention_bwd_dbias_kernel(
         dout_base = dout_ptr + (wide * T * H + h) * D
         k_base = k_ptr + wide * stride_kb + h * stride_kh
         v_base = v_ptr + wide * stride_vb + h * stride_vh
-        if IN_PIECES:
-            q = row_starts(q_base, first_query, stride_qt, row, T, True)
-            dout = row_starts(dout_base, first_query, H * D, row, T, True)
-            k = row_starts(k_base, first_key, stride_kt, column, length, True)
-            v = row_starts(v_base, first_key, stride_vt, column, length, True)
-        else:
-            q = load_tile(row_pointers(q_base, first_query, stride_qt, row, d), query, T, d, True, D, BLOCK_D)
-            dout = load_tile(row_pointers(dout_base, first_query, H * D, row, d), query, T, d, True, D, BLOCK_D)
-            k = load_tile(row_pointers(k_base, first_key, stride_kt, column, d), key, length, d, True, D, BLOCK_D)
-            v = load_tile(row_pointers(v_base, first_key, stride_vt, column, d), key, length, d, True, D, BLOCK_D)
+        q = operand(q_base, first_query, stride_qt, row, T, d, True, IN_PIECES, D, BLOCK_D)
+        dout = operand(dout_base, first_query, H * D, row, T, d, True, IN_PIECES, D, BLOCK_D)
+        k = operand(k_base, first_key, stride_kt, column, length, d, True, IN_PIECES, D, BLOCK_D)
+        v = operand(v_base, first_key, stride_vt, column, length, d, True, IN_PIECES, D, BLOCK_D)
         gate = tl.load(gate_ptr + head + query, mask=query < T, other=0.0)
         # An infinite log-sum-exp makes the weights of a row 0.
         lse = tl.load(lse_ptr + head + query, mask=query < T, other=float("inf")) * 1.4426950408889634
