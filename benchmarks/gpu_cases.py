@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ class Model:
 
 
 MODELS = {name: Model.of(name) for name in ("base", "large")}
+# The models' heads have 64 channels. These fill a tile of 128, and leave some of it empty.
+WIDE_HEADS = (128, 80)
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,13 @@ def cases(
         for op, args, what in build(sizes, new):
             if backward or not op.endswith("_backward"):
                 yield Case(model, op, args, what)
+
+
+def wide_heads(dtype: torch.dtype, batch: int = BATCH) -> Iterator[Case]:
+    """Attention with each of WIDE_HEADS, forward and backward."""
+    for D in WIDE_HEADS:
+        model, new = replace(MODELS["base"], channels=8 * D, heads=8), _New(dtype, batch, SAMPLES)
+        yield from (Case(f"heads of {D}", *found) for found in _attention(model, new))
 
 
 def _attention(m: Model, new: _New) -> Iterator[tuple[str, tuple, str]]:

@@ -2,7 +2,7 @@
 
 No GPU is needed. Fails on spilled registers, on more shared memory than an architecture has, on matrix products in half
 precision that do not use the tensor cores, and on more instructions per score in attention's inner loop than BOUNDS.
-Of a kernel's configurations other than the default, only the default's spills fail: the others are there to be tried.
+Spills and instructions fail a kernel's default alone: its other configurations are there to be tried.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from wavlm_fast.kernels._tuning import MOST, forced
 
 from .gpu_architectures import ARCHITECTURES, Architecture
 from .gpu_bound import bound
-from .gpu_cases import BATCH, DTYPES, MODELS, cases
+from .gpu_cases import BATCH, DTYPES, MODELS, Case, cases, wide_heads
 from .gpu_code import KINDS
 from .gpu_compile import Built, Launch, build
 
@@ -110,22 +110,28 @@ def _multiplying(dtype: str) -> Iterator[None]:
 def launches(
     architecture: Architecture, dtype: str, indices: Iterable[int] = range(MOST)
 ) -> Iterator[tuple[str, Launch, int]]:
-    """Every distinct launch of both models: its op, itself, and the index of its configuration in the kernel's list.
+    """Every distinct launch of both models and of attention with wide heads: its op, itself, and the index of its
+    configuration in the kernel's list.
 
-    Batches are large and of one utterance: some defaults depend on that. They have index 0 and come first; kernels
-    without a list have only that.
+    Defaults have index 0 and come first; kernels without a list have only that.
     """
     seen = set()
-    for index in indices:
-        for model, batch in product(MODELS, (BATCH, 1)):
-            for case in cases(model, TYPES[dtype], batch=batch):
-                with pretend(pretended(architecture)), forced(index), _multiplying(dtype):
-                    made = case.launches()
-                for launch in made:
-                    other = dtype == TF32 and launch.arguments.get("PRECISION") != TF32  # the same as in fp32
-                    if launch.key not in seen and not other:
-                        seen.add(launch.key)
-                        yield case.op, launch, index
+    for index, case in product(indices, [*_cases(TYPES[dtype])]):
+        with pretend(pretended(architecture)), forced(index), _multiplying(dtype):
+            made = case.launches()
+        for launch in made:
+            other = dtype == TF32 and launch.arguments.get("PRECISION") != TF32  # the same as in fp32
+            if launch.key not in seen and not other:
+                seen.add(launch.key)
+                yield case.op, launch, index
+
+
+def _cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Batches are large and of one utterance: some defaults depend on that."""
+    for batch in (BATCH, 1):
+        for model in MODELS:
+            yield from cases(model, dtype, batch=batch)
+        yield from wide_heads(dtype, batch)
 
 
 def tasks(
@@ -162,7 +168,8 @@ def faults(task: Task, built: Built) -> tuple[str, ...]:
     if any(p.type == "half" for p in built.products) and not built.whole.counts["matrix"]:
         found.append("multiplies half precision without the tensor cores")
     count, limit = per_score(launch, built, architecture), BOUNDS.get((launch.name, architecture.name))
-    if limit is not None and any(p.type == "half" for p in built.products) and launch.arguments["D"] == 64:
+    counted = task.default and launch.arguments.get("D") == 64
+    if limit is not None and counted and any(p.type == "half" for p in built.products):
         if count is None:
             found.append("has no inner loop")
         elif count > limit:

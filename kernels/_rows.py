@@ -1,8 +1,8 @@
 """Tiles of rows of head_dim numbers, as attention reads and multiplies them.
 
 Matrix instructions take whole tiles. Without them, for fp32 on NVIDIA, a thread holds whole rows of both operands of a
-product in registers: 64 numbers each of several rows are more than it has. Such products are made IN_PIECES: operands
-are pointers to rows, read a few columns at a time.
+product in registers: 64 numbers each of several rows are more than it has, and so are wide heads in TF32. Such products
+are made IN_PIECES: operands are pointers to rows, read a few columns at a time.
 """
 
 import torch
@@ -12,9 +12,9 @@ import triton.language as tl
 PIECE = tl.constexpr(16)  # columns; every head_dim is a multiple
 
 
-def in_pieces(dtype: torch.dtype, precision: str, target: str) -> bool:
-    """Whether products of rows are made in pieces: fp32 that may not be TF32, where there is no instruction for it."""
-    return dtype == torch.float32 and precision == "ieee" and target != "cdna"
+def in_pieces(head_dim: int, dtype: torch.dtype, precision: str, target: str) -> bool:
+    """Whether products of rows are made in pieces: fp32 on NVIDIA, unless it is TF32 and heads are not wide."""
+    return dtype == torch.float32 and target != "cdna" and (precision == "ieee" or head_dim > 64)
 
 
 @triton.jit
@@ -72,3 +72,16 @@ def product_of_rows(a, b, D: tl.constexpr, PRECISION: tl.constexpr):
     else:
         total = tl.dot(a, b.T, input_precision=PRECISION)
     return total
+
+
+@triton.jit
+def row_sums_of_products(a, b, D: tl.constexpr):
+    """The sums [M] fp32 of a · b along rows, of two tiles or of two tiles IN_PIECES."""
+    if a.dtype.is_ptr():
+        column = tl.arange(0, PIECE)[None, :]
+        sums = tl.zeros([a.shape[0]], dtype=tl.float32)
+        for start in tl.range(0, D, PIECE, loop_unroll_factor=1):
+            sums += tl.sum(tl.load(a + start + column) * tl.load(b + start + column), axis=1)
+    else:
+        sums = tl.sum(a.to(tl.float32) * b.to(tl.float32), axis=1)
+    return sums

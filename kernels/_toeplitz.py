@@ -116,7 +116,7 @@ def biased_scores(
     With WARPS, sums of the product begin with the gated bias: only operands a and b of a product are staged in shared
     memory by the compiler, and this way its loads stay where they are needed. 0 is for layouts other than theirs.
     """
-    if WARPS:
+    if WARPS and not a.dtype.is_ptr():
         bias = _fragment_tile(copies, first, start, T, W, MARGIN, BLOCK_ROWS, BLOCK_COLUMNS, WARPS)
         scores = tl.dot(a, b.T, gate * bias, input_precision=PRECISION)
     else:

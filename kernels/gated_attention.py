@@ -132,19 +132,23 @@ def _gated_attention_fwd_kernel(
 
 @tunable
 def forward_configs(
-    head_dim: int, dtype: torch.dtype, pieces: bool, tensor_memory: bool, target: str
+    head_dim: int, dtype: torch.dtype, precision: str, tensor_memory: bool, target: str
 ) -> tuple[Config, ...]:
     """Tiles and warps. 128 queries read keys and values half as often as 64 do, with as many warps resident: eight of
     one program in place of four of two. What an iteration does once per tile is spread over more scores in wide tiles:
     128 keys where registers hold one program at a time all the same, 64 on "hopper": sm_90 then holds two, and sm_100
     spills with more. Wide heads leave registers for 64 keys on sm_90, whose operands need none, and for 32 elsewhere,
-    as fp32 does. AMD's wider warps hold half a tile. Products of queries and keys in `pieces` are followed by one over
-    all keys of a tile, of which a thread holds whole rows.
+    as fp32 does. AMD's wider warps hold half a tile. Products of queries and keys in pieces are followed by one over
+    all keys of a tile, of which a thread holds whole rows, unless it is TF32: wide heads need many threads for them.
     """
     small = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-    if pieces:
-        tiny = {**small, "BLOCK_M": 32 if head_dim <= 64 else 16, "BLOCK_N": 16, "num_stages": 1}
-        return tiny, {**tiny, "num_stages": 2}
+    if in_pieces(head_dim, dtype, precision, target):
+        default = {**small, "BLOCK_M": 32, "BLOCK_N": 16, "num_stages": 1}
+        if precision == "tf32":
+            default = {**small, "BLOCK_M": 128, "num_warps": 8}
+        elif head_dim > 64:
+            default = {**small, "num_warps": 16, "num_stages": 1}
+        return default, {**default, "num_stages": 3 - default["num_stages"]}
     if dtype == torch.float32:
         default = {**small, "num_stages": 2 if head_dim <= 64 else 1}
         return default, {**small, "BLOCK_N": 16}, {**small, "BLOCK_M": 32}
@@ -173,7 +177,7 @@ def launch_constants(q: torch.Tensor, key_lengths: torch.Tensor | None, dropout_
         "LENGTHS": key_lengths is not None,
         "DROPOUT": dropout_p > 0,
         "PRECISION": precision,
-        "IN_PIECES": in_pieces(q.dtype, precision, target(q.device)),
+        "IN_PIECES": in_pieces(D, q.dtype, precision, target(q.device)),
     }
 
 
@@ -213,6 +217,6 @@ def gated_attention(
             WARPS=warps, APART=apart,
         )  # fmt: skip
 
-    arguments = (D, q.dtype, constants["IN_PIECES"], tensor_memory)
+    arguments = (D, q.dtype, constants["PRECISION"], tensor_memory)
     forward_configs.launch(run, q.device, arguments, (T, B * H), (constants["DROPOUT"],))
     return out, lse

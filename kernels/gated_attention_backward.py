@@ -6,6 +6,10 @@ weights · dweights, three kernels follow each other: dq and dgate (a tile of qu
 
 The row sums come from out · dout as usual, but `out` was rounded. The first kernel therefore also adds up dscores'
 rows, which should be zero, corrects dgate by what is left, and hands the corrected row sums to the other two.
+
+The last tile, which needs masks, has code of its own behind the loops, as forward. The compiler reads that code's
+operands before the loops and keeps them: with wide heads there are no registers for that, and the last tile is one of
+a loop with masks.
 """
 
 import torch
@@ -13,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ._dropout import keep, row_keys
-from ._rows import load_tile, operand, product_of_rows, row_pointers, row_starts
+from ._rows import in_pieces, load_tile, operand, product_of_rows, row_pointers, row_starts, row_sums_of_products
 from ._target import target
 from ._toeplitz import biased_scores, far_tiles, fragment_warps, toeplitz
 from ._tuning import Config, tunable
@@ -70,6 +74,7 @@ def _gated_attention_bwd_dq_kernel(
     LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, IN_PIECES: tl.constexpr,
     WARPS: tl.constexpr,
 ):  # fmt: skip
+    WIDE: tl.constexpr = D > 64  # the last tile is one of the loop: see above
     first = tl.program_id(0) * BLOCK_M
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     query = first + tl.arange(0, BLOCK_M)
@@ -81,10 +86,11 @@ def _gated_attention_bwd_dq_kernel(
     q_at = q_base + row[:, None].to(tl.int64) * stride_qt
     q = q_at if IN_PIECES else load_tile(q_at + column[None, :], row, T, column, False, D, BLOCK_D)
     own = ((b.to(tl.int64) * T + row[:, None]) * H + h) * D  # of the contiguous tensors
-    dout = load_tile(dout_ptr + own + column[None, :], row, T, column, False, D, BLOCK_D)
-    out = load_tile(out_ptr + own + column[None, :], row, T, column, False, D, BLOCK_D)
-    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
-    dout = dout_ptr + own if IN_PIECES else dout
+    dout, out = dout_ptr + own, out_ptr + own
+    if not IN_PIECES:
+        dout = load_tile(dout + column[None, :], row, T, column, False, D, BLOCK_D)
+        out = load_tile(out + column[None, :], row, T, column, False, D, BLOCK_D)
+    delta = row_sums_of_products(dout, out, D)
     gate = tl.load(gate_ptr + head + row) * gate_scale
     lse = tl.load(lse_ptr + head + row) * 1.4426950408889634
     row_key = row_keys(seed_ptr, head + row) if DROPOUT else row
@@ -110,13 +116,15 @@ def _gated_attention_bwd_dq_kernel(
             row_key, k_base, v_base, copies, first, tile * BLOCK_N, length, T, W, stride_kt, stride_vt, scale,
             threshold, keep_scale, D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, True, False, DROPOUT, PRECISION, WARPS,
         )  # fmt: skip
-    for tile in range(left, right):
+    last = full * BLOCK_N < length
+    for index in range(left, right + (last.to(tl.int32) if WIDE else 0)):
+        tile = tl.where(index < right, index, full) if WIDE else index
         dq, dgate, rest, mean_bias = _dq_step(
             dq, dgate, rest, mean_bias, q, dout, gate, 0.0, lse, delta,
             row_key, k_base, v_base, copies, first, tile * BLOCK_N, length, T, W, stride_kt, stride_vt, scale,
-            threshold, keep_scale, D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, False, False, DROPOUT, PRECISION, WARPS,
+            threshold, keep_scale, D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, False, WIDE, DROPOUT, PRECISION, WARPS,
         )  # fmt: skip
-    if full * BLOCK_N < length:
+    if not WIDE and last:
         dq, dgate, rest, mean_bias = _dq_step(
             dq, dgate, rest, mean_bias, q, dout, gate, 0.0, lse, delta,
             row_key, k_base, v_base, copies, first, full * BLOCK_N, length, T, W, stride_kt, stride_vt, scale,
@@ -189,6 +197,7 @@ def _gated_attention_bwd_dkv_kernel(
     LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, IN_PIECES: tl.constexpr,
     WARPS: tl.constexpr,
 ):  # fmt: skip
+    WIDE: tl.constexpr = D > 64  # the last tile is one of the loop: see above
     first = tl.program_id(0) * BLOCK_N
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     key = first + tl.arange(0, BLOCK_N)
@@ -225,14 +234,16 @@ def _gated_attention_bwd_dkv_kernel(
             T, W, stride_qt, H * D, scale, gate_scale, threshold, keep_scale,
             D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, True, False, DROPOUT, PRECISION, WARPS,
         )  # fmt: skip
-    for tile in range(left, right):
+    last = (first < length) & (T % BLOCK_M != 0)
+    for index in range(left, right + (last.to(tl.int32) if WIDE else 0)):
+        tile = tl.where(index < right, index, full) if WIDE else index
         dk, dv = _dkv_step(
             dk, dv, k, v, gate_ptr + head, 0.0, lse_ptr + head,
             delta_ptr + head, seed_ptr, head, key, q_base, dout_base, copies, first, tile * BLOCK_M,
             T, W, stride_qt, H * D, scale, gate_scale, threshold, keep_scale,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, False, False, DROPOUT, PRECISION, WARPS,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, False, WIDE, DROPOUT, PRECISION, WARPS,
         )  # fmt: skip
-    if (first < length) & (T % BLOCK_M != 0):
+    if not WIDE and last:
         dk, dv = _dkv_step(
             dk, dv, k, v, gate_ptr + head, 0.0, lse_ptr + head,
             delta_ptr + head, seed_ptr, head, key, q_base, dout_base, copies, first, full * BLOCK_M,
@@ -249,24 +260,32 @@ def _gated_attention_bwd_dkv_kernel(
 
 
 @tunable
-def backward_configs(head_dim: int, dtype: torch.dtype, pieces: bool, target: str) -> tuple[Config, ...]:
+def backward_configs(head_dim: int, dtype: torch.dtype, precision: str, target: str) -> tuple[Config, ...]:
     """Tiles and warps. Rows are queries for dq, keys for dk and dv. Where products read their operands from registers,
-    three or four products a tile leave room for half the columns. Those made in `pieces` are followed by one over all
-    columns of a tile, of which a thread holds whole rows.
+    three or four products a tile leave room for half the columns, and wide heads for a quarter. Products in pieces are
+    followed by one over all columns of a tile, of which a thread holds whole rows, unless it is TF32: wide heads need
+    many threads for them.
     """
     small = {"ROWS": 64, "COLUMNS": 32, "num_warps": 4, "num_stages": 1}
-    if pieces:
-        default = {**small, "ROWS": 32, "COLUMNS": 16}
-        return default, {**default, "ROWS": 64, "num_warps": 8}
+    eight = {"ROWS": 128, "COLUMNS": 64 if target == "hopper" else 32, "num_warps": 8, "num_stages": 2}
+    wide = head_dim > 64
+    if in_pieces(head_dim, dtype, precision, target):
+        if precision == "tf32":
+            default = {**eight, "ROWS": 64, "COLUMNS": 32}
+            return default, {**default, "ROWS": 32, "num_warps": 4}
+        default = {**small, "COLUMNS": 16, **({"num_warps": 16} if wide else {"ROWS": 32})}
+        return default, {**default, "ROWS": 32 if wide else 64, "num_warps": 8}
     if dtype == torch.float32:
-        default = {**small, "COLUMNS": 32 if head_dim <= 64 and target == "cdna" else 16}
+        default = {**small, "COLUMNS": 32 if not wide and target == "cdna" else 16}
         return default, {**default, "ROWS": 32}
-    if target == "cdna" or head_dim > 64:
-        default = {**small, "num_stages": 2 if head_dim <= 64 else 1}
+    if target == "cdna":
+        default = {**small, "num_stages": 1 if wide else 2}
         return default, {**small, "num_stages": 3 - default["num_stages"]}, {**small, "COLUMNS": 16}
-    default = {"ROWS": 128, "COLUMNS": 64 if target == "hopper" else 32, "num_warps": 8, "num_stages": 2}
+    if wide:
+        default = {**eight, "COLUMNS": eight["COLUMNS"] // 2, "num_stages": 1}
+        return default, {**default, "num_stages": 2}, small
     # Twice the programs for short batches.
-    return default, {**small, "num_stages": 2}
+    return eight, {**small, "num_stages": 2}
 
 
 def gated_attention_backward(
@@ -320,13 +339,13 @@ def gated_attention_backward(
     def run_dkv(config: Config) -> None:
         _gated_attention_bwd_dkv_kernel[(triton.cdiv(T, config["ROWS"]), B * H)](
             *operands, grad, lse, delta, dk, dv, *numbers,
-            BLOCK_M=config["COLUMNS"], BLOCK_N=config["ROWS"], WARPS=0 if dkv_in_pieces else warps(config),
+            BLOCK_M=config["COLUMNS"], BLOCK_N=config["ROWS"], WARPS=warps(config),
             **{**constants, "IN_PIECES": dkv_in_pieces},
             num_warps=config["num_warps"], num_stages=config["num_stages"],
         )  # fmt: skip
 
     for name, run in (("dq", run_dq), ("dkv", run_dkv)):
-        also = (name, constants["DROPOUT"], constants["PRECISION"])
-        backward_configs.launch(run, q.device, (D, q.dtype, constants["IN_PIECES"]), (T, B * H), also)
+        arguments = (D, q.dtype, constants["PRECISION"])
+        backward_configs.launch(run, q.device, arguments, (T, B * H), (name, constants["DROPOUT"]))
     drel_bias = rel_bias_gradient(operands, grad, lse, delta, numbers, constants)
     return dq, dk, dv, dgate, drel_bias

@@ -119,14 +119,17 @@ def _gated_attention_bwd_dbias_sum_kernel(
 @tunable
 def dbias_configs(head_dim: int, dtype: torch.dtype, tensor_memory: bool, target: str) -> tuple[Config, ...]:
     """Tiles and warps. The loop holds three tiles of scores in registers. Eight warps have room for 128 keys on sm_90,
-    whose operands need none, and for 64 elsewhere. Without matrix instructions four warps have not enough registers.
+    whose operands need none, and for 64 elsewhere; for half of that with wide heads. Without matrix instructions four
+    warps have not enough registers.
     """
     small = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    if dtype == torch.float32 and head_dim <= 64 and target != "cdna":
-        return {**small, "num_warps": 8}, {**small, "BLOCK_M": 32}
-    if dtype == torch.float32 or head_dim > 64:
-        return small, {**small, "BLOCK_M": 32}
     wide = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1}
+    if target == "cdna" and (dtype == torch.float32 or head_dim > 64):
+        return small, {**small, "BLOCK_M": 32}
+    if head_dim > 64:
+        return wide if target == "hopper" and dtype != torch.float32 else {**wide, "BLOCK_N": 32}, small
+    if dtype == torch.float32:
+        return {**small, "num_warps": 8}, {**small, "BLOCK_M": 32}
     if target == "hopper":
         others = wide, {**small, "BLOCK_N": 64}, small
         return others if tensor_memory else ({**wide, "BLOCK_N": 128}, *others)

@@ -46,6 +46,16 @@ def test_tf32_is_compiled_where_it_exists():
     assert not torch.backends.cuda.matmul.allow_tf32
 
 
+def test_attention_is_compiled_with_wide_heads():
+    found = tasks(["sm_80"], ["bf16"], "gated_attention", [0])
+    heads = Counter((t.launch.name, t.launch.arguments["D"]) for t in found if "D" in t.launch.arguments)
+    assert set(heads.values()) == {1}
+    assert set(heads) == {
+        (f"gated_attention_{kernel}_kernel", D) for kernel in ("fwd", "bwd_dq", "bwd_dkv", "bwd_dbias")
+        for D in (64, 80, 128)
+    }  # fmt: skip
+
+
 def first(op, kernel, architecture="sm_90", dtype="bf16"):
     return next(t for t in tasks([architecture], [dtype], op, [0]) if t.launch.name == kernel)
 
@@ -94,6 +104,7 @@ def test_more_instructions_per_score_than_the_bound_are_a_fault():
     assert per_score(task.launch, sound(loops=[many]), task.architecture) == pytest.approx(limit, abs=1.5 / scores)
     assert faults(task, sound(loops=[few])) == ()
     assert "instructions per score" in faults(task, sound(loops=[many]))[0]
+    assert faults(replace(task, default=False), sound(loops=[many])) == ()
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "gfx942"])

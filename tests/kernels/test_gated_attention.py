@@ -137,7 +137,13 @@ def test_many_parts_per_diagonal(deterministic):
     check(inputs(10, 9, 1, 16, [9 - i for i in range(10)]))
 
 
-@pytest.mark.parametrize("D", [32, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wide_heads_with_far_tiles(dtype):
+    """Their last tile is one of the loop over tiles that load their bias, which others surround."""
+    check(inputs(1, 300, 1, 80, [283], dtype=dtype, far=30))
+
+
+@pytest.mark.parametrize("D", [32, 64, 80])
 def test_whole_tiles_in_float32(D):
     """As on AMD, whose matrix unit has fp32; elsewhere products of queries and keys are made in pieces."""
     with pretend("cdna"):
@@ -152,9 +158,10 @@ def test_tf32_only_where_the_gpu_has_it(target, expected):
         assert dot_precision(torch.float16, torch.device("cpu")) == "ieee"
 
 
-def test_tf32():
+@pytest.mark.parametrize("D", [64, 80])
+def test_tf32(D):
     """Where torch's setting allows it: inputs of ten bits, so errors between those of fp16 and of fp32 products."""
-    args = inputs(1, 70, 1, 64, [63])
+    args = inputs(1, 70, 1, D, [63])
     truth = REFERENCE["gated_attention"].fn(*wide(args))
     coarse = REFERENCE["gated_attention"].fn(*wide(args, torch.float16))
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -165,8 +172,9 @@ def test_tf32():
         assert error > 1e-5
 
 
-def test_tf32_gradients():
-    args = inputs(1, 70, 1, 64, [63])
+@pytest.mark.parametrize("D", [64, 80])
+def test_tf32_gradients(D):
+    args = inputs(1, 70, 1, D, [63])
     grad = randn(*args[0].shape, seed=3)
 
     def reference(dtype):
