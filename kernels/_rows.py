@@ -72,16 +72,3 @@ def product_of_rows(a, b, D: tl.constexpr, PRECISION: tl.constexpr):
     else:
         total = tl.dot(a, b.T, input_precision=PRECISION)
     return total
-
-
-@triton.jit
-def row_sums_of_products(a, b, D: tl.constexpr):
-    """The sums [M] fp32 of a · b along rows, of two tiles or of two tiles IN_PIECES."""
-    if a.dtype.is_ptr():
-        column = tl.arange(0, PIECE)[None, :]
-        sums = tl.zeros([a.shape[0]], dtype=tl.float32)
-        for start in tl.range(0, D, PIECE, loop_unroll_factor=1):
-            sums += tl.sum(tl.load(a + start + column) * tl.load(b + start + column), axis=1)
-    else:
-        sums = tl.sum(a.to(tl.float32) * b.to(tl.float32), axis=1)
-    return sums

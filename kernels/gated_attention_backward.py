@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ._dropout import keep, row_keys
-from ._rows import in_pieces, load_tile, operand, product_of_rows, row_pointers, row_starts, row_sums_of_products
+from ._rows import in_pieces, load_tile, operand, product_of_rows, row_pointers, row_starts
 from ._target import target
 from ._toeplitz import biased_scores, far_tiles, fragment_warps, toeplitz
 from ._tuning import Config, tunable
@@ -86,11 +86,10 @@ def _gated_attention_bwd_dq_kernel(
     q_at = q_base + row[:, None].to(tl.int64) * stride_qt
     q = q_at if IN_PIECES else load_tile(q_at + column[None, :], row, T, column, False, D, BLOCK_D)
     own = ((b.to(tl.int64) * T + row[:, None]) * H + h) * D  # of the contiguous tensors
-    dout, out = dout_ptr + own, out_ptr + own
-    if not IN_PIECES:
-        dout = load_tile(dout + column[None, :], row, T, column, False, D, BLOCK_D)
-        out = load_tile(out + column[None, :], row, T, column, False, D, BLOCK_D)
-    delta = row_sums_of_products(dout, out, D)
+    dout = load_tile(dout_ptr + own + column[None, :], row, T, column, False, D, BLOCK_D)
+    out = load_tile(out_ptr + own + column[None, :], row, T, column, False, D, BLOCK_D)
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
+    dout = dout_ptr + own if IN_PIECES else dout
     gate = tl.load(gate_ptr + head + row) * gate_scale
     lse = tl.load(lse_ptr + head + row) * 1.4426950408889634
     row_key = row_keys(seed_ptr, head + row) if DROPOUT else row
@@ -271,8 +270,8 @@ def backward_configs(head_dim: int, dtype: torch.dtype, precision: str, target: 
     wide = head_dim > 64
     if in_pieces(head_dim, dtype, precision, target):
         if precision == "tf32":
-            default = {**eight, "ROWS": 64, "COLUMNS": 32}
-            return default, {**default, "ROWS": 32, "num_warps": 4}
+            default = {**small, "ROWS": 32, "num_stages": 2}
+            return default, {**default, "ROWS": 64, "num_warps": 8}
         default = {**small, "COLUMNS": 16, **({"num_warps": 16} if wide else {"ROWS": 32})}
         return default, {**default, "ROWS": 32 if wide else 64, "num_warps": 8}
     if dtype == torch.float32:

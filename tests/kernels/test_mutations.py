@@ -137,9 +137,6 @@ MISTAKES = {
     "dq: gate dropped": (DQ, FORWARD_GATE, "gate = tl.full([BLOCK_M], gate_scale, tl.float32)", attend),
     "dq: tail tile skipped": (DQ, "last = full * BLOCK_N < length", "last = full * BLOCK_N < 0", attend),
     "dq: tail tile skipped in wide heads": (DQ, LAST_OF_WIDE, "0", wide_heads),
-    "dq: last piece of a row's sum dropped": (
-        "_rows.row_sums_of_products", "(0, D, PIECE", "(0, D - PIECE, PIECE", two_pieces,
-    ),
     "dq: far tiles on the right dropped": (DQ, FAR_LOOP, "for index in range(left):", attend),
     "dq: not scaled": (DQ, "(dq * dot_scale)", "dq", attend),
     "dgate: dropped where the bias is loaded": (
