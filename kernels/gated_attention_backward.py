@@ -115,15 +115,14 @@ def _gated_attention_bwd_dq_kernel(
             row_key, k_base, v_base, copies, first, tile * BLOCK_N, length, T, W, stride_kt, stride_vt, scale,
             threshold, keep_scale, D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, True, False, DROPOUT, PRECISION, WARPS,
         )  # fmt: skip
-    last = full * BLOCK_N < length
-    for index in range(left, right + (last.to(tl.int32) if WIDE else 0)):
+    for index in range(left, right + (tl.cdiv(length, BLOCK_N) - full if WIDE else 0)):
         tile = tl.where(index < right, index, full) if WIDE else index
         dq, dgate, rest, mean_bias = _dq_step(
             dq, dgate, rest, mean_bias, q, dout, gate, 0.0, lse, delta,
             row_key, k_base, v_base, copies, first, tile * BLOCK_N, length, T, W, stride_kt, stride_vt, scale,
             threshold, keep_scale, D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, False, WIDE, DROPOUT, PRECISION, WARPS,
         )  # fmt: skip
-    if not WIDE and last:
+    if not WIDE and full * BLOCK_N < length:
         dq, dgate, rest, mean_bias = _dq_step(
             dq, dgate, rest, mean_bias, q, dout, gate, 0.0, lse, delta,
             row_key, k_base, v_base, copies, first, full * BLOCK_N, length, T, W, stride_kt, stride_vt, scale,
@@ -233,8 +232,7 @@ def _gated_attention_bwd_dkv_kernel(
             T, W, stride_qt, H * D, scale, gate_scale, threshold, keep_scale,
             D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, True, False, DROPOUT, PRECISION, WARPS,
         )  # fmt: skip
-    last = (first < length) & (T % BLOCK_M != 0)
-    for index in range(left, right + (last.to(tl.int32) if WIDE else 0)):
+    for index in range(left, right + (tl.where(first < length, tl.cdiv(T, BLOCK_M) - full, 0) if WIDE else 0)):
         tile = tl.where(index < right, index, full) if WIDE else index
         dk, dv = _dkv_step(
             dk, dv, k, v, gate_ptr + head, 0.0, lse_ptr + head,
@@ -242,7 +240,7 @@ def _gated_attention_bwd_dkv_kernel(
             T, W, stride_qt, H * D, scale, gate_scale, threshold, keep_scale,
             D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, False, WIDE, DROPOUT, PRECISION, WARPS,
         )  # fmt: skip
-    if not WIDE and last:
+    if not WIDE and (first < length) & (T % BLOCK_M != 0):
         dk, dv = _dkv_step(
             dk, dv, k, v, gate_ptr + head, 0.0, lse_ptr + head,
             delta_ptr + head, seed_ptr, head, key, q_base, dout_base, copies, first, full * BLOCK_M,

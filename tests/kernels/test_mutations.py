@@ -102,7 +102,6 @@ FWD, DQ, DKV = (
 )  # fmt: skip
 DBIAS = "gated_attention_dbias._gated_attention_bwd_dbias_kernel"
 FORWARD_GATE = "gate = tl.load(gate_ptr + head + row) * gate_scale"
-LAST_OF_WIDE = "(last.to(tl.int32) if WIDE else 0)"
 FAR_LOOP = "for index in range(left + full - right):"
 PRODUCT, FINISH = "_frames_product._frames_product_kernel", "_finish_backward._finish_bwd_kernel"
 WEIGHT = "_frames_product._frames_product_bwd_weight_kernel"
@@ -135,8 +134,8 @@ MISTAKES = {
     "attention: dropout of another seed": ("_dropout.row_keys", "_mix(seed + ", "_mix(seed + 1 + ", dropped_out),
     "attention: log-sum-exp in base 2": (FWD, "* 0.6931471805599453", "", attend),
     "dq: gate dropped": (DQ, FORWARD_GATE, "gate = tl.full([BLOCK_M], gate_scale, tl.float32)", attend),
-    "dq: tail tile skipped": (DQ, "last = full * BLOCK_N < length", "last = full * BLOCK_N < 0", attend),
-    "dq: tail tile skipped in wide heads": (DQ, LAST_OF_WIDE, "0", wide_heads),
+    "dq: tail tile skipped": (DQ, "full * BLOCK_N < length", "full * BLOCK_N < 0", attend),
+    "dq: tail tile skipped in wide heads": (DQ, "(tl.cdiv(length, BLOCK_N) - full if WIDE else 0)", "0", wide_heads),
     "dq: far tiles on the right dropped": (DQ, FAR_LOOP, "for index in range(left):", attend),
     "dq: not scaled": (DQ, "(dq * dot_scale)", "dq", attend),
     "dgate: dropped where the bias is loaded": (
@@ -149,7 +148,7 @@ MISTAKES = {
         "gated_attention_backward._dkv_step", "(dweights - delta[None, :])", "dweights", attend,
     ),
     "dk, dv: tail tile skipped": (DKV, "(T % BLOCK_M != 0)", "(T < 0)", attend),
-    "dk, dv: tail tile skipped in wide heads": (DKV, LAST_OF_WIDE, "0", wide_heads),
+    "dk, dv: tail tile skipped in wide heads": (DKV, "tl.cdiv(T, BLOCK_M) - full, 0)", "0, 0)", wide_heads),
     "dk, dv: far tiles on the right dropped": (DKV, FAR_LOOP, "for index in range(left):", attend),
     "dv: dropout's scale dropped": (
         "gated_attention_backward._dkv_step", "tl.where(mask, weights * keep_scale, 0.0)",
