@@ -139,7 +139,7 @@ def forward_configs(
     128 keys where registers hold one program at a time all the same, 64 on "hopper": sm_90 then holds two, and sm_100
     spills with more. Wide heads leave registers for 64 keys on sm_90, whose operands need none, and for 32 elsewhere,
     as fp32 does. AMD's wider warps hold half a tile. Products of queries and keys in pieces are followed by one over
-    all keys of a tile, of which a thread holds whole rows, unless it is TF32: wide heads need many threads for them.
+    all keys of a tile: without TF32 a thread holds whole rows of it, and wide heads take many threads.
     """
     small = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
     if in_pieces(head_dim, dtype, precision, target):

@@ -259,9 +259,9 @@ def _gated_attention_bwd_dkv_kernel(
 @tunable
 def backward_configs(head_dim: int, dtype: torch.dtype, precision: str, target: str) -> tuple[Config, ...]:
     """Tiles and warps. Rows are queries for dq, keys for dk and dv. Where products read their operands from registers,
-    three or four products a tile leave room for half the columns, and wide heads for a quarter. Products in pieces are
-    followed by one over all columns of a tile, of which a thread holds whole rows, unless it is TF32: wide heads need
-    many threads for them.
+    three or four products a tile leave room for half the columns, and wide heads for half of that. Products in pieces
+    are followed by one over all columns of a tile: without TF32 a thread holds whole rows of it, which leaves room for
+    few columns, and takes many threads with wide heads.
     """
     small = {"ROWS": 64, "COLUMNS": 32, "num_warps": 4, "num_stages": 1}
     eight = {"ROWS": 128, "COLUMNS": 64 if target == "hopper" else 32, "num_warps": 8, "num_stages": 2}
