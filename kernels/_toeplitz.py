@@ -114,7 +114,8 @@ def biased_scores(
     """product_of_rows(a, b) + gate · bias, and the bias; `copies` are those of the head, `gate` broadcasts to the tile.
 
     With WARPS, sums of the product begin with the gated bias: only operands a and b of a product are staged in shared
-    memory by the compiler, and this way its loads stay where they are needed. 0 is for layouts other than theirs.
+    memory by the compiler, and this way its loads stay where they are needed. 0 is for layouts other than theirs;
+    sums of products IN_PIECES begin with nothing.
     """
     if WARPS and not a.dtype.is_ptr():
         bias = _fragment_tile(copies, first, start, T, W, MARGIN, BLOCK_ROWS, BLOCK_COLUMNS, WARPS)

@@ -270,8 +270,9 @@ def backward_configs(head_dim: int, dtype: torch.dtype, precision: str, target: 
         if precision == "tf32":
             default = {**small, "ROWS": 32, "num_stages": 2}
             return default, {**default, "ROWS": 64, "num_warps": 8}
-        default = {**small, "COLUMNS": 16, **({"num_warps": 16} if wide else {"ROWS": 32})}
-        return default, {**default, "ROWS": 32 if wide else 64, "num_warps": 8}
+        short = {**small, "ROWS": 32, "COLUMNS": 16, "num_warps": 8 if wide else 4}
+        tall = {**short, "ROWS": 64, "num_warps": 2 * short["num_warps"]}
+        return (tall, short) if wide else (short, tall)
     if dtype == torch.float32:
         default = {**small, "COLUMNS": 32 if not wide and target == "cdna" else 16}
         return default, {**default, "ROWS": 32}

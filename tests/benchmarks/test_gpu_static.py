@@ -95,16 +95,16 @@ def test_half_precision_without_the_matrix_unit_is_a_fault():
     assert faults(task, sound(loops=[slow], whole=slow, products=full_precision)) == ()
 
 
-def test_more_instructions_per_score_than_the_bound_are_a_fault():
-    task = first("gated_attention", ATTENTION)
+@pytest.mark.parametrize("default", [True, False])
+def test_more_instructions_per_score_than_the_bound_are_a_fault(default):
+    task = replace(first("gated_attention", ATTENTION, "sm_80"), default=default)
     a = task.launch.arguments
     scores = a["BLOCK_M"] * a["BLOCK_N"] / 256
-    limit = BOUNDS[ATTENTION, "sm_90"]
+    limit = BOUNDS[ATTENTION, "sm_80"][0 if default else 1]
     few, many = (Mix(Counter(matrix=8, fp32=int(limit * scores) + more)) for more in (0, 1))
     assert per_score(task.launch, sound(loops=[many]), task.architecture) == pytest.approx(limit, abs=1.5 / scores)
     assert faults(task, sound(loops=[few])) == ()
     assert "instructions per score" in faults(task, sound(loops=[many]))[0]
-    assert faults(replace(task, default=False), sound(loops=[many])) == ()
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "gfx942"])
