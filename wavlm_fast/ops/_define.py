@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import backends
 from ..backends.reference import TABLE as REFERENCE_TABLE
 from ..freed import refuse
+from ._decompose import decomposes
 
 NAMESPACE = "wavlm_fast"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -62,7 +63,9 @@ def define(
     LIBRARY.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, dispatch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=LIBRARY)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    decomposes(op, kernel)
+    return op
 
 
 def _unaliased(output: Tensor) -> Tensor:

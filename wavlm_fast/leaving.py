@@ -1,0 +1,55 @@
+"""Whether a model is leaving eager torch: exported, traced or transformed.
+
+What comes out then goes where our ops are unknown, or is computed by rules that only plain ops have. Fast modules run as
+transformers' own meanwhile, and nothing remembered is used, which a graph would hold as a constant. `torch.compile` and
+`torch.export` are no such case: their graphs hold fused ops, and decompositions take these apart (`ops/_define.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.autograd import forward_ad
+from torch.fx.experimental import proxy_tensor
+
+# Names that torch does not promise. Without one of them its case is not noticed, and fails as ops of ours fail there.
+_transform: Callable[[], object | None] = getattr(
+    getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None
+)
+_jit_state: Callable[[], object | None] = getattr(
+    torch._C, "_get_tracing_state", lambda: torch.jit.is_tracing() or None
+)
+
+
+def leaving() -> str | None:
+    """Why modules have to run as transformers' own just now, a sentence; None when they need not.
+
+    Asked by every fast module in each forward: a fraction of a microsecond.
+    """
+    if torch.compiler.is_compiling():
+        return _leaving_compiled()
+    if _jit_state() is not None:
+        return "an ONNX export is under way" if torch.onnx.is_in_onnx_export() else "a graph is traced by torch.jit.trace"
+    if getattr(proxy_tensor, "_CURRENT_MAKE_FX_TRACER", None) is not None:
+        return "a graph is traced by make_fx"
+    return _transformed()
+
+
+def _transformed() -> str | None:
+    if _transform() is not None:
+        return "a torch.func transform is active"
+    if getattr(forward_ad, "_current_level", -1) >= 0:
+        return "forward-mode derivatives are computed"
+    return None
+
+
+def _leaving_compiled() -> str | None:
+    if torch.onnx.is_in_onnx_export():
+        return "an ONNX export is under way"
+    return _transformed()
+
+
+# torch.compile runs this when it traces, and takes the answer for a constant: it cannot look into torch's state itself,
+# and what it has compiled is bound to that state anyway.
+_leaving_compiled._dynamo_marked_constant = True

@@ -1,0 +1,32 @@
+"""How an exported program takes an op apart.
+
+`ExportedProgram.run_decompositions`, and with it every exporter that starts from a program (ONNX, OpenVINO, ExecuTorch),
+asks for what torch calls composite implicit kernels: each of our ops has one, its reference, and so stands in
+`torch.export.default_decompositions()`; whoever wants to keep an op deletes it from there. Everybody else (torch.compile,
+torch.export itself, AOTInductor) would take such an op apart too, without having been asked; to them it has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+# While a program is decomposed, torch lays kernels of its own over the op; this is one of them.
+_LAID_OVER = torch._C.DispatchKey.AutogradCPU
+
+
+def decomposes(op: torch._ops.OpOverload, into: Callable[..., Any]) -> None:
+    """Let `op` become `into(*args)`, plain torch, where a program is decomposed, and nowhere else."""
+    names = [argument.name for argument in op._schema.arguments]
+
+    def asked() -> bool:
+        return _LAID_OVER in op.py_kernels
+
+    def decomposition(*args: Any, **kwargs: Any) -> Any:
+        return into(*args, *(kwargs[n] for n in names[len(args) :])) if asked() else NotImplemented
+
+    op.py_impl(_COMPOSITE)(decomposition)
+    op._can_decompose = asked  # else torch.export warns that it keeps an op which it could take apart
