@@ -8,6 +8,7 @@ torch.export itself, AOTInductor) would take such an op apart too, without havin
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,21 @@ def decomposes(op: torch._ops.OpOverload, into: Callable[..., Any]) -> None:
         return _LAID_OVER in op.py_kernels
 
     def decomposition(*args: Any, **kwargs: Any) -> Any:
-        return into(*args, *(kwargs[n] for n in names[len(args) :])) if asked() else NotImplemented
+        if asked():
+            return into(*args, *(kwargs[n] for n in names[len(args) :]))
+        _withdraw(op)
+        return NotImplemented
 
     op.py_impl(_COMPOSITE)(decomposition)
     op._can_decompose = asked  # else torch.export warns that it keeps an op which it could take apart
+
+
+def _withdraw(op: torch._ops.OpOverload) -> None:
+    """Take `op` out of inductor's tables, which begin as a copy of the default decompositions.
+
+    Inductor fails on an op that stands there and yet reaches it whole. On the way to it every op is asked to come apart.
+    """
+    inductor = sys.modules.get("torch._inductor.decomposition")
+    if inductor is not None:
+        for table in (inductor.decompositions, inductor.fast_random_decomps()):
+            table.pop(op, None)

@@ -24,6 +24,8 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 references: dict[str, Callable[..., Any]] = {}
 # Op name -> schema text without the name, for backends that implement the same schema in their own namespace.
 schemas: dict[str, str] = {}
+# Op name -> the positions of its arguments that are lists.
+_lists: dict[str, tuple[int, ...]] = {}
 
 
 def define(
@@ -49,6 +51,7 @@ def define(
     REFERENCE_TABLE[name] = backends.Implementation(kernel)
 
     def dispatch(*args: Any) -> Any:
+        args = _with_lists(name, args)
         check(*args)
         choice = backends.choose(name, args)
         if choice.backend == "reference" and not in_parts:
@@ -57,6 +60,7 @@ def define(
         return tuple(map(_unaliased, outputs)) if isinstance(outputs, tuple) else _unaliased(outputs)
 
     def checked_fake(*args: Any) -> Any:
+        args = _with_lists(name, args)
         check(*args)
         return fake(*args)
 
@@ -64,8 +68,16 @@ def define(
     LIBRARY.impl(name, dispatch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=LIBRARY)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    _lists[name] = tuple(i for i, a in enumerate(op._schema.arguments) if a.type.kind() == "ListType")
     decomposes(op, kernel)
     return op
+
+
+def _with_lists(name: str, args: tuple) -> tuple:
+    """The arguments of an op as its schema has them: packages of AOTInductor hand on None for an empty list."""
+    if not any(args[i] is None for i in _lists[name]):
+        return args
+    return tuple([] if a is None and i in _lists[name] else a for i, a in enumerate(args))
 
 
 def _unaliased(output: Tensor) -> Tensor:
@@ -158,7 +170,7 @@ def autocast_by(name: str, rule: Callable[..., Any]) -> None:
     def on(device_type: str) -> Callable[..., Any]:
         def kernel(*args: Any) -> Any:
             with torch.autocast(device_type, enabled=False):
-                return rule(device_type, *args)
+                return rule(device_type, *_with_lists(name, args))
 
         return kernel
 
