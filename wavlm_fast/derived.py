@@ -17,6 +17,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .freed import FreedWeight, free, refuse
+from .leaving import leaving
 
 _SAMPLES = 64
 
@@ -38,8 +39,9 @@ class _Entry:
 def derived(kind: str, sources: tuple[torch.Tensor, ...], build: Callable[[], Any], replaces: bool = False) -> Any:
     """`build()`, remembered under `kind` until the storage, version, dtype, device or shape of a source changes.
 
-    Nothing is remembered while a gradient may be needed through a source, while a graph is traced, or for tensors
-    that track no version (inference tensors). Safe to call from several threads.
+    Nothing is remembered, and nothing that is remembered is used, while a gradient may be needed through a source, while
+    a graph is traced or a transform is active, or for tensors that track no version (inference tensors). Safe to call
+    from several threads.
 
     Args:
         kind: what is built, a name.
@@ -53,7 +55,7 @@ def derived(kind: str, sources: tuple[torch.Tensor, ...], build: Callable[[], An
     learning = torch.is_grad_enabled()
     if type(sources[0]) is FreedWeight:
         return _what_is_left(kind, sources)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or leaving() is not None:
         return build()
     for s in sources:
         if not _trackable(s) or (learning and s.requires_grad):
