@@ -19,8 +19,9 @@ from transformers.models.wavlm import modeling_wavlm as hf
 
 from .freed import MayBeFreed
 from .inputs import check_checkpoint, check_ctc_labels, check_labels, check_lengths, check_mask
-from .modules import TWINS, pool_statistics
-from .modules._steps import with_lengths
+from .modules import FastWavLMFeatureEncoder, pool_statistics
+from .modules._masks import forget_made, made
+from .modules._originals import StandIn, become_twin, or_original, own_methods, stands_in_for
 from .modules._versions import ENCODER_COLLECTS
 from .swap import accelerate
 
@@ -39,13 +40,17 @@ _PARAMETERS = {
 }
 
 
-class _FastModel(MayBeFreed):
+_OWN_MASK = dict(own_methods(hf.WavLMPreTrainedModel))["_get_feature_vector_attention_mask"]
+
+
+class _FastModel(StandIn, MayBeFreed):
     """Construction and loading, in front of each transformers class."""
 
     def __init__(self, config: WavLMConfig, *args: Any, **kwargs: Any) -> None:
         if isinstance(config, WavLMConfig):  # what is none, transformers refuses
             check_lengths(config, "conv_dim", "conv_stride", "conv_kernel")
         super().__init__(config, *args, **kwargs)
+        become_twin(self)
         accelerate(self)
 
     @classmethod
@@ -73,24 +78,36 @@ class _FastModel(MayBeFreed):
         transformers writes a one at the last valid frame, which on a GPU copies the number there; no graph can capture
         that. On the CPU, where it refuses lengths past the end, it is asked itself.
         """
-        if attention_mask.device.type == "cpu":
-            return with_lengths(
-                super()._get_feature_vector_attention_mask(feature_vector_length, attention_mask, add_adapter)
-            )
+        if attention_mask.device.type == "cpu" or not self._makes_own_masks():
+            return super()._get_feature_vector_attention_mask(feature_vector_length, attention_mask, add_adapter)
         samples = attention_mask.cumsum(-1)[:, -1]
         last = self._get_feat_extract_output_lengths(samples, add_adapter=add_adapter).to(torch.long)[:, None] - 1
         last = torch.where(last < 0, last + feature_vector_length, last)  # an index from the end, there
-        return with_lengths(torch.arange(feature_vector_length, device=last.device) <= last)
+        return torch.arange(feature_vector_length, device=last.device) <= last
+
+    def _makes_own_masks(self) -> bool:
+        """Whether nobody has put a method of his own in the place of transformers', whose masks have no holes."""
+        return self.original._get_feature_vector_attention_mask is _OWN_MASK
 
 
+@stands_in_for(hf.WavLMModel, public=True)
 class WavLMModel(_FastModel, hf.WavLMModel):
     """transformers' `WavLMModel`, fast."""
 
+    @or_original
     @functools.wraps(hf.WavLMModel.forward)
     def forward(self, input_values: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        if attention_mask is not None:
+        # Somebody's own front end has inputs and masks of its own shapes.
+        if attention_mask is not None and isinstance(self.feature_extractor, FastWavLMFeatureEncoder):
             check_mask(attention_mask, input_values)
-        return super().forward(input_values, attention_mask, *args, **kwargs)
+        try:
+            return super().forward(input_values, attention_mask, *args, **kwargs)
+        finally:
+            forget_made()
+
+    def _get_feature_vector_attention_mask(self, *args: Any, **kwargs: Any) -> Tensor:
+        mask = super()._get_feature_vector_attention_mask(*args, **kwargs)
+        return made(mask) if self._makes_own_masks() else mask
 
     def _mask_hidden_states(
         self, hidden_states: Tensor, mask_time_indices: Tensor | None = None, attention_mask: Tensor | None = None
@@ -119,9 +136,11 @@ class WavLMModel(_FastModel, hf.WavLMModel):
         return torch.from_numpy(found)
 
 
+@stands_in_for(hf.WavLMForCTC, public=True)
 class WavLMForCTC(_FastModel, hf.WavLMForCTC):
     """transformers' `WavLMForCTC`, fast."""
 
+    @or_original
     @functools.wraps(hf.WavLMForCTC.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = _named(WavLMForCTC, args, kwargs)
@@ -131,9 +150,11 @@ class WavLMForCTC(_FastModel, hf.WavLMForCTC):
         return super().forward(**arguments)
 
 
+@stands_in_for(hf.WavLMForSequenceClassification, public=True)
 class WavLMForSequenceClassification(_FastModel, hf.WavLMForSequenceClassification):
     """transformers' `WavLMForSequenceClassification`, fast."""
 
+    @or_original
     @functools.wraps(hf.WavLMForSequenceClassification.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = _named(WavLMForSequenceClassification, args, kwargs)
@@ -142,6 +163,7 @@ class WavLMForSequenceClassification(_FastModel, hf.WavLMForSequenceClassificati
         return super().forward(**arguments)
 
 
+@stands_in_for(hf.WavLMForAudioFrameClassification, public=True)
 class WavLMForAudioFrameClassification(_FastModel, hf.WavLMForAudioFrameClassification):
     """transformers' `WavLMForAudioFrameClassification`, fast."""
 
@@ -155,6 +177,7 @@ def _selected(hidden_states: tuple | None, wanted: bool | int | list[int]) -> tu
     return [state if i in kept else None for i, state in enumerate(hidden_states)]
 
 
+@stands_in_for(hf.WavLMForXVector, public=True)
 class WavLMForXVector(_FastModel, hf.WavLMForXVector):
     """transformers' `WavLMForXVector`, fast: pooling does not loop over the batch."""
 
@@ -163,6 +186,7 @@ class WavLMForXVector(_FastModel, hf.WavLMForXVector):
             check_lengths(config, "tdnn_dim", "tdnn_kernel", "tdnn_dilation")
         super().__init__(config, *args, **kwargs)
 
+    @or_original
     @functools.wraps(hf.WavLMForXVector.forward)
     def forward(self, *args: Any, **kwargs: Any) -> XVectorOutput | tuple:
         config, arguments = self.config, _named(WavLMForXVector, args, kwargs)
@@ -205,13 +229,3 @@ class WavLMForXVector(_FastModel, hf.WavLMForXVector):
         if attention_mask is not None:
             lengths = self._get_tdnn_output_lengths(self._get_feat_extract_output_lengths(attention_mask.sum(dim=1)))
         return pool_statistics(hidden_states, lengths)
-
-
-_MODELS = (
-    WavLMModel,
-    WavLMForCTC,
-    WavLMForSequenceClassification,
-    WavLMForAudioFrameClassification,
-    WavLMForXVector,
-)
-TWINS.update({fast.__bases__[-1]: fast for fast in _MODELS})

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import backends, derived
 from .modules import TWINS, FastModule, Plan
+from .modules._originals import StandIn, why_original
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,10 @@ def report(model: nn.Module) -> Report:
         for module in model.modules():  # parents first
             if module in planned:
                 continue
-            if isinstance(module, FastModule):
+            reason = why_original(module) if isinstance(module, StandIn) else None
+            if reason is not None:
+                counts.update([_decide(Plan(module.original.__name__, f"transformers' forward runs: {reason}"))])
+            elif isinstance(module, FastModule):
                 counts.update(_decide(plan) for plan in module.plan())
                 planned.update(module.planned())
             elif isinstance(module, tuple(TWINS)) and not isinstance(module, tuple(TWINS.values())):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
+from types import ModuleType
 from typing import TypeVar
 
 import torch
@@ -14,6 +16,7 @@ from .derived import forget, releasing
 from .freed import refuse
 from .inputs import SAMPLE_RATE
 from .modules import TWINS
+from .modules._originals import public_class
 
 try:  # transformers 5 finds out by class what it can record of a model
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
@@ -22,8 +25,8 @@ except ImportError:
 
 Module = TypeVar("Module", bound=nn.Module)
 
-# The namespaces in which transformers offers its model classes.
-_NAMESPACES = ("transformers", "transformers.models.wavlm", "transformers.models.wavlm.modeling_wavlm")
+# Below transformers itself, where its model classes are offered.
+_NAMESPACES = ("transformers.models.wavlm", "transformers.models.wavlm.modeling_wavlm")
 
 
 def accelerate(model: Module, keep_originals: bool = True) -> Module:
@@ -97,7 +100,7 @@ def install() -> None:
     While installed, `transformers.WavLMModel` is `wavlm_fast.WavLMModel`, a subclass of the class that it replaces.
     Models that exist already stay as they are; `accelerate` them.
     """
-    _offer({fast.__name__: fast for plain, fast in TWINS.items() if issubclass(plain, PreTrainedModel)})
+    _offer({plain.__name__: public_class(fast) for plain, fast in TWINS.items() if issubclass(plain, PreTrainedModel)})
 
 
 def uninstall() -> None:
@@ -106,7 +109,10 @@ def uninstall() -> None:
 
 
 def _offer(classes: dict[str, type]) -> None:
-    for namespace in map(importlib.import_module, _NAMESPACES):
+    # transformers runs its own __init__ a second time when its processors are imported: who imported it before that
+    # holds another module of that name, which nothing but its type leads to.
+    holders = [m for m in gc.get_objects() if isinstance(m, ModuleType) and vars(m).get("__name__") == "transformers"]
+    for namespace in (*holders, *map(importlib.import_module, _NAMESPACES)):
         for name, cls in classes.items():
             setattr(namespace, name, cls)
 

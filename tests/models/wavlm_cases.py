@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from transformers import WavLMConfig
+from transformers.models.wavlm import modeling_wavlm
 
 from wavlm_fast.parity.rule import error_of
 from wavlm_fast.parity.run_models import allowed_gradients
@@ -106,6 +107,12 @@ def fast_like(model: torch.nn.Module) -> torch.nn.Module:
 def fast_model(name: str, config: WavLMConfig | None = None, seed: int = 0) -> torch.nn.Module:
     """Ours, with sensitive weights, in eval mode."""
     return fast_like(plain_model(name, config, seed))
+
+
+def is_one_of(model: torch.nn.Module, name: str) -> bool:
+    """Whether a model is of our class `name`, and neither of a subclass nor transformers' own."""
+    known_as = (type(model).__module__, type(model).__qualname__)
+    return isinstance(model, getattr(subject, name)) and known_as == (modeling_wavlm.__name__, name)
 
 
 def truth_of(model: torch.nn.Module) -> torch.nn.Module:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
-
+from ._originals import TWINS
 from ._steps import FastModule, Plan
 from .attention import FastWavLMAttention
 from .encoder import FastWavLMEncoder, FastWavLMEncoderStableLayerNorm
@@ -18,22 +17,22 @@ from .feature_projection import FastWavLMFeatureProjection
 from .positional_conv import FastWavLMPositionalConvEmbedding
 from .xvector import FastTDNNLayer, pool_statistics
 
-_FAST: tuple[type[nn.Module], ...] = (
-    FastWavLMFeatureEncoder,
-    FastWavLMGroupNormConvLayer,
-    FastWavLMLayerNormConvLayer,
-    FastWavLMNoLayerNormConvLayer,
-    FastWavLMFeatureProjection,
-    FastWavLMPositionalConvEmbedding,
-    FastWavLMAttention,
-    FastWavLMFeedForward,
-    FastWavLMEncoderLayer,
-    FastWavLMEncoderLayerStableLayerNorm,
-    FastWavLMEncoder,
-    FastWavLMEncoderStableLayerNorm,
-    FastTDNNLayer,
-)
-# transformers' class -> the class that stands in for it.
-TWINS: dict[type[nn.Module], type[nn.Module]] = {fast.__bases__[-1]: fast for fast in _FAST}
-
-__all__ = ["TWINS", "FastModule", "Plan", "pool_statistics"]
+__all__ = [
+    "TWINS",
+    "FastModule",
+    "FastTDNNLayer",
+    "FastWavLMAttention",
+    "FastWavLMEncoder",
+    "FastWavLMEncoderLayer",
+    "FastWavLMEncoderLayerStableLayerNorm",
+    "FastWavLMEncoderStableLayerNorm",
+    "FastWavLMFeatureEncoder",
+    "FastWavLMFeatureProjection",
+    "FastWavLMFeedForward",
+    "FastWavLMGroupNormConvLayer",
+    "FastWavLMLayerNormConvLayer",
+    "FastWavLMNoLayerNormConvLayer",
+    "FastWavLMPositionalConvEmbedding",
+    "Plan",
+    "pool_statistics",
+]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from transformers import activations
+from transformers.models.wavlm import modeling_wavlm as hf
 
 from ..freed import FreedWeight
 
@@ -31,6 +32,24 @@ _FUSED_ACTIVATIONS = {
 for _name in ("GELUTanh", "PytorchGELUTanh"):
     if hasattr(activations, _name):
         _FUSED_ACTIVATIONS[getattr(activations, _name)] = "gelu_tanh"
+
+
+# Their arithmetic, as it was at import: somebody may put his own on a class.
+_ARITHMETIC = {
+    cls: tuple((name, getattr(cls, name)) for name in ("forward", "_conv_forward") if hasattr(cls, name))
+    for cls in (
+        *(nn.Linear, nn.Conv1d, nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.Dropout, nn.GELU, hf.WavLMSamePadLayer),
+        *_FUSED_ACTIVATIONS,
+    )
+}
+
+
+def why_changed(module: nn.Module, cls: type[nn.Module]) -> str | None:
+    """A sentence naming a method that somebody replaced on the class, one of those above, or on the module; or None."""
+    for name, method in _ARITHMETIC[cls]:
+        if getattr(cls, name) is not method or name in module.__dict__:
+            return f"its {name} was replaced"
+    return None
 
 
 def has_hooks(module: nn.Module, but_captures: bool = False) -> bool:
@@ -56,10 +75,14 @@ def is_capture(hook: object) -> bool:
 def why_not_plain(module: nn.Module, expected: type[nn.Module]) -> str | None:
     """A sentence saying why the module must be called, or None when its parameters may be read."""
     if type(module) is not expected:
-        return f"it is a {type(module).__name__}, not a plain {expected.__name__}"
+        return f"it is a {_full_name(type(module))}, not a plain {_full_name(expected)}"
     if has_hooks(module):
         return "it has hooks"
-    return why_not_plain_parameters(module)
+    return why_changed(module, expected) or why_not_plain_parameters(module)
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def why_not_plain_parameters(module: nn.Module) -> str | None:
@@ -84,6 +107,8 @@ def _is_fake(tensor: Tensor) -> bool:
 def fused_activation(activation: object) -> str | None:
     """The name under which ops know an activation module, or None when it must be called."""
     if not isinstance(activation, nn.Module) or has_hooks(activation):
+        return None
+    if type(activation) in _ARITHMETIC and why_changed(activation, type(activation)) is not None:
         return None
     if type(activation) is nn.GELU:
         return "gelu" if activation.approximate == "none" else "gelu_tanh"

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .. import backends, ops
 from ..freed import MayBeFreed
-from ._plain import has_hooks, same_dtype, why_not_plain
+from ._originals import StandIn, why_patched
+from ._plain import has_hooks, same_dtype, why_changed, why_not_plain
 
 EXAMPLE_FRAMES = 499  # ten seconds
 
@@ -59,8 +60,17 @@ def has_kernel(op: str, example: tuple) -> bool:
         return False
 
 
-class FastModule(MayBeFreed):
+class FastModule(StandIn, MayBeFreed):
     """Mixed into every fast module: lets `report` ask what will run."""
+
+    def _get_name(self) -> str:
+        return f"Fast{type(self).__name__}" if self._is_twin() else type(self).__name__
+
+    def why_called(self, but_captures: bool = False) -> str | None:
+        """Why who contains this module must call it instead of doing its work: it has hooks, or a method of somebody
+        else's; None when it need not. Hooks by which transformers captures outputs may not count.
+        """
+        return "it has hooks" if has_hooks(self, but_captures) else why_patched(self)
 
     def plan(self) -> Iterator[Plan]:
         """The ops of one forward."""
@@ -98,7 +108,7 @@ def why_not_linear(name: str, module: nn.Module) -> str | None:
 
 def why_not_dropout(module: nn.Module) -> str | None:
     """Why a dropout module does something; None when it hands on what it gets."""
-    if type(module) is not nn.Dropout or has_hooks(module):
+    if type(module) is not nn.Dropout or has_hooks(module) or why_changed(module, nn.Dropout) is not None:
         return "it is not plain"
     return "it is on" if module.training and module.p > 0 else None
 
@@ -117,34 +127,3 @@ def add_norm(x: Tensor, residual: Tensor, norm: nn.Module, keep_sum: bool = True
         return ops.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, keep_sum)
     total = residual + x
     return total, norm(total)
-
-
-def zero_padding(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """`hidden_states` `[B, T, C]` with zeros at the frames that the mask `[B, T]` rules out."""
-    if attention_mask is None:
-        return hidden_states
-    return hidden_states.masked_fill(~attention_mask.bool()[..., None], 0)
-
-
-def prefix_lengths(attention_mask: Tensor | None) -> Tensor | None:
-    """Number of valid frames `[B]` int64, or None when the mask `[B, T]` is not ones followed by zeros.
-
-    Masks made by the model itself carry their lengths (`with_lengths`); of others the shape is looked at once, which
-    on a GPU waits for the device.
-    """
-    if torch.compiler.is_compiling():
-        return attention_mask.eq(1).sum(-1)
-    known = getattr(attention_mask, "_key_lengths", None)
-    if known is not None:
-        return known
-    valid = attention_mask.eq(1)
-    if bool((valid[:, 1:] & ~valid[:, :-1]).any()):
-        return None
-    return with_lengths(attention_mask)._key_lengths
-
-
-def with_lengths(attention_mask: Tensor) -> Tensor:
-    """The mask `[B, T]`, known to be ones followed by zeros, carrying its lengths."""
-    if not torch.compiler.is_compiling():
-        attention_mask._key_lengths = attention_mask.eq(1).sum(-1)
-    return attention_mask

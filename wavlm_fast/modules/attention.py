@@ -13,18 +13,10 @@ from .. import ops
 from ..derived import concatenated
 from ..ops._define import accumulation_dtype
 from ..ops.gated_attention import bias_rows
-from ._plain import has_hooks, is_capture, same_dtype, why_not_plain
-from ._steps import (
-    EXAMPLE_FRAMES,
-    FastModule,
-    Plan,
-    frames_like,
-    linear,
-    named,
-    plan_linear,
-    prefix_lengths,
-    why_not_linear,
-)
+from ._masks import prefix_lengths
+from ._originals import or_original, stands_in_for
+from ._plain import is_capture, same_dtype, why_not_plain
+from ._steps import EXAMPLE_FRAMES, FastModule, Plan, frames_like, linear, named, plan_linear, why_not_linear
 from ._versions import RETURNS_WEIGHTS_UNASKED
 
 
@@ -48,6 +40,7 @@ def bias_for(module: nn.Module, position_bias: Tensor | None, batch: int) -> Ten
     return dense_bias(position_bias, batch)
 
 
+@stands_in_for(hf.WavLMAttention)
 class FastWavLMAttention(FastModule, hf.WavLMAttention):
     """Multi-head attention whose bias stays one vector per head.
 
@@ -72,12 +65,10 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
 
     def why_not_fused(self) -> str | None:
         """Why the attention cannot be a part of its layer's op; None when it can."""
-        if has_hooks(self, but_captures=True):
-            return "it has hooks"
         if self.training and self.dropout > 0:
             return "its dropout is on"
-        reason = self._why_not_qkv() or self._why_not_gate() or self._why_not_fused()
-        return reason or why_not_linear("out_proj", self.out_proj)
+        reason = self.why_called(but_captures=True) or self._why_not_qkv() or self._why_not_gate()
+        return reason or self._why_not_fused() or why_not_linear("out_proj", self.out_proj)
 
     def plan(self) -> Iterator[Plan]:
         yield Plan("linear_act", self._why_not_qkv(), self._example_qkv)
@@ -102,6 +93,7 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
         rel_bias = q.new_empty((self.num_heads, 2 * EXAMPLE_FRAMES - 1), dtype=dtype)
         return q, q, q, gate, rel_bias, None, self.dropout if self.training else 0.0, None, self.scaling
 
+    @or_original
     def forward(
         self,
         hidden_states: Tensor,
@@ -139,6 +131,19 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
             weights = weights if output_attentions or RETURNS_WEIGHTS_UNASKED else None
         return linear(self.out_proj, out.flatten(2)), weights, position_bias
 
+    def run_original(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        *args: object,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """transformers' forward, which takes and hands on the dense bias."""
+        if position_bias is not None and position_bias.dim() == 2:
+            position_bias = dense_bias(position_bias, hidden_states.shape[0])
+        return super().run_original(hidden_states, attention_mask, position_bias, *args, **kwargs)
+
     def _why_not_rel_bias(self) -> str | None:
         embedding = getattr(self, "rel_attn_embed", None)  # the first layer alone has one
         return None if embedding is None else named("rel_attn_embed", why_not_plain(embedding, nn.Embedding))
@@ -147,7 +152,11 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
         """The compact bias; the dense one where the embedding may answer for every pair of frames on its own."""
         if self._why_not_rel_bias() is None:
             return self.compute_rel_bias(frames)
-        return self.compute_bias(frames, frames).repeat(batch, 1, 1)  # [B·H, T, T]
+        return self.dense_position_bias(batch, frames)
+
+    def dense_position_bias(self, batch: int, frames: int) -> Tensor:
+        """The bias `[B·H, T, T]`, as transformers' forward makes it."""
+        return self.compute_bias(frames, frames).repeat(batch, 1, 1)
 
     def compute_rel_bias(self, frames: int) -> Tensor:
         """The bias `[H, 2T - 1]` for T frames, entry `j - i + T - 1`, from `rel_attn_embed`."""

@@ -11,7 +11,9 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.wavlm import modeling_wavlm as hf
 
-from ._steps import FastModule, Plan, zero_padding
+from ._masks import zero_padding
+from ._originals import or_original, stands_in_for
+from ._steps import FastModule, Plan
 from ._versions import DRAWS_FOR_EVERY_LAYER, ENCODER_COLLECTS
 from .attention import bias_for
 from .positional_conv import FastWavLMPositionalConvEmbedding
@@ -29,6 +31,7 @@ class _FastEncoder(FastModule):
     def plan(self) -> Iterator[Plan]:
         return iter(())
 
+    @or_original
     def forward(
         self,
         hidden_states: Tensor,
@@ -111,6 +114,7 @@ class _FastEncoder(FastModule):
         return bool(draw < self.config.layerdrop) and not (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self))
 
 
+@stands_in_for(hf.WavLMEncoder)
 class FastWavLMEncoder(_FastEncoder, hf.WavLMEncoder):
     """Post-norm encoder: the layer norm stands before the layers."""
 
@@ -121,6 +125,7 @@ class FastWavLMEncoder(_FastEncoder, hf.WavLMEncoder):
         return hidden_states
 
 
+@stands_in_for(hf.WavLMEncoderStableLayerNorm)
 class FastWavLMEncoderStableLayerNorm(_FastEncoder, hf.WavLMEncoderStableLayerNorm):
     """Pre-norm encoder: the layer norm stands after the layers."""
 

@@ -11,7 +11,9 @@ from transformers.models.wavlm import modeling_wavlm as hf
 
 from .. import ops
 from ..ops._define import accumulation_dtype, needs_grad
-from ._plain import fused_activation, has_hooks, same_dtype
+from ._masks import prefix_lengths
+from ._originals import or_original, stands_in_for
+from ._plain import fused_activation, same_dtype
 from ._steps import (
     FastModule,
     Plan,
@@ -23,15 +25,15 @@ from ._steps import (
     named,
     plan_add_norm,
     plan_linear,
-    prefix_lengths,
     why_not_dropout,
     why_not_linear,
     why_not_norm,
 )
 from ._versions import LAYERS_RETURN_ATTENTIONS
-from .attention import FastWavLMAttention, bias_for
+from .attention import FastWavLMAttention, bias_for, dense_bias
 
 
+@stands_in_for(hf.WavLMFeedForward)
 class FastWavLMFeedForward(FastModule, hf.WavLMFeedForward):
     """Linear layer, activation, linear layer."""
 
@@ -46,18 +48,18 @@ class FastWavLMFeedForward(FastModule, hf.WavLMFeedForward):
 
     def why_not_fused(self) -> str | None:
         """Why the feed-forward cannot be a part of its layer's op; None when it can."""
-        if has_hooks(self):
-            return "it has hooks"
+        reason = self.why_called()
         for name in ("intermediate_dense", "output_dense"):
-            reason = why_not_linear(name, getattr(self, name))
-            if reason is not None:
-                return reason
+            reason = reason or why_not_linear(name, getattr(self, name))
+        if reason is not None:
+            return reason
         for name in ("intermediate_dropout", "output_dropout"):
             reason = named(name, why_not_dropout(getattr(self, name)))
             if reason is not None:
                 return reason
         return None if fused_activation(self.intermediate_act_fn) else "its activation is not fused"
 
+    @or_original
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[B, T, C]` to `[B, T, C]`."""
         activation = fused_activation(self.intermediate_act_fn)
@@ -73,6 +75,22 @@ class _FastLayer(FastModule):
     """What both kinds of layer share: as one op while no gradient is wanted and no dropout is on, else step by step."""
 
     norm_first: bool
+
+    def run_original(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        *args: object,
+        **kwargs: object,
+    ) -> tuple:
+        """transformers' forward, or what somebody put there. Its bias is the dense one, layer by layer."""
+        attention, (batch, frames) = self.attention, hidden_states.shape[:2]
+        if position_bias is not None and position_bias.dim() == 2:
+            position_bias = dense_bias(position_bias, batch)
+        elif position_bias is None and isinstance(attention, FastWavLMAttention):
+            position_bias = attention.dense_position_bias(batch, frames)
+        return super().run_original(hidden_states, attention_mask, position_bias, *args, **kwargs)
 
     def _why_not_whole(self) -> str | None:
         for name, cls in (("attention", FastWavLMAttention), ("feed_forward", FastWavLMFeedForward)):
@@ -165,6 +183,7 @@ def _outputs(hidden_states: Tensor, position_bias: Tensor, weights: Tensor | Non
     return (*outputs, weights) if wanted and LAYERS_RETURN_ATTENTIONS else outputs
 
 
+@stands_in_for(hf.WavLMEncoderLayer)
 class FastWavLMEncoderLayer(_FastLayer, hf.WavLMEncoderLayer):
     """Post-norm layer: each half's sum is normed."""
 
@@ -174,6 +193,7 @@ class FastWavLMEncoderLayer(_FastLayer, hf.WavLMEncoderLayer):
         yield plan_add_norm("layer_norm", self.layer_norm)
         yield plan_add_norm("final_layer_norm", self.final_layer_norm)
 
+    @or_original
     def forward(
         self,
         hidden_states: Tensor,
@@ -196,6 +216,7 @@ class FastWavLMEncoderLayer(_FastLayer, hf.WavLMEncoderLayer):
         return _outputs(hidden_states, position_bias, weights, output_attentions)
 
 
+@stands_in_for(hf.WavLMEncoderLayerStableLayerNorm)
 class FastWavLMEncoderLayerStableLayerNorm(_FastLayer, hf.WavLMEncoderLayerStableLayerNorm):
     """Pre-norm layer: each half's input is normed, its sum goes on as it is."""
 
@@ -204,6 +225,7 @@ class FastWavLMEncoderLayerStableLayerNorm(_FastLayer, hf.WavLMEncoderLayerStabl
     def _steps(self) -> Iterator[Plan]:
         yield plan_add_norm("final_layer_norm", self.final_layer_norm)
 
+    @or_original
     def forward(
         self,
         hidden_states: Tensor,

@@ -12,7 +12,8 @@ from transformers.models.wavlm import modeling_wavlm as hf
 from .. import ops
 from ..inputs import SAMPLE_RATE, check_waveform
 from ..ops._define import needs_grad
-from ._plain import fused_activation, has_hooks, same_dtype, why_not_plain
+from ._originals import or_original, stands_in_for
+from ._plain import fused_activation, same_dtype, why_not_plain
 from ._steps import FastModule, Plan, frames_like, has_kernel, named, why_not_norm
 
 
@@ -65,6 +66,7 @@ class _FastConvLayer(FastModule):
         x = frames_like(conv.weight, self.in_conv_dim)
         return x, conv.weight, conv.bias, conv.stride[0], *affine, 1e-5, activation, False
 
+    @or_original
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Convolution, norm and activation, `[B, C, T]` to `[B, C', T']`."""
         conv = self.conv
@@ -89,10 +91,12 @@ class _FastConvLayer(FastModule):
         return ops.strided_conv(hidden_states.transpose(1, 2), conv.weight, conv.bias, **options)
 
 
+@stands_in_for(hf.WavLMNoLayerNormConvLayer)
 class FastWavLMNoLayerNormConvLayer(_FastConvLayer, hf.WavLMNoLayerNormConvLayer):
     """Convolution and activation."""
 
 
+@stands_in_for(hf.WavLMLayerNormConvLayer)
 class FastWavLMLayerNormConvLayer(_FastConvLayer, hf.WavLMLayerNormConvLayer):
     """Convolution, layer norm over channels, activation."""
 
@@ -105,6 +109,7 @@ class FastWavLMLayerNormConvLayer(_FastConvLayer, hf.WavLMLayerNormConvLayer):
         return self.layer_norm(frames)
 
 
+@stands_in_for(hf.WavLMGroupNormConvLayer)
 class FastWavLMGroupNormConvLayer(_FastConvLayer, hf.WavLMGroupNormConvLayer):
     """Convolution, norm of every channel over time, activation."""
 
@@ -123,6 +128,7 @@ class FastWavLMGroupNormConvLayer(_FastConvLayer, hf.WavLMGroupNormConvLayer):
         return self.layer_norm(frames.transpose(1, 2)).transpose(1, 2)
 
 
+@stands_in_for(hf.WavLMFeatureEncoder)
 class FastWavLMFeatureEncoder(FastModule, hf.WavLMFeatureEncoder):
     """The convolution layers: as one op while no gradient is wanted, else in turn."""
 
@@ -131,7 +137,7 @@ class FastWavLMFeatureEncoder(FastModule, hf.WavLMFeatureEncoder):
         for index, layer in enumerate(layers):
             reason = f"it is a {type(layer).__name__}"
             if isinstance(layer, _FastConvLayer):
-                reason = "it has hooks" if has_hooks(layer) else layer.why_not_fused()
+                reason = layer.why_called() or layer.why_not_fused()
             if reason is not None:
                 return f"layer {index} is called: {reason}"
         norms = [layer.layer_norm for layer in layers if layer.norm != "none"]
@@ -174,6 +180,7 @@ class FastWavLMFeatureEncoder(FastModule, hf.WavLMFeatureEncoder):
         waveform = torch.empty((1, SAMPLE_RATE), device=weight.device, dtype=weight.dtype)
         return waveform, *self._options().values()
 
+    @or_original
     def forward(self, input_values: Tensor) -> Tensor:
         """Waveform `[B, S]` to channel-major frames `[B, C, T]`, whose memory is time-major.
 

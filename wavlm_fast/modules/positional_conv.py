@@ -11,7 +11,15 @@ from transformers.models.wavlm import modeling_wavlm as hf
 
 from .. import ops
 from ..derived import derived
-from ._plain import fused_activation, has_hooks, same_dtype, why_not_plain, why_not_plain_parameters
+from ._originals import or_original, stands_in_for
+from ._plain import (
+    fused_activation,
+    has_hooks,
+    same_dtype,
+    why_changed,
+    why_not_plain,
+    why_not_plain_parameters,
+)
 from ._steps import FastModule, Plan, frames_like, named
 
 
@@ -31,9 +39,11 @@ def _is_parametrized(conv: nn.Module) -> bool:
 
 def _why_not_conv(conv: nn.Module) -> str | None:
     if _is_parametrized(conv):
-        reason = "it has hooks" if has_hooks(conv) else why_not_plain_parameters(conv.parametrizations["weight"])
+        reason = "it has hooks" if has_hooks(conv) else why_changed(conv, nn.Conv1d)
+        reason = reason or why_not_plain_parameters(conv.parametrizations["weight"])
     elif type(conv) is nn.Conv1d and _weight_norm_hook(conv) is not None:
-        reason = "it has hooks" if conv._forward_hooks or "forward" in conv.__dict__ else why_not_plain_parameters(conv)
+        reason = "it has hooks" if conv._forward_hooks else why_changed(conv, nn.Conv1d)
+        reason = reason or why_not_plain_parameters(conv)
     else:
         reason = why_not_plain(conv, nn.Conv1d)
     if reason is None and (conv.stride, conv.dilation, conv.padding) != ((1,), (1,), (conv.kernel_size[0] // 2,)):
@@ -56,6 +66,7 @@ def _weight(conv: nn.Module) -> Tensor:
     return conv.weight
 
 
+@stands_in_for(hf.WavLMPositionalConvEmbedding)
 class FastWavLMPositionalConvEmbedding(FastModule, hf.WavLMPositionalConvEmbedding):
     """Grouped convolution with weight norm in either spelling, activation."""
 
@@ -75,6 +86,7 @@ class FastWavLMPositionalConvEmbedding(FastModule, hf.WavLMPositionalConvEmbeddi
         activation = fused_activation(self.activation) or "none"
         return frames_like(weight, conv.in_channels), weight, conv.bias, conv.groups, activation, True, False
 
+    @or_original
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[B, T, C]` frames to their positional embedding, the same shape."""
         conv = self.conv
@@ -91,7 +103,7 @@ class FastWavLMPositionalConvEmbedding(FastModule, hf.WavLMPositionalConvEmbeddi
     def added_to(self, hidden_states: Tensor) -> Tensor:
         """`hidden_states + self(hidden_states)`."""
         conv, activation = self.conv, fused_activation(self.activation)
-        if activation is None or has_hooks(self) or self._why_not_fused() is not None:
+        if activation is None or self.why_called() is not None or self._why_not_fused() is not None:
             return hidden_states + self(hidden_states)
         weight = _weight(conv)
         if not same_dtype(hidden_states, weight, conv.bias):

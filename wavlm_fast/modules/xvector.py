@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from transformers.models.wavlm import modeling_wavlm as hf
 
 from .. import ops
+from ._originals import or_original, stands_in_for
 from ._plain import fused_activation, same_dtype, why_not_plain
 from ._steps import FastModule, Plan, frames_like, named
 
 
+@stands_in_for(hf.TDNNLayer)
 class FastTDNNLayer(FastModule, hf.TDNNLayer):
     """Dilated convolution with its weight stored as a linear layer's, ReLU."""
 
@@ -23,6 +25,7 @@ class FastTDNNLayer(FastModule, hf.TDNNLayer):
         weight, bias = self.kernel.weight, self.kernel.bias
         return frames_like(weight, self.in_conv_dim), weight, bias, self.kernel_size, self.dilation, "relu"
 
+    @or_original
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[B, T, C]` to `[B, T', C']` with T' = T - (K - 1)·dilation.
 

@@ -1,0 +1,60 @@
+"""Masks over frames `[B, T]`, True or 1 where a frame is valid, and the lengths that fused ops take instead."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+
+class _Made(threading.local):
+    """The last mask that a model made of one over samples in this thread. Such a mask is ones followed by zeros.
+
+    Nothing is kept on a mask itself: it is the user's as soon as somebody asks for it, and may be written to.
+    """
+
+    mask: Tensor | None = None
+    version = 0
+
+
+_made = _Made()
+
+
+def made(mask: Tensor) -> Tensor:
+    """The mask, known to be ones followed by zeros until somebody writes to it or `forget_made` is called."""
+    if torch.compiler.is_compiling():
+        _made.mask = mask
+        return mask
+    if mask.is_inference():
+        with torch.inference_mode(False):
+            mask = mask.clone()  # one that counts what is written to it
+    _made.mask, _made.version = mask, mask._version
+    return mask
+
+
+def forget_made() -> None:
+    """The forward is over."""
+    _made.mask = None
+
+
+def prefix_lengths(mask: Tensor) -> Tensor | None:
+    """Number of valid frames `[B]` int64; None when the mask `[B, T]` is not, or may not be, ones followed by zeros.
+
+    On the CPU the values say. Elsewhere looking at them would wait for the device: a mask that the model itself has
+    just made is taken at its word there. In a graph (torch.compile, torch.export) no values can be looked at, and
+    nothing is known of masks that come from outside.
+    """
+    valid = mask.eq(1)
+    in_graph = torch.compiler.is_compiling()
+    if mask.device.type != "cpu" or in_graph:
+        if _made.mask is mask and (in_graph or _made.version == mask._version):
+            return valid.sum(-1)
+        if in_graph:
+            return None
+    return None if bool((valid[:, 1:] & ~valid[:, :-1]).any()) else valid.sum(-1)
+
+
+def zero_padding(hidden_states: Tensor, mask: Tensor | None) -> Tensor:
+    """`hidden_states` `[B, T, C]` with zeros at the frames that the mask rules out."""
+    return hidden_states if mask is None else hidden_states.masked_fill(~mask.bool()[..., None], 0)

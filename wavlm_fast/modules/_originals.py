@@ -1,0 +1,121 @@
+"""Which of transformers' classes a fast class stands in for, and when a module runs as that class after all.
+
+A fast class answers to the name and module of the class that it stands in for: FSDP's wrap lists, `_no_split_modules`,
+device maps and exporters find layers by class name and libraries by module. `repr` and `report` tell which is which.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+from torch import nn
+
+from ..leaving import leaving
+
+Class = TypeVar("Class", bound=type)
+
+# transformers' class -> the class that stands in for it.
+TWINS: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+class StandIn:
+    """Mixed into every fast class."""
+
+    original: ClassVar[type[nn.Module]]
+    # Name of each method of `original` that the fast class may do without calling it, the method that a module has
+    # under that name, and transformers' own, as both were at import.
+    taken_over: ClassVar[tuple[tuple[str, Callable, Callable | None], ...]] = ()
+
+    def run_original(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the class that this one stands in for."""
+        return self.original.forward(self, *args, **kwargs)
+
+    @classmethod
+    def _is_twin(cls) -> bool:
+        return TWINS.get(cls.original) is cls  # and not a subclass of somebody else's
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # By its name and module pickle would find the original.
+        reduced = super().__reduce_ex__(protocol)
+        return (_new, (self.original.__name__,), *reduced[2:]) if self._is_twin() else reduced
+
+
+def _new(name: str) -> nn.Module:
+    """A module of the class that stands in for transformers' class `name`, not initialized: pickle fills it."""
+    fast = next(fast for original, fast in TWINS.items() if original.__name__ == name)
+    return fast.__new__(fast)
+
+
+def stands_in_for(original: type[nn.Module], public: bool = False) -> Callable[[Class], Class]:
+    """A class decorator: `accelerate` puts the class in the place of `original`.
+
+    A `public` class keeps its own module, by which it is imported and pickled; its instances are of a subclass that
+    answers to the original's name and module.
+    """
+
+    def register(fast: Class) -> Class:
+        fast.original = original
+        fast.taken_over = tuple((name, getattr(fast, name), method) for name, method in own_methods(original))
+        twin = type(original.__name__, (fast,), {"__doc__": fast.__doc__}) if public else fast
+        for name in ("__name__", "__qualname__", "__module__"):
+            setattr(twin, name, getattr(original, name))
+        TWINS[original] = twin
+        return fast
+
+    return register
+
+
+def public_class(twin: type[nn.Module]) -> type[nn.Module]:
+    """The class by which users know a twin that `stands_in_for` made of a public class."""
+    return twin.__base__
+
+
+def become_twin(module: StandIn) -> None:
+    """Make an instance of a public class one of its twin."""
+    twin = TWINS[module.original]
+    if type(module) is public_class(twin):
+        module.__class__ = twin
+
+
+def own_methods(cls: type) -> tuple[tuple[str, Callable | None], ...]:
+    """The methods that a class defines, by name; None for one that somebody had put there before this import."""
+    return tuple(
+        (name, method if method.__module__ == cls.__module__ else None)
+        for name, method in vars(cls).items()
+        if inspect.isfunction(method) and not name.startswith("__")
+    )
+
+
+def or_original(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that hands over to the original's while `why_original` has a reason."""
+
+    @functools.wraps(forward)
+    def chosen(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if why_original(self) is None:
+            return forward(self, *args, **kwargs)
+        return self.run_original(*args, **kwargs)
+
+    return chosen
+
+
+def why_original(module: StandIn) -> str | None:
+    """Why a fast module runs transformers' forward now; None when it runs its own."""
+    return why_patched(module) or leaving()
+
+
+def why_patched(module: StandIn) -> str | None:
+    """A sentence naming a method that somebody replaced on transformers' class, on ours or on this module, or None.
+
+    A module's own `forward` does not count: torch calls it instead of ours, and accelerate's hooks call ours from it.
+    """
+    for name, ours, theirs in module.taken_over:
+        if (
+            getattr(type(module), name) is not ours
+            or getattr(module.original, name) is not theirs
+            or (name in module.__dict__ and name != "forward")
+        ):
+            return f"{module.original.__name__}.{name} was replaced"
+    return None
