@@ -19,6 +19,7 @@ from transformers.models.wavlm import modeling_wavlm as hf
 
 from .freed import MayBeFreed
 from .inputs import check_checkpoint, check_ctc_labels, check_labels, check_lengths, check_mask
+from .leaving import leaving
 from .modules import FastWavLMFeatureEncoder, pool_statistics
 from .modules._masks import forget_made, made
 from .modules._originals import StandIn, become_twin, or_original, own_methods, stands_in_for
@@ -86,8 +87,10 @@ class _FastModel(StandIn, MayBeFreed):
         return torch.arange(feature_vector_length, device=last.device) <= last
 
     def _makes_own_masks(self) -> bool:
-        """Whether nobody has put a method of his own in the place of transformers', whose masks have no holes."""
-        return self.original._get_feature_vector_attention_mask is _OWN_MASK
+        """Whether nobody has put a method of his own in the place of transformers', whose masks have no holes, and no
+        graph is to hold what transformers does.
+        """
+        return self.original._get_feature_vector_attention_mask is _OWN_MASK and leaving() is None
 
 
 @stands_in_for(hf.WavLMModel, public=True)

@@ -98,6 +98,9 @@ def or_original(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(self, *args, **kwargs)
         return self.run_original(*args, **kwargs)
 
+    # Exporters (optimum) take decorators off a forward and call what is below: that must not be ours.
+    chosen.__signature__ = inspect.signature(forward)
+    del chosen.__wrapped__
     return chosen
 
 
