@@ -96,7 +96,8 @@ def _kernel(
 
 def _chunks(queries: Tensor) -> list[tuple[int, int]]:
     batch, heads, frames, _ = queries.shape
-    if frames * frames * heads * batch <= _CHUNK_SCORES:
+    # A graph for any size cannot depend on how many chunks there are.
+    if isinstance(frames * batch, torch.SymInt) or frames * frames * heads * batch <= _CHUNK_SCORES:
         return [(0, frames)]
     size = max(1, _CHUNK_SCORES // (batch * heads * frames))
     return [(i, min(i + size, frames)) for i in range(0, frames, size)]
@@ -105,6 +106,9 @@ def _chunks(queries: Tensor) -> list[tuple[int, int]]:
 def bias_rows(rel_bias: Tensor, start: int, stop: int) -> Tensor:
     """Rows `start` to `stop` of the dense bias, `[H, stop - start, T]`, as a view of `rel_bias` `[H, 2T - 1]`."""
     frames = (rel_bias.shape[1] + 1) // 2
+    if isinstance(frames, torch.SymInt):  # of which unfold makes the number that it is just now
+        keys, queries = (torch.arange(*ends, device=rel_bias.device) for ends in ((0, frames), (start, stop)))
+        return rel_bias[:, keys - queries[:, None] + frames - 1]
     # Row i is the window of length T that begins at T - 1 - i.
     return rel_bias[:, frames - stop : 2 * frames - 1 - start].unfold(1, frames, 1).flip(1)
 
