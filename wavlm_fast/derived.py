@@ -39,9 +39,9 @@ class _Entry:
 def derived(kind: str, sources: tuple[torch.Tensor, ...], build: Callable[[], Any], replaces: bool = False) -> Any:
     """`build()`, remembered under `kind` until the storage, version, dtype, device or shape of a source changes.
 
-    Nothing is remembered, and nothing that is remembered is used, while a gradient may be needed through a source, while
-    a graph is traced or a transform is active, or for tensors that track no version (inference tensors). Safe to call
-    from several threads.
+    Nothing is remembered, and nothing that is remembered is used, while a gradient may be needed through a source,
+    while a graph is traced or a transform is active, or for tensors that track no version (inference tensors). Safe to
+    call from several threads.
 
     Args:
         kind: what is built, a name.

@@ -1,8 +1,8 @@
 """Whether a model is leaving eager torch: exported, traced or transformed.
 
-What comes out then goes where our ops are unknown, or is computed by rules that only plain ops have. Fast modules run as
-transformers' own meanwhile, and nothing remembered is used, which a graph would hold as a constant. `torch.compile` and
-`torch.export` are no such case: their graphs hold fused ops, and decompositions take these apart (`ops/_define.py`).
+What comes out goes where our ops are unknown, or is computed by rules that only plain ops have. Meanwhile fast modules
+run as transformers' own, and nothing remembered is used, which a graph would hold as a constant. `torch.compile` and
+`torch.export` are no such case: their graphs hold fused ops, and decompositions take them apart (`ops/_decompose.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ _transform: Callable[[], object | None] = getattr(
 _jit_state: Callable[[], object | None] = getattr(
     torch._C, "_get_tracing_state", lambda: torch.jit.is_tracing() or None
 )
+_ONNX = "an ONNX export is under way"
 
 
 def leaving() -> str | None:
@@ -30,7 +31,7 @@ def leaving() -> str | None:
     if torch.compiler.is_compiling():
         return _leaving_compiled()
     if _jit_state() is not None:
-        return "an ONNX export is under way" if torch.onnx.is_in_onnx_export() else "a graph is traced by torch.jit.trace"
+        return _ONNX if torch.onnx.is_in_onnx_export() else "a graph is traced by torch.jit.trace"
     if getattr(proxy_tensor, "_CURRENT_MAKE_FX_TRACER", None) is not None:
         return "a graph is traced by make_fx"
     return _transformed()
@@ -46,7 +47,7 @@ def _transformed() -> str | None:
 
 def _leaving_compiled() -> str | None:
     if torch.onnx.is_in_onnx_export():
-        return "an ONNX export is under way"
+        return _ONNX
     return _transformed()
 
 

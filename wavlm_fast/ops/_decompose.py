@@ -1,9 +1,9 @@
 """How an exported program takes an op apart.
 
-`ExportedProgram.run_decompositions`, and with it every exporter that starts from a program (ONNX, OpenVINO, ExecuTorch),
-asks for what torch calls composite implicit kernels: each of our ops has one, its reference, and so stands in
-`torch.export.default_decompositions()`; whoever wants to keep an op deletes it from there. Everybody else (torch.compile,
-torch.export itself, AOTInductor) would take such an op apart too, without having been asked; to them it has none.
+`ExportedProgram.run_decompositions`, and so each exporter that starts from a program (ONNX, OpenVINO, ExecuTorch), asks
+for what torch calls composite implicit kernels. Each of our ops has one, its reference, and so stands in
+`torch.export.default_decompositions()`; whoever wants to keep an op deletes it there. Everybody else (torch.compile,
+torch.export itself, AOTInductor) would take such an op apart as well, unasked: to them it has none.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def decomposes(op: torch._ops.OpOverload, into: Callable[..., Any]) -> None:
 def _withdraw(op: torch._ops.OpOverload) -> None:
     """Take `op` out of inductor's tables, which begin as a copy of the default decompositions.
 
-    Inductor fails on an op that stands there and yet reaches it whole. On the way to it every op is asked to come apart.
+    Inductor fails on an op that stands there and yet reaches it whole. On the way there, every op is asked to come
+    apart.
     """
     inductor = sys.modules.get("torch._inductor.decomposition")
     if inductor is not None:
