@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import io
 import os
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import NoReturn
 from . import __version__
 from ._signals import INTERRUPTED, TERMINATED, Terminated, raising
 from .backends import BackendUnavailable, current
-from .errors import UserError
+from .errors import UserError, show_everything
 
 # Each is a module of this package with add_arguments(parser) and run(args) -> exit status, imported when asked for.
 COMMANDS = {
@@ -66,9 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 when all is well, 1 when something that was checked is wrong, 2 after an error of the user's (one sentence on
         standard error), 130 after Ctrl-C, 143 after SIGTERM.
     """
-    for stream in (sys.stdout, sys.stderr):  # a file's name may hold what no encoding has: it is shown escaped
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    show_everything()
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = next((a for a in arguments if a in COMMANDS), None)
     prog = f"wavlm-fast {command}" if command else "wavlm-fast"
