@@ -89,9 +89,10 @@ def _unraisable(error: Any) -> None:
     """Python drops what is raised in a destructor, with a traceback; the user's wish to stop would be dropped too."""
     if issubclass(error.exc_type, KeyboardInterrupt):
         _quit(INTERRUPTED)
-    if issubclass(error.exc_type, Terminated):
+    elif issubclass(error.exc_type, Terminated):
         _quit(TERMINATED)
-    sys.__unraisablehook__(error)
+    else:
+        sys.__unraisablehook__(error)
 
 
 def _quit(status: int) -> None:

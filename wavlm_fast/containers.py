@@ -1,6 +1,6 @@
 """Whether an audio file ends where its container says: what libsndfile knows and does not tell.
 
-libsndfile takes a file that was cut for a shorter one, and of two recordings joined into one file reads the first.
+libsndfile takes a file that was cut for a shorter one, and of two streams joined into one file reads the first.
 What is looked at, by container:
 
 - wav (RIFF, RIFX, RF64, BW64), w64, aiff, au, caf: the length of the audio that the header announces. None is announced
@@ -66,7 +66,7 @@ def wrong_end(path: Path) -> str | None:
         if head[:4] == b"fLaC":
             return _of_flac(file, start)
         if head[:4] in _AU:
-            return _of_audio(file, size, *struct.unpack(_AU[head[:4]], head[4:].ljust(8, b"\0")))
+            return _of_audio(size, *struct.unpack(_AU[head[:4]], head[4:].ljust(8, b"\0")))
         if head[:4] in _CHUNKS:
             return _of_chunks(file, size, head[:4])
         return _of_mp3(file, start, size)
@@ -90,15 +90,14 @@ def _read(file: BinaryIO, at: int, count: int) -> bytes:
     return file.read(count)
 
 
-def _of_audio(file: BinaryIO, size: int, start: int, length: int, wide: bool = False) -> str | None:
+def _of_audio(size: int, start: int, length: int, wide: bool = False) -> str | None:
     """Of audio that begins at `start` and whose length is announced, in 32 bits or in 64 (`wide`)."""
     unknown = length < 0 or length >= 1 << 62 if wide else length >= 2**32 - _NEARLY or abs(length - 2**31) <= _NEARLY
     if unknown:
         return None
     if length > size - start + _PAD:
         return f"its header announces {length} bytes of audio, and {max(0, size - start)} are there"
-    behind = start + length + length % 2
-    return _joined(behind) if _read(file, behind, 4) in (b"RIFF", b"RF64") else None
+    return None
 
 
 def _of_chunks(file: BinaryIO, size: int, kind: bytes) -> str | None:
@@ -113,7 +112,7 @@ def _of_chunks(file: BinaryIO, size: int, kind: bytes) -> str | None:
         if name in (b"data", b"SSND"):
             if length == 0xFFFFFFFF and long is not None:
                 content, wide = long, True
-            return _of_audio(file, size, at + width, content, wide)
+            return _of_audio(size, at + width, content, wide)
         if content < 0:
             return None
         at += width + content
