@@ -183,8 +183,17 @@ def test_a_pad_byte_may_be_missing(tmp_path):
     assert content.endswith(b"\0")  # the pad
     path.write_bytes(content[:-1])
     assert audio.load(path)[1].incomplete is None
-    path.write_bytes(content[:-3])
-    assert "announces 4001 bytes of audio, and 3999 are there" in refused(path)
+    path.write_bytes(content[:-2])
+    assert "announces 4001 bytes of audio, and 4000 are there" in refused(path)
+
+
+def test_what_comes_before_the_audio_may_be_of_odd_length(tmp_path):
+    path = tmp_path / "noted.wav"
+    content = wav(36 + 14 + 16002, 16002)
+    path.write_bytes(content[:36] + b"note\5\0\0\0hello\0" + content[36:])
+    waveform, info = audio.load(path)
+    assert (len(waveform), info.incomplete) == (8001, None)
+    assert "announces 16002 bytes of audio, and 16000 are there" in refused(cut(path, -2))
 
 
 @pytest.mark.parametrize("kind", ["FLAC", "MP3", "OGG"])  # of wav and others libsndfile refuses two

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-_PAD = 1  # byte, after audio of an odd length: not everybody writes it
 _NEARLY = 4200  # bytes by which programs stay below the largest number, for what else their header counts
 _LARGEST_MP3_FRAME = 2881  # bytes
 _FLAC = b"fLaC\x00\x00\x00\x22"  # and the head of the block that always comes first
@@ -95,7 +94,7 @@ def _of_audio(size: int, start: int, length: int, wide: bool = False) -> str | N
     unknown = length < 0 or length >= 1 << 62 if wide else length >= 2**32 - _NEARLY or abs(length - 2**31) <= _NEARLY
     if unknown:
         return None
-    if length > size - start + _PAD:
+    if length > size - start:  # a pad byte after an odd length is not counted, and may be missing
         return f"its header announces {length} bytes of audio, and {max(0, size - start)} are there"
     return None
 
