@@ -1,18 +1,15 @@
 """How the command line ends on a signal: Ctrl-C gives one line and status 130 at whatever moment it comes.
 
 `wavlm_fast/__init__.py` comes here before anything else, because torch and transformers take seconds to import. In
-a process that is not the command line nothing is touched.
+a process that is not the command line nothing is touched. What Python does until then, some hundredths of a second, is
+beyond us: nothing is imported here that it has not loaded already, not even `signal`, which needs `enum`.
 """
 
 from __future__ import annotations
 
+import _signal as signal
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
-from typing import Any
 
 INTERRUPTED, TERMINATED = 130, 143  # as a shell tells them: 128 + the signal
 _MODULES = ("wavlm_fast", "wavlm_fast.__main__", "wavlm_fast.cli", "wavlm_fast.benchmarks")
@@ -55,37 +52,38 @@ def _is_our_benchmarks() -> bool:
     return spec is not None and spec.name == "benchmarks.__main__" and spec.origin == beside
 
 
-@contextmanager
-def raising() -> Iterator[None]:
+class raising:  # noqa: N801 - used as a function is
     """While a command runs, raise KeyboardInterrupt and Terminated; before and after, where guarded, end at once."""
-    if not _guarding:
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in _TERMINATING}
-    hook = sys.unraisablehook
-    try:
+
+    def __enter__(self) -> None:
+        self._guarding, self._hook = _guarding, sys.unraisablehook
+        if not self._guarding:
+            return
         sys.unraisablehook = _unraisable
-        for number, handler in before.items():
-            if handler is signal.SIG_DFL:  # `nohup` has SIGHUP ignored
+        self._before = {number: signal.getsignal(number) for number in _TERMINATING}
+        for number, handler in self._before.items():
+            if handler == signal.SIG_DFL:  # `nohup` has SIGHUP ignored
                 signal.signal(number, _terminate)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        yield
-    finally:
+
+    def __exit__(self, *error: object) -> None:
+        if not self._guarding:
+            return
         signal.signal(signal.SIGINT, _end)
-        for number, handler in before.items():
+        for number, handler in self._before.items():
             signal.signal(number, handler)
-        sys.unraisablehook = hook
+        sys.unraisablehook = self._hook
 
 
-def _end(number: int, frame: FrameType | None) -> None:
+def _end(number: int, frame: object) -> None:
     _quit(INTERRUPTED)
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
+def _terminate(number: int, frame: object) -> None:
     raise Terminated
 
 
-def _unraisable(error: Any) -> None:
+def _unraisable(error: sys.UnraisableHookArgs) -> None:
     """Python drops what is raised in a destructor, with a traceback; the user's wish to stop would be dropped too."""
     if issubclass(error.exc_type, KeyboardInterrupt):
         _quit(INTERRUPTED)

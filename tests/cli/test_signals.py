@@ -85,6 +85,13 @@ def test_a_program_of_somebody_else_s_keeps_its_own_ctrl_c(interrupted, command)
     assert done.returncode in (1, 130, -signal.SIGINT)
 
 
+def test_nothing_is_imported_before_the_handler_is_in_place():
+    """What Python has not loaded by itself would be a moment in which Ctrl-C still ends in a traceback."""
+    look = "import sys\ntext, before = open(sys.argv[1]).read(), {*sys.modules}\nexec(text)\nprint({*sys.modules} - before)"
+    done = in_new_process("-c", look, _signals.__file__)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
 def test_ctrl_c_that_is_ignored_stays_ignored(interrupted):
     (interrupted.folder / "sitecustomize.py").write_text(LISTENING.replace("default_int_handler", "SIG_IGN"))
     (interrupted.folder / "transformers.py").write_text(INTERRUPTED.replace("time.sleep(20)", "os._exit(7)"))
