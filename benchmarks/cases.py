@@ -113,10 +113,10 @@ class Case:
         """Seconds of audio, padding left out."""
         return sum(self.lengths)
 
-    def inputs(self, heard: str | Path | None = None) -> Inputs:
+    def inputs(self, heard: str | Path | None = None, allow_truncated: bool = False) -> Inputs:
         """The arguments of a forward: speech from a file of the user's, or from the clip of the package."""
         normalise = checkpoint.source(MODELS[self.model].path).normalise
-        utterances = audio.utterances(len(self.lengths), self.samples, heard)
+        utterances = audio.utterances(len(self.lengths), self.samples, heard, allow_truncated=allow_truncated)
         waveforms = torch.cat([checkpoint.prepare(waveform, normalise) for waveform in utterances])
         if not self.ragged:
             return {"input_values": waveforms}

@@ -198,18 +198,28 @@ def judge(task: Task) -> Row:
 _tasks: list[Task] = []
 
 
+def _find_tasks(*wanted: Any) -> None:
+    _silence()
+    _tasks[:] = tasks(*wanted)
+
+
 def _judge_at(index: int) -> Row:
     return judge(_tasks[index])
 
 
-def judge_all(found: list[Task], jobs: int) -> Iterator[Row]:
-    """A row for each task, in their order, from `jobs` processes."""
-    if jobs == 1:
+def _silence() -> None:
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+
+
+def judge_all(wanted: tuple, jobs: int) -> Iterator[Row]:
+    """A row for each of `tasks(*wanted)`, in their order, from `jobs` processes."""
+    found = tasks(*wanted)
+    if jobs == 1 or len(found) < 2:
         yield from map(judge, found)
         return
-    # A launch holds a compiler's function and cannot be sent; forked processes have it already.
-    _tasks[:] = found
-    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+    # A launch holds a compiler's function and cannot be sent: every process finds the tasks itself. A forked one would
+    # have them, and hang where torch's threads, which it does not have, hold a lock.
+    with multiprocessing.get_context("spawn").Pool(jobs, _find_tasks, wanted) as pool:
         yield from pool.imap(_judge_at, range(len(found)))
 
 
@@ -248,12 +258,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; as many as cores by default")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     args = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+    _silence()
     architectures, dtypes = (QUICK, ("bf16",)) if args.quick else (args.arch, args.dtype)
     print(_HEAD)
     rows = []
     indices = [0] if args.defaults or args.quick else range(MOST)
-    for row in judge_all(tasks(architectures, dtypes, args.op, indices), args.jobs):
+    for row in judge_all((architectures, dtypes, args.op, indices), args.jobs):
         print(line(row), flush=True)
         rows.append(row)
     if args.json:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wavlm_fast import console
-from wavlm_fast.errors import UserError
+from wavlm_fast.errors import UserError, show_everything
 
 from . import tables
 from .document import Found, Row, entries, is_ours, median, memory_beside, ours_beside
@@ -96,11 +96,25 @@ def read(path: Path) -> Found:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"the results {path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"the results {path} are no JSON: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("rows"), list):
         raise UserError(f'the results {path} are not what `wavlm-fast bench --json` writes: there is no list "rows"')
     return found
+
+
+def _text(path: Path, figures: bool) -> str:
+    found = read(path)
+    try:
+        if figures:
+            return "".join(f"{what}: {figure}\n    {command}\n" for what, figure, command in headline(found))
+        return markdown(found)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        if path == SOURCE:
+            raise
+        raise UserError(
+            f"the results {path} are not what `wavlm-fast bench --json` writes: {type(error).__name__}, {error}"
+        ) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -110,14 +124,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help=f"print its tables ({default})")
     parser.add_argument("--headline", action="store_true", help="print the README's figures instead")
     args = parser.parse_args(arguments)
+    show_everything()
     try:
-        found = read(args.file or SOURCE)
-        if args.headline:
-            print("".join(f"{what}: {figure}\n    {command}\n" for what, figure, command in headline(found)), end="")
-        elif args.file:
-            print(markdown(found), end="")
+        text = _text(args.file or SOURCE, args.headline)
+        if args.file or args.headline:
+            print(text, end="")
         else:
-            console.write_file(RESULTS, markdown(found), "results")
+            console.write_file(RESULTS, text, "results")
     except UserError as error:
         print(f"python -m benchmarks.results: {error}", file=sys.stderr)
         return _USER_ERROR

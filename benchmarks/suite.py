@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from wavlm_fast import console, machine, memory
+from wavlm_fast import audio, console, machine, memory
 from wavlm_fast.errors import UserError
 
 from . import fresh, ops, report, results, scaling, tables
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `wavlm-fast bench`."""
     console.add_model_arguments(parser, many_dtypes=True)
     parser.add_argument("--audio", metavar="FILE", help="what the models hear (default: a clip of real speech)")
+    console.add_truncated_argument(parser)
     parser.add_argument("--batch", type=console.positive_int, nargs="+", metavar="B", help="own cases: utterances")
     parser.add_argument(
         "--seconds", type=console.positive_seconds, nargs="+", metavar="S", help="own cases: seconds of each utterance"
@@ -123,8 +124,11 @@ def run(args: argparse.Namespace) -> int:
     available = {n: p for n, p in available.items() if _asked(args, n, p)}
     if not available:
         raise UserError("no provider is left: " + ", ".join(providers(args.device)[0]) + " are there")
+    heard = audio.load(args.audio, allow_truncated=args.allow_truncated)[1] if args.audio else None
     found = Found(out, args, absent)
     found.say(tables.head(found.as_dict()))
+    if heard is not None and heard.incomplete:
+        found.say(str(heard))
     for name, reason in absent.items():
         found.say(f"{name} is left out: {reason}")
     found.say("")
@@ -197,7 +201,8 @@ def _run(
                 module = Output.of(model)
             exports = Path(folder, model)
             exports.mkdir(exist_ok=True)
-            subject = Subject(module, case.inputs(args.audio), exports, torch.get_num_threads(), args.device)
+            inputs = case.inputs(args.audio, args.allow_truncated)
+            subject = Subject(module, inputs, exports, torch.get_num_threads(), args.device)
             _case(case, subject, _for(case, available), rounds[case.name], found, meter)
         module = None
         memory.give_back_freed()

@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
+from ..files import remove_unfinished, write_atomically
+
 logger = logging.getLogger("wavlm_fast")
 
 FOLDER = "WAVLM_FAST_CACHE_DIR"
@@ -60,15 +62,9 @@ def write(key: str, config: dict[str, int]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with _locked(file):
-            entries = {**_load(file), key: config}
-            descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=file.name)
-            try:
-                with os.fdopen(descriptor, "w") as out:
-                    json.dump(entries, out, indent=1, sort_keys=True)
-                os.replace(name, file)
-            except OSError:
-                os.unlink(name)
-                raise
+            text = json.dumps({**_load(file), key: config}, indent=1, sort_keys=True)
+            remove_unfinished(file.parent)
+            write_atomically(file, lambda out: out.write(text.encode()))
     except OSError as error:
         _log_once(f"tuned choices are not kept, {file} cannot be written: {error}")
 
@@ -94,7 +90,7 @@ def _load(file: Path) -> dict[str, dict[str, int]]:
             raise ValueError("no JSON object")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         _log_once(f"tuned choices are not used, {file} cannot be read: {error}")
         return {}
     return found

@@ -6,6 +6,10 @@
 or, for a model that exists already, `wavlm_fast.accelerate(model)`.
 """
 
+from ._signals import guard as _guard
+
+_guard()  # first: what follows takes seconds
+
 from transformers import WavLMConfig
 
 from .backends import use_backend

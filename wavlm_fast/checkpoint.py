@@ -16,6 +16,8 @@ from .errors import UserError, first_line
 from .inputs import receptive_field as _receptive_field
 from .sensitive import make_sensitive
 
+_PREPROCESSOR = "preprocessor_config.json"
+
 
 @dataclass(frozen=True)
 class Source:
@@ -119,15 +121,19 @@ def config(name: str) -> WavLMConfig:
     )
     if path.exists() and not path.is_dir():
         raise UserError(f"a model folder or hub id is wanted, but {name} is a file")
-    if path.is_dir() and not (path / "config.json").exists():
+    if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"a model folder is wanted, but {name} has no config.json")
     if looks_local and not path.exists():
         raise UserError(f"a model folder or hub id is wanted, but {name} does not exist")
     try:
         found = transformers.PretrainedConfig.get_config_dict(name)[0]
+    except TypeError:  # transformers stumbles over one that holds no object
+        found = None
     except Exception as error:  # offline, no such id, gated, unreadable JSON: one sentence each
         where = "read" if path.is_dir() else "found locally or fetched from the hub"
         raise UserError(f"the model {name} cannot be {where}: {_first_line(error)}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"a config.json that holds an object is wanted, but that of {name} holds something else")
     if found.get("model_type") != "wavlm":
         came = found.get("model_type") or "a config without model_type"
         raise UserError(f"a WavLM checkpoint is wanted, but {name} is {came}")
@@ -138,11 +144,23 @@ def config(name: str) -> WavLMConfig:
 
 
 def _normalises(name: str, config: WavLMConfig) -> bool:
-    """What preprocessor_config.json says; without one, what the published models of this norm form do."""
+    """What preprocessor_config.json says; without one, what the published models of this norm form do.
+
+    Raises:
+        UserError: there is one, and it does not say.
+    """
     try:
-        return bool(transformers.Wav2Vec2FeatureExtractor.from_pretrained(name).do_normalize)
-    except (OSError, ValueError, TypeError):
-        return config.feat_extract_norm == "layer"
+        found = transformers.Wav2Vec2FeatureExtractor.get_feature_extractor_dict(name)[0]
+    except Exception as error:  # as for config.json, or there is none
+        if isinstance(error, OSError) and not (Path(name).expanduser() / _PREPROCESSOR).exists():
+            return config.feat_extract_norm == "layer"
+        raise UserError(f"the {_PREPROCESSOR} of {name} cannot be read: {_first_line(error)}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"a {_PREPROCESSOR} that holds an object is wanted, but that of {name} holds something else")
+    wanted = found.get("do_normalize", True)  # as Wav2Vec2FeatureExtractor has it
+    if not isinstance(wanted, bool):
+        raise UserError(f"do_normalize in the {_PREPROCESSOR} of {name} must be true or false, got {wanted!r}")
+    return wanted
 
 
 def _first_line(error: Exception) -> str:

@@ -12,8 +12,9 @@ from types import ModuleType
 from typing import NoReturn
 
 from . import __version__
+from ._signals import INTERRUPTED, TERMINATED, Terminated, raising
 from .backends import BackendUnavailable, current
-from .errors import UserError
+from .errors import UserError, show_everything
 
 # Each is a module of this package with add_arguments(parser) and run(args) -> exit status, imported when asked for.
 COMMANDS = {
@@ -24,7 +25,6 @@ COMMANDS = {
     "extract": "write the hidden states of audio files",
 }
 _USER_ERROR = 2
-_INTERRUPTED = 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,16 +63,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 when all is well, 1 when something that was checked is wrong, 2 after an error of the user's (one sentence on
-        standard error), 130 after Ctrl-C.
+        standard error), 130 after Ctrl-C, 143 after SIGTERM.
     """
+    show_everything()
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = next((a for a in arguments if a in COMMANDS), None)
     prog = f"wavlm-fast {command}" if command else "wavlm-fast"
     try:
         args = parser(command).parse_args(arguments, argparse.Namespace(arguments=arguments))
         current()  # a misspelt WAVLM_FAST_BACKEND is refused before anything is loaded
-        status = _module(args.command).run(args)
-        sys.stdout.flush()
+        module = _module(args.command)
+        with raising():
+            status = module.run(args)
+            sys.stdout.flush()
         return status
     except (UserError, BackendUnavailable) as error:
         return _tell(prog, error)
@@ -82,7 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
+    except Terminated:
+        print(f"{prog}: terminated", file=sys.stderr)
+        return TERMINATED
     except BrokenPipeError:  # the reader of a pipe had enough; keep Python from complaining about it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import UserError
+from .files import remove_unfinished, write_atomically
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -81,20 +81,20 @@ def write_json(target: str, value: Any) -> None:
 
 
 def write_file(path: Path, text: str, kind: str) -> None:
-    """Write a file, whole or not at all.
+    """Write a file, whole or not at all; a pipe or a device as far as it takes it.
 
     Raises:
         UserError: it cannot be written; the sentence calls it by its kind.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    content = text.encode("utf-8", "backslashreplace")  # the name of a user's file may be no UTF-8
     try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe, /dev/stdout: nothing to put in its place
+            path.write_bytes(content)
+            return
+        remove_unfinished(path.parent)
+        write_atomically(path, lambda file: file.write(content))
     except OSError as error:
         raise UserError(f"the {kind} {path} cannot be written: {error.strerror or error}") from error
-    finally:
-        if unfinished.exists():
-            unfinished.unlink()
 
 
 def dtype_argument(text: str) -> str:
@@ -165,6 +165,16 @@ def add_model_arguments(parser: argparse.ArgumentParser, many_dtypes: bool = Fal
         )
     parser.add_argument("--device", type=device_argument, default="cpu", help="cpu (default), cuda or cuda:N")
     parser.add_argument("--threads", type=positive_int, metavar="N", help="torch's CPU threads (default: torch's own)")
+
+
+def add_truncated_argument(parser: argparse.ArgumentParser) -> None:
+    """--allow-truncated, for subcommands that read audio."""
+    parser.add_argument(
+        "--allow-truncated",
+        action="store_true",
+        help="take audio files that end before their header says so, or are damaged, as far as they go, and say so "
+        "(default: they are refused)",
+    )
 
 
 def apply_threads(threads: int | None) -> None:

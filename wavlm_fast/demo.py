@@ -14,6 +14,7 @@ from . import audio, checkpoint, machine, measure, memory
 from .console import (
     DTYPES,
     add_model_arguments,
+    add_truncated_argument,
     apply_threads,
     console,
     positive_seconds,
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `wavlm-fast demo`."""
     parser.add_argument("audio", nargs="*", help="audio files: wav, flac, ogg or mp3 (default: a clip of real speech)")
     add_model_arguments(parser)
+    add_truncated_argument(parser)
     parser.add_argument(
         "--max-seconds",
         type=positive_seconds,
@@ -78,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     apply_threads(args.threads)
     out = console() if args.json != "-" else Console(stderr=True, highlight=False)
     theirs, source = checkpoint.load(args.model, DTYPES[args.dtype])
-    inputs = [_load(path, theirs, args.max_seconds) for path in args.audio or [audio.clip()]]
+    inputs = [_load(path, theirs, args) for path in args.audio or [audio.clip()]]
     _print_head(out, theirs, source, args)
     truth = copy.deepcopy(theirs).double()
     ours = checkpoint.accelerated(theirs).to(args.device)
@@ -97,10 +99,10 @@ def run(args: argparse.Namespace) -> int:
     return 0 if ok else 1
 
 
-def _load(path: Any, model: torch.nn.Module, max_seconds: float) -> tuple[torch.Tensor, audio.AudioInfo]:
+def _load(path: Any, model: torch.nn.Module, args: argparse.Namespace) -> tuple[torch.Tensor, audio.AudioInfo]:
     shortest = checkpoint.receptive_field(model)
-    waveform, info = audio.load(path, at_least=shortest)
-    return waveform[: max(shortest, int(max_seconds * audio.RATE))], info
+    waveform, info = audio.load(path, at_least=shortest, allow_truncated=args.allow_truncated)
+    return waveform[: max(shortest, int(args.max_seconds * audio.RATE))], info
 
 
 def _compare(
@@ -135,6 +137,7 @@ def _peak(provider: str, info: audio.AudioInfo, samples: int, args: argparse.Nam
         dtype=args.dtype,
         device=args.device,
         threads=args.threads,
+        allow_truncated=args.allow_truncated,
     )
 
 

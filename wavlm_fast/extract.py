@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +12,9 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from . import audio, checkpoint, machine
-from .console import DTYPES, add_model_arguments, apply_threads, console
+from .console import DTYPES, add_model_arguments, add_truncated_argument, apply_threads, console
 from .errors import UserError
+from .files import remove_unfinished, write_atomically
 
 _SUFFIXES = {"npz": ".npz", "pt": ".pt"}
 
@@ -40,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="npz",
         help="npz: numpy arrays, bfloat16 stored as float32; pt: torch.save (default: npz)",
     )
+    add_truncated_argument(parser)
     parser.add_argument("--force", action="store_true", help="overwrite existing files")
 
 
@@ -57,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     apply_threads(args.threads)
     targets = _targets(args.audio, Path(args.out), _SUFFIXES[args.format], args.force)
     for path, _ in targets:
-        audio.check(path)
+        audio.check(path, allow_truncated=args.allow_truncated)
     model, source = checkpoint.load(args.model, DTYPES[args.dtype])
     layer = _checked_layer(args.layer, model.config.num_hidden_layers)
     shortest = checkpoint.receptive_field(model)
@@ -65,10 +64,13 @@ def run(args: argparse.Namespace) -> int:
     out = console()
     out.print(f"model {source}", markup=False, soft_wrap=True)
     _make_folder(Path(args.out))
+    remove_unfinished(Path(args.out))
     with _progress(out) as progress:
         task = progress.add_task("extract", total=len(targets))
         for path, target in targets:
-            waveform, info = audio.load(path, at_least=shortest)
+            waveform, info = audio.load(path, at_least=shortest, allow_truncated=args.allow_truncated)
+            if info.incomplete:
+                progress.console.print(str(info), markup=False, soft_wrap=True)
             hidden = _hidden_states(model, checkpoint.prepare(waveform, source.normalise), layer)
             _write(target, _record(hidden, layer, info, source), args.format)
             progress.console.print(f"{target}  {tuple(hidden.shape)}", markup=False, soft_wrap=True)
@@ -150,30 +152,3 @@ def _write(target: Path, record: dict[str, Any], kind: str) -> None:
         write_atomically(target, save)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror or error}") from error
-
-
-def write_atomically(target: Path, save: Callable[[Any], None]) -> None:
-    """Write into a temporary file beside the target and rename it; whatever happens, the target is whole or absent.
-
-    Args:
-        target: the file.
-        save: writes the content to an open binary file.
-    """
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            save(file)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o666 & ~_umask())
-        Path(name).replace(target)
-    except BaseException:  # Ctrl-C too
-        with contextlib.suppress(OSError):
-            Path(name).unlink()
-        raise
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -40,6 +40,7 @@ def measure(
     threads: int | None = None,
     backend: str | None = None,
     keep_originals: bool = True,
+    allow_truncated: bool = False,
 ) -> Peak:
     """Run one forward pass in a new process and return its peak.
 
@@ -51,6 +52,7 @@ def measure(
         model, dtype, device, threads: as for the subcommands.
         backend: of wavlm_fast; None leaves it to the environment.
         keep_originals: as `accelerate` takes it.
+        allow_truncated: as `audio.load` takes it.
 
     Raises:
         UserError: the process failed, normally for want of memory.
@@ -60,6 +62,7 @@ def measure(
         if value is not None:
             command += [f"{option}={value}"]
     command += [] if keep_originals else ["--free-originals"]
+    command += ["--allow-truncated"] if allow_truncated else []
     try:
         return Peak(**json.loads(in_new_process(__name__, *command)))
     except UserError as error:
@@ -93,6 +96,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--backend")
     parser.add_argument("--free-originals", action="store_true")
+    parser.add_argument("--allow-truncated", action="store_true")
     print(json.dumps(asdict(_measure_here(parser.parse_args()))))
 
 
@@ -101,7 +105,8 @@ def _measure_here(args: argparse.Namespace) -> Peak:
 
     console.apply_threads(args.threads)
     model, source = checkpoint.load(args.model, console.DTYPES[args.dtype])
-    waveform, _ = audio.load(args.audio or audio.clip(), at_least=checkpoint.receptive_field(model))
+    options = {"at_least": checkpoint.receptive_field(model), "allow_truncated": args.allow_truncated}
+    waveform, _ = audio.load(args.audio or audio.clip(), **options)
     waveform = checkpoint.prepare(audio.fit(waveform, args.samples), source.normalise).repeat(args.batch, 1)
     model = model.to(args.device)
     if args.provider == "wavlm_fast":

@@ -1,5 +1,6 @@
 """A tiny checkpoint on disk, and the command line called in this process."""
 
+import os
 from dataclasses import dataclass
 
 import pytest
@@ -9,6 +10,10 @@ from transformers import Wav2Vec2Config, WavLMModel
 
 from wavlm_fast import cli, memory
 from wavlm_fast.sensitive import make_sensitive
+
+forked = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=lambda: forked.append(os.getpid()))
 
 
 @pytest.fixture(scope="session")
@@ -50,11 +55,13 @@ def command(capsys):
 
     def call(*arguments):
         capsys.readouterr()
+        forked.clear()
         try:
             status = cli.main([str(a) for a in arguments])
         except SystemExit as ended:
             status = ended.code
         said = capsys.readouterr()
+        assert not forked, f"{' '.join(map(str, arguments))} forked this process, which has run torch"
         return Ended(status, said.out, said.err)
 
     yield call

@@ -1,5 +1,6 @@
 """--model: what is taken, and one sentence for what is not."""
 
+import contextlib
 import json
 import shutil
 
@@ -76,6 +77,53 @@ def test_another_architecture(other_architecture):
 def test_a_config_that_is_no_json(copied):
     (copied / "config.json").write_text("{")
     assert refused(copied).startswith(f"the model {copied} cannot be read: ")
+
+
+@pytest.mark.parametrize("content", ["[1]", '"wavlm"', "3", "null", "true"])
+def test_a_config_that_holds_no_object(copied, content):
+    (copied / "config.json").write_text(content)
+    assert refused(copied) == f"a config.json that holds an object is wanted, but that of {copied} holds something else"
+
+
+@pytest.mark.parametrize("content", [b"", b"\xe9", b"\xef\xbb\xbf{}", b"\0" * 9, "{}".encode("utf-16"), b"[" * 100_000])
+def test_a_config_that_cannot_be_decoded(copied, content):
+    (copied / "config.json").write_bytes(content)
+    assert refused(copied).startswith(f"the model {copied} cannot be read: ")
+
+
+def test_a_config_that_is_a_folder(copied):
+    (copied / "config.json").unlink()
+    (copied / "config.json").mkdir()
+    assert refused(copied) == f"a model folder is wanted, but {copied} has no config.json"
+
+
+@pytest.mark.parametrize("value", [None, "x", [1, "x"], {"a": 1}, -1])
+@pytest.mark.parametrize("key", ["hidden_size", "conv_kernel", "num_attention_heads", "hidden_act", "layer_norm_eps"])
+def test_a_config_whose_entries_are_of_another_kind(copied, key, value):
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, key: value}))
+    with contextlib.suppress(UserError):  # not everything matters to every version
+        checkpoint.load(str(copied))
+
+
+@pytest.mark.parametrize("content", [b"[1]", b'"x"', b"null", b"{", b"", b"\xe9", b"[" * 100_000])
+def test_a_preprocessor_config_that_does_not_say_is_not_taken_for_none(copied, content):
+    (copied / "preprocessor_config.json").write_bytes(content)
+    assert "preprocessor_config.json" in refused(copied)
+
+
+@pytest.mark.parametrize("value", ["false", None, 1])
+def test_whether_to_normalise_is_true_or_false(copied, value):
+    (copied / "preprocessor_config.json").write_text(json.dumps({"do_normalize": value}))
+    assert refused(copied) == (
+        f"do_normalize in the preprocessor_config.json of {copied} must be true or false, got {value!r}"
+    )
+
+
+@pytest.mark.parametrize(("content", "normalises"), [({}, True), ({"do_normalize": False}, False)])
+def test_the_preprocessor_config_says_whether_to_normalise(copied, content, normalises):
+    (copied / "preprocessor_config.json").write_text(json.dumps(content))
+    assert checkpoint.source(str(copied)).normalise == normalises
 
 
 def test_a_config_whose_convolutions_disagree(copied):

@@ -11,8 +11,16 @@ import torch
 import transformers
 from rich.console import Console
 
-from .. import backends
-from ..console import apply_threads, console, device_argument, positive_int, print_table, write_json
+from .. import audio, backends
+from ..console import (
+    add_truncated_argument,
+    apply_threads,
+    console,
+    device_argument,
+    positive_int,
+    print_table,
+    write_json,
+)
 from ..errors import UserError
 from . import run_checkpoint, run_models, run_ops, table
 from .cases import OPS, cases_of
@@ -51,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quick", action="store_true", help="a selection of cases and dtypes: seconds instead of minutes")
     add("--self-test", action="store_true", help="instead: make mistakes on purpose, and see that each is caught")
     add("--json", metavar="FILE", help="write every comparison to FILE, - for standard output")
+    add_truncated_argument(parser)
     add("--threads", type=positive_int, metavar="N", help="torch's CPU threads (default: torch's own)")
 
 
@@ -72,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     _check_backends(args.backend or ())
     with out.status("comparing") if out.is_terminal else warnings.catch_warnings():
-        results = list(_results(args, device))
+        results = list(_results(args, device, out))
     for level, title in (("op", "Ops"), ("model", "Models")):
         of_level = [r for r in results if r.level == level]
         if any(r.verdict != SKIPPED for r in of_level):
@@ -102,12 +111,16 @@ def _check_backends(wanted: Sequence[str]) -> None:
             raise UserError(f"the {name} backend cannot be used here: {reason}")
 
 
-def _results(args: argparse.Namespace, device: torch.device) -> Iterator[Result]:
+def _results(args: argparse.Namespace, device: torch.device, out: Console) -> Iterator[Result]:
     dtypes = [DTYPES[name] for name in args.dtype or (_QUICK_DTYPES if args.quick else _DEFAULT_DTYPES)]
     wanted = args.backend or list(backends.names())
     with_auto = wanted if args.backend else [*wanted, "auto"]
     if args.model or args.audio:
-        yield from run_checkpoint.results(args.model, args.audio, with_auto, dtypes, device)
+        heard = [audio.load(path, at_least=1, allow_truncated=args.allow_truncated)[1] for path in args.audio]
+        for info in heard:
+            if info.incomplete:
+                out.print(str(info), markup=False, soft_wrap=True)
+        yield from run_checkpoint.results(args.model, args.audio, with_auto, dtypes, device, args.allow_truncated)
         return
     of_ops = dtypes if args.dtype or args.quick else [*dtypes, torch.float64]
     yield from op_results(with_auto, of_ops, device, args.quick, args.filter)

@@ -27,6 +27,7 @@ def results(
     wanted: Sequence[str],
     dtypes: Sequence[torch.dtype],
     device: torch.device,
+    allow_truncated: bool = False,
 ) -> Iterator[Result]:
     """One row per layer, backend, dtype and file.
 
@@ -36,13 +37,15 @@ def results(
         wanted: backends.
         dtypes: in which the plain and the fast path compute.
         device: on which they do; the truth is computed on the CPU.
+        allow_truncated: as `audio.load` takes it.
 
     Raises:
         UserError: the checkpoint or an audio file cannot be used.
     """
     plain, source = checkpoint.load(name)
     paths = [Path(f) for f in files] or [audio.clip()]
-    loaded = [audio.load(path, at_least=checkpoint.receptive_field(plain))[0] for path in paths]
+    options = {"at_least": checkpoint.receptive_field(plain), "allow_truncated": allow_truncated}
+    loaded = [audio.load(path, **options)[0] for path in paths]
     for dtype in dtypes:
         usual = copy.deepcopy(plain).to(device, dtype)
         exact = copy.deepcopy(usual).to("cpu", torch.float64)
