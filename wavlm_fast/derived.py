@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from ._private import WeakTensorKeyDictionary, version
 from .freed import FreedWeight, free, refuse
 from .leaving import leaving
 
@@ -136,7 +136,7 @@ def use_fingerprint(function: Callable[[torch.Tensor, int], int]) -> None:
 def _state(source: torch.Tensor) -> tuple | int:
     if _fingerprint is not None and source.is_cpu and not torch.jit.is_tracing():  # which takes no op for a number
         return _fingerprint(source, _SAMPLES)
-    return (source.data_ptr(), source._version, source.dtype, source.device, source.shape, _sample(source))
+    return (source.data_ptr(), version(source), source.dtype, source.device, source.shape, _sample(source))
 
 
 def _sample(source: torch.Tensor) -> tuple | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import audio, backends, machine
+from . import _private, audio, backends, machine
 from .console import console, print_table, table, write_json
 from .kernels import _tuned
 
@@ -44,6 +44,7 @@ def examine() -> dict[str, Any]:
         "threads": machine.threads(),
         "extension": extension(),
         "triton": {"problem": machine.triton_problem()},
+        "private": {"names": len(_private.NAMES), "missing": list(_private.missing())},
         "tuning": _tuning(),
         "devices": machine.devices(),
         "why_no_device": None if machine.devices() else machine.why_no_device(),
@@ -201,6 +202,7 @@ def _print(found: dict[str, Any]) -> None:
     say("threads", ", ".join(f"{value} {name}" for name, value in found["threads"].items()))
     say("extension", _extension_line(found["extension"]))
     say("Triton", found["triton"]["problem"] or "importable")
+    say("private", _private_line(found["private"]))
     say("tuning", _tuning_line(found["tuning"]))
     say("devices", "; ".join(found["devices"]) or f"none: {found['why_no_device']}")
     say("audio", found["audio"]["problem"] or f"readable; the clip of the package is {found['audio']['clip']}")
@@ -221,6 +223,11 @@ def _extension_line(found: dict[str, Any]) -> str:
     made = f"built by {build.get('compiler', 'an unknown compiler')} for torch {build.get('torch', '?')}"
     levels = f"instruction set {found['level']} of {', '.join(found['levels'])}"
     return f"{made}; {levels}" + (f"; {found['problem']}" if found["problem"] else "")
+
+
+def _private_line(found: dict[str, Any]) -> str:
+    told = "; ".join(found["missing"])
+    return told or f"torch and transformers have all {found['names']} names that are used beside their documented API"
 
 
 def _tuning_line(found: dict[str, Any]) -> str:

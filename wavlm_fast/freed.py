@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._private import reads_no_values
+
 _T = Tensor
 _PROPERTIES = (
     _T.shape, _T.dtype, _T.device, _T.layout, _T.ndim, _T.itemsize, _T.is_cpu, _T.is_cuda, _T.is_meta, _T.is_sparse,
-    _T.is_quantized, _T.is_nested, _T.requires_grad, _T.is_leaf, _T.grad, _T.grad_fn, _T._version, _T._backward_hooks,
+    _T.is_quantized, _T.is_nested, _T.requires_grad, _T.is_leaf, _T.grad, _T.grad_fn,
 )  # fmt: skip
 # What can be said without values.
 _HARMLESS = {
     *(p.__get__ for p in _PROPERTIES), _T.size, _T.dim, _T.numel, _T.nelement, _T.element_size, _T.stride,
-    _T.is_contiguous, _T.is_floating_point, _T.is_complex, _T.is_inference, torch._has_compatible_shallow_copy_type,
+    _T.is_contiguous, _T.is_floating_point, _T.is_complex, _T.is_inference,
 }  # fmt: skip
 _CONVERSIONS = (_T.to, _T.cpu, _T.cuda, _T.float, _T.double, _T.half, _T.bfloat16)
 _NAMESPACES = ("wavlm_fast", "wavlm_fast_cpu")
@@ -41,9 +43,9 @@ class FreedWeight(nn.Parameter):
         unchanged = (func == Tensor.data.__set__ and args[0] is args[1]) or (
             func is Tensor.requires_grad_ and not [*args[1:], *kwargs.values(), True][0]
         )
-        if func in _HARMLESS or unchanged or getattr(func, "namespace", None) in _NAMESPACES:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+        ours = getattr(func, "namespace", None) in _NAMESPACES
+        if func in _HARMLESS or unchanged or ours or reads_no_values(func):
+            return super().__torch_function__(func, types, args, kwargs)
         attribute = getattr(func, "__self__", None)  # a property's, whose function is but called __get__
         refuse(getattr(attribute, "__name__", None) or getattr(func, "__name__", str(func)), (*args, *kwargs.values()))
         return super().__torch_function__(func, types, args, kwargs)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, derived
+from ._private import buffers_of, parameters_of, version
 from .modules._plain import has_hooks
 
 logger = logging.getLogger("wavlm_fast")
@@ -260,7 +261,7 @@ def _look_at(model: nn.Module) -> dict[str, Any]:
         "modules were replaced, or are of another class": [(m, type(m)) for m in modules],
         "the model is in training mode": any(m.training for m in modules),
         "modules have hooks, which a replay would not call": any(map(_hooked, modules)),
-        _WEIGHTS: [_identity(t) for m in modules for t in (*m._parameters.values(), *m._buffers.values())],
+        _WEIGHTS: [_identity(t) for m in modules for t in (*parameters_of(m).values(), *buffers_of(m).values())],
         "autocast is not as it was at the capture": (
             torch.is_autocast_enabled("cuda"),
             torch.get_autocast_dtype("cuda"),
@@ -277,8 +278,8 @@ def _look_at(model: nn.Module) -> dict[str, Any]:
 def _identity(tensor: Tensor | None) -> tuple | None:
     if tensor is None:
         return None
-    version = None if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+    changes = None if tensor.is_inference() else version(tensor)
+    return tensor.data_ptr(), changes, tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
 @contextmanager

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import WavLMConfig
 
-# transformers 5 takes only -100 for padding: another negative CTC label would reach the loss as a target.
-EVERY_NEGATIVE_CTC_LABEL_PADS = importlib.util.find_spec("transformers.loss.loss_ctc") is None
+from ._private import EVERY_NEGATIVE_CTC_LABEL_PADS
+
 SAMPLE_RATE = 16_000  # Hz, of every published WavLM
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -113,7 +112,7 @@ def check_ctc_labels(labels: Tensor, vocabulary: int) -> None:
     check_labels(labels, vocabulary)
 
 
-def check_lengths(config: PretrainedConfig, *names: str) -> None:
+def check_lengths(config: WavLMConfig, *names: str) -> None:
     """Check that some tuples of a config describe the same number of layers.
 
     Raises:
@@ -143,7 +142,7 @@ def check_checkpoint(source: object, options: dict) -> None:
     if looks_like_path and not Path(text).exists():
         raise FileNotFoundError(f"expected a folder with a WavLM checkpoint, got the missing path {text!r}")
     try:
-        config, _ = PretrainedConfig.get_config_dict(source, **{k: options[k] for k in _HUB_OPTIONS if k in options})
+        config, _ = WavLMConfig.get_config_dict(source, **{k: options[k] for k in _HUB_OPTIONS if k in options})
     except TypeError:  # transformers 4 stumbles over one that holds no object
         config = None
     if not isinstance(config, dict):

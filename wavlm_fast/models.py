@@ -17,6 +17,7 @@ from transformers import WavLMConfig
 from transformers.modeling_outputs import XVectorOutput
 from transformers.models.wavlm import modeling_wavlm as hf
 
+from ._private import compute_mask_indices, frame_lengths, tdnn_lengths
 from .freed import MayBeFreed
 from .inputs import check_checkpoint, check_ctc_labels, check_labels, check_lengths, check_mask
 from .leaving import leaving
@@ -82,7 +83,7 @@ class _FastModel(StandIn, MayBeFreed):
         if attention_mask.device.type == "cpu" or not self._makes_own_masks():
             return super()._get_feature_vector_attention_mask(feature_vector_length, attention_mask, add_adapter)
         samples = attention_mask.cumsum(-1)[:, -1]
-        last = self._get_feat_extract_output_lengths(samples, add_adapter=add_adapter).to(torch.long)[:, None] - 1
+        last = frame_lengths(self, samples, add_adapter).to(torch.long)[:, None] - 1
         last = torch.where(last < 0, last + feature_vector_length, last)  # an index from the end, there
         return torch.arange(feature_vector_length, device=last.device) <= last
 
@@ -118,7 +119,7 @@ class WavLMModel(_FastModel, hf.WavLMModel):
         """SpecAugment. transformers 5 reads a config entry that its config class lacks (`mask_feature_min_masks`)."""
         config = self.config
         masks_features = config.apply_spec_augment and config.mask_feature_prob > 0 and self.training
-        if hasattr(config, "mask_feature_min_masks") or not masks_features:
+        if hasattr(config, "mask_feature_min_masks") or not masks_features or compute_mask_indices is None:
             return super()._mask_hidden_states(hidden_states, mask_time_indices, attention_mask)
         batch, frames, channels = hidden_states.shape
         if mask_time_indices is None and config.mask_time_prob > 0:
@@ -135,7 +136,7 @@ class WavLMModel(_FastModel, hf.WavLMModel):
     def _spans(
         shape: tuple[int, int], prob: float, length: int, attention_mask: Tensor | None, min_masks: int
     ) -> Tensor:
-        found: np.ndarray = hf._compute_mask_indices(shape, prob, length, attention_mask, min_masks)
+        found: np.ndarray = compute_mask_indices(shape, prob, length, attention_mask, min_masks)
         return torch.from_numpy(found)
 
 
@@ -230,5 +231,5 @@ class WavLMForXVector(_FastModel, hf.WavLMForXVector):
             hidden_states = layer(hidden_states)
         lengths = None
         if attention_mask is not None:
-            lengths = self._get_tdnn_output_lengths(self._get_feat_extract_output_lengths(attention_mask.sum(dim=1)))
+            lengths = tdnn_lengths(self, frame_lengths(self, attention_mask.sum(dim=1)))
         return pool_statistics(hidden_states, lengths)

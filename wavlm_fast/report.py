@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from . import backends, derived
+from . import _private, backends, derived
 from .modules import TWINS, FastModule, Plan
 from .modules._originals import StandIn, why_original
 
@@ -29,7 +28,8 @@ class Report:
     """What runs where; `str()` of it is a table.
 
     `derived_bytes` is the memory of packed and merged weights at this moment, `slow_modules` counts WavLM modules by
-    class that `accelerate` has not or could not make fast.
+    class that `accelerate` has not or could not make fast. `missing` says what is lost because torch or transformers
+    are not quite as expected.
     """
 
     rows: tuple[Row, ...]
@@ -38,6 +38,7 @@ class Report:
     dtype: str
     derived_bytes: int
     slow_modules: dict[str, int]
+    missing: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         width = max((len(r.op) for r in self.rows), default=2)
@@ -50,7 +51,7 @@ class Report:
             f"{r.op:<{width}}  {r.count:>5}  {r.backend:<9}  {'; '.join(r.reasons) or 'nothing is'}" for r in self.rows
         ]
         lines += [f"{count} × {name} is not a class we stand in for" for name, count in self.slow_modules.items()]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.missing])
 
 
 def report(model: nn.Module) -> Report:
@@ -66,7 +67,7 @@ def report(model: nn.Module) -> Report:
         raise TypeError(f"report wants a torch module, got a {type(model).__name__}")
     counts: Counter[tuple] = Counter()
     slow: Counter[str] = Counter()
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(model.training):
+    with _private.without_memory(), torch.set_grad_enabled(model.training):
         planned: set[nn.Module] = set()
         for module in model.modules():  # parents first
             if module in planned:
@@ -87,6 +88,7 @@ def report(model: nn.Module) -> Report:
         dtype=str(first.dtype).removeprefix("torch."),
         derived_bytes=derived.nbytes(model.parameters()),
         slow_modules=dict(slow),
+        missing=_private.missing(),
     )
 
 

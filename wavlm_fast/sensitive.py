@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import WavLMConfig
 
 OUTLIER = 50.0  # magnitude of the few large channels of the residual stream
 _READ = 3.0  # what such a channel contributes to a projection that reads it, in ordinary channels
@@ -85,7 +85,7 @@ class _Plan:
     signs: tuple[float, ...]
 
     @classmethod
-    def of(cls, config: PretrainedConfig, seed: int) -> _Plan:
+    def of(cls, config: WavLMConfig, seed: int) -> _Plan:
         hidden = config.hidden_size
         count = 4 if hidden >= 256 else 2  # even, with alternating signs: the mean over channels stays near 0
         order = torch.randperm(hidden, generator=_generator(seed, "outliers"))[:count]

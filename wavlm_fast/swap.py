@@ -12,16 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.wavlm import modeling_wavlm as hf
 
+from ._private import let_record
 from .derived import forget, releasing
 from .freed import refuse
 from .inputs import SAMPLE_RATE
 from .modules import TWINS
 from .modules._originals import public_class
-
-try:  # transformers 5 finds out by class what it can record of a model
-    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
-except ImportError:
-    _CAN_RECORD_REGISTRY = None
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -123,8 +119,8 @@ def _swap(modules: list[nn.Module], classes: dict[type, type]) -> None:
         if new is None:
             continue
         module.__class__ = new
-        if _CAN_RECORD_REGISTRY is not None and isinstance(module, hf.WavLMPreTrainedModel):
-            _CAN_RECORD_REGISTRY[module] = module._can_record_outputs
+        if isinstance(module, hf.WavLMPreTrainedModel):
+            let_record(module)
 
 
 def _describe(model: object) -> str:

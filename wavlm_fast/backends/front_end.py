@@ -139,5 +139,5 @@ def why_not_feature_encoder(
 
 
 def _wide_and_packed(weight: Tensor) -> tuple[Tensor, Tensor]:
-    wide = weight.float()
+    wide = weight.detach().float()  # never the weight itself: what is derived of one must not keep it
     return wide, torch.ops.wavlm_fast_cpu.pack_conv([wide], False)

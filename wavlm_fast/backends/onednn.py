@@ -11,8 +11,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from .. import _private
 from ..ops._activation import activate
 
 _POST_OPERATIONS = {  # activation -> name and algorithm, as oneDNN calls them
@@ -25,26 +25,26 @@ _POST_OPERATIONS = {  # activation -> name and algorithm, as oneDNN calls them
 
 def pack_linear(weight: Tensor) -> Tensor:
     """Pack `[C', C]`."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    return _private.reorder_linear_weight(weight.contiguous())
 
 
 def linear(rows: Tensor, packed: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """`[R, C]` -> `[R, C']` with a weight from `pack_linear`."""
     name, algorithm = _POST_OPERATIONS[activation]
-    return torch.ops.mkldnn._linear_pointwise(rows, packed, bias, name, [], algorithm)
+    return _private.linear_pointwise(rows, packed, bias, name, [], algorithm)
 
 
 def pack_conv(filters: Tensor, stride: int, dilation: int) -> Tensor:
     """Pack `[C', K, C]`."""
     image = filters.transpose(1, 2).unsqueeze(2).contiguous()
-    return torch.ops.mkldnn._reorder_convolution_weight(image, [0, 0], [1, stride], [1, dilation], 1)
+    return _private.reorder_convolution_weight(image, [0, 0], [1, stride], [1, dilation], 1)
 
 
 def convolve(x: Tensor, packed: Tensor, bias: Tensor | None, stride: int, dilation: int, activation: str) -> Tensor:
     """`[B, T, C]` -> `[B, T', C']` with a weight from `pack_conv`."""
     image = x.transpose(1, 2).unsqueeze(2)  # of height one: time-major frames are then channels-last
     name, algorithm = _POST_OPERATIONS[activation]
-    y = torch.ops.mkldnn._convolution_pointwise(
+    y = _private.convolution_pointwise(
         image, packed, bias, [0, 0], [1, stride], [1, dilation], 1, name, [], algorithm
     )
     return y.squeeze(2).transpose(1, 2).contiguous()
@@ -56,15 +56,19 @@ def why_not() -> str | None:
     if not torch.backends.mkldnn.is_available():
         return "this torch comes without oneDNN"
     try:
-        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if not _private.is_mkldnn_bf16_supported():
             return "oneDNN has no bfloat16 products on this CPU"
-        with unset_fake_temporarily(), torch.no_grad():
-            right = all(torch.allclose(got, wanted, rtol=2**-6, atol=2**-6) for got, wanted in _trials())
+        right = _private.on_real_tensors(_trials_succeed)
     except Exception as error:
         return f"torch {torch.__version__} lacks the private oneDNN calls for packed weights ({type(error).__name__})"
     if not right:
         return f"torch {torch.__version__} computes something else in its private oneDNN calls for packed weights"
     return None
+
+
+def _trials_succeed() -> bool:
+    with torch.no_grad():
+        return all(torch.allclose(got, wanted, rtol=2**-6, atol=2**-6) for got, wanted in _trials())
 
 
 def _trials() -> list[tuple[Tensor, Tensor]]:

@@ -17,6 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .._private import is_amx_supported
 from ..derived import derived
 from ..ops._activation import activate
 from ..ops._define import or_empty
@@ -116,13 +117,17 @@ def in_onednn(x: Tensor) -> bool:
 
 @cache
 def _prefers_onednn() -> bool:
-    return onednn.why_not() is None and (torch.cpu._is_amx_tile_supported() or not has_extension())
+    return onednn.why_not() is None and (is_amx_supported() or not has_extension())
 
 
 @cache
 def has_extension() -> bool:
     """Whether the C++ kernels are there."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key("wavlm_fast_cpu::packed_conv", "CPU")
+    try:
+        torch.ops.wavlm_fast_cpu.isa()
+    except RuntimeError:  # an op without a kernel
+        return False
+    return True
 
 
 def why_not(extension_problem: str | None, x: Tensor, weight: Tensor) -> str | None:

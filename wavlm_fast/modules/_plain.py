@@ -8,30 +8,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import activations
 from transformers.models.wavlm import modeling_wavlm as hf
 
+from .._private import ACTIVATIONS, CAPTURING, GLOBAL_HOOKS, FakeTensor, hooks_of, parameters_of
 from ..freed import FreedWeight
 
-_GLOBAL_HOOKS = tuple(
-    getattr(nn.modules.module, name)
-    for name in (
-        "_global_forward_hooks",
-        "_global_forward_pre_hooks",
-        "_global_backward_hooks",
-        "_global_backward_pre_hooks",
-    )
-)
-_FUSED_ACTIVATIONS = {
-    nn.ReLU: "relu",
-    activations.GELUActivation: "gelu",
-    activations.NewGELUActivation: "gelu_tanh",
-    activations.FastGELUActivation: "gelu_tanh",
-}
-# The class behind "gelu_pytorch_tanh" was renamed between the two lines of transformers.
-for _name in ("GELUTanh", "PytorchGELUTanh"):
-    if hasattr(activations, _name):
-        _FUSED_ACTIVATIONS[getattr(activations, _name)] = "gelu_tanh"
+_FUSED_ACTIVATIONS = {nn.ReLU: "relu", **ACTIVATIONS}
 
 
 # Their arithmetic, as it was at import: somebody may put his own on a class.
@@ -54,22 +36,20 @@ def why_changed(module: nn.Module, cls: type[nn.Module]) -> str | None:
 
 def has_hooks(module: nn.Module, but_captures: bool = False) -> bool:
     """Whether calling the module runs anything beside its class's forward; captures by transformers may not count."""
-    forward_hooks = module._forward_hooks
+    forward_hooks, *others = hooks_of(module)
     if but_captures and forward_hooks:
         forward_hooks = [hook for hook in forward_hooks.values() if not is_capture(hook)]
     return bool(
         forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        or any(others)
         or "forward" in module.__dict__  # accelerate's hooks replace the bound method
-        or any(_GLOBAL_HOOKS)
+        or any(GLOBAL_HOOKS)
     )
 
 
 def is_capture(hook: object) -> bool:
     """Whether a forward hook is one by which transformers 5 collects outputs; it looks away unless asked for them."""
-    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+    return getattr(hook, "__module__", "") == CAPTURING
 
 
 def why_not_plain(module: nn.Module, expected: type[nn.Module]) -> str | None:
@@ -87,7 +67,7 @@ def _full_name(cls: type) -> str:
 
 def why_not_plain_parameters(module: nn.Module) -> str | None:
     """A sentence naming the module's first parameter that is no ordinary tensor, or None."""
-    for name, parameter in module._parameters.items():
+    for name, parameter in parameters_of(module).items():
         if parameter is None:
             continue
         if type(parameter) not in (nn.Parameter, Tensor, FreedWeight) and not _is_fake(parameter):
@@ -101,7 +81,7 @@ def why_not_plain_parameters(module: nn.Module) -> str | None:
 
 def _is_fake(tensor: Tensor) -> bool:
     # Tracing (torch.compile, torch.export) puts fake tensors in the parameters' place.
-    return isinstance(tensor, torch._subclasses.fake_tensor.FakeTensor) or torch.compiler.is_compiling()
+    return isinstance(tensor, FakeTensor) or torch.compiler.is_compiling()
 
 
 def fused_activation(activation: object) -> str | None:

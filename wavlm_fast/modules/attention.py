@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.models.wavlm import modeling_wavlm as hf
 
 from .. import ops
+from .._private import hooks_of, relative_positions_bucket
 from ..derived import concatenated
 from ..ops._define import accumulation_dtype
 from ..ops.gated_attention import bias_rows
@@ -59,7 +60,7 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
         return why_not_linear("gru_rel_pos_linear", self.gru_rel_pos_linear)
 
     def _why_not_fused(self) -> str | None:
-        if RETURNS_WEIGHTS_UNASKED and any(not is_capture(hook) for hook in self._forward_hooks.values()):
+        if RETURNS_WEIGHTS_UNASKED and any(not is_capture(hook) for hook in hooks_of(self)[0].values()):
             return "a forward hook may read the attention weights"
         return self._why_not_rel_bias()
 
@@ -161,7 +162,7 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
     def compute_rel_bias(self, frames: int) -> Tensor:
         """The bias `[H, 2T - 1]` for T frames, entry `j - i + T - 1`, from `rel_attn_embed`."""
         positions = torch.arange(1 - frames, frames, device=self.rel_attn_embed.weight.device)
-        values = self.rel_attn_embed(self._relative_positions_bucket(positions))  # [2T - 1, H]
+        values = self.rel_attn_embed(relative_positions_bucket(self, positions))  # [2T - 1, H]
         return values.t().to(accumulation_dtype(values.dtype)).contiguous()
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

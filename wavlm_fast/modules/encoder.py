@@ -6,11 +6,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.wavlm import modeling_wavlm as hf
 
+from .._private import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 from ._masks import zero_padding
 from ._originals import or_original, stands_in_for
 from ._steps import FastModule, Plan

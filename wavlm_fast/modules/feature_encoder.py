@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.models.wavlm import modeling_wavlm as hf
 
 from .. import ops
+from .._private import is_frozen
 from ..inputs import SAMPLE_RATE, check_waveform
 from ..ops._define import needs_grad
 from ._originals import or_original, stands_in_for
@@ -195,7 +196,7 @@ class FastWavLMFeatureEncoder(FastModule, hf.WavLMFeatureEncoder):
             return ops.feature_encoder(input_values, **self._options()).transpose(1, 2)
         hidden_states = input_values[:, None]
         checkpointed = any(getattr(layer, "gradient_checkpointing", False) for layer in self.conv_layers)
-        if self._requires_grad and self.training and checkpointed and torch.is_grad_enabled():
+        if not is_frozen(self) and self.training and checkpointed and torch.is_grad_enabled():
             # Reentrant checkpointing records nothing unless an input needs a gradient.
             hidden_states = hidden_states.detach().requires_grad_() if not input_values.requires_grad else hidden_states
         for conv_layer in self.conv_layers:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.weight_norm import WeightNorm
 from transformers.models.wavlm import modeling_wavlm as hf
 
 from .. import ops
+from .._private import WeightNormHook, WeightNormParametrization, hooks_of
 from ..derived import derived
 from ._originals import or_original, stands_in_for
 from ._plain import (
@@ -23,10 +23,10 @@ from ._plain import (
 from ._steps import FastModule, Plan, frames_like, named
 
 
-def _weight_norm_hook(conv: nn.Module) -> WeightNorm | None:
+def _weight_norm_hook(conv: nn.Module) -> WeightNormHook | None:
     """The hook by which `torch.nn.utils.weight_norm` sets the weight before each forward, if it is the only one."""
-    hooks = list(conv._forward_pre_hooks.values())
-    return hooks[0] if len(hooks) == 1 and isinstance(hooks[0], WeightNorm) else None
+    hooks = list(hooks_of(conv)[1].values())
+    return hooks[0] if len(hooks) == 1 and isinstance(hooks[0], WeightNormHook) else None
 
 
 def _is_parametrized(conv: nn.Module) -> bool:
@@ -34,7 +34,7 @@ def _is_parametrized(conv: nn.Module) -> bool:
     parametrizations = getattr(conv, "parametrizations", None)
     if parametrizations is None or list(parametrizations) != ["weight"] or type(conv).__mro__[1] is not nn.Conv1d:
         return False
-    return [type(p).__name__ for p in parametrizations["weight"]] == ["_WeightNorm"]
+    return [type(p) for p in parametrizations["weight"]] == [WeightNormParametrization]
 
 
 def _why_not_conv(conv: nn.Module) -> str | None:
@@ -42,7 +42,7 @@ def _why_not_conv(conv: nn.Module) -> str | None:
         reason = "it has hooks" if has_hooks(conv) else why_changed(conv, nn.Conv1d)
         reason = reason or why_not_plain_parameters(conv.parametrizations["weight"])
     elif type(conv) is nn.Conv1d and _weight_norm_hook(conv) is not None:
-        reason = "it has hooks" if conv._forward_hooks else why_changed(conv, nn.Conv1d)
+        reason = "it has hooks" if hooks_of(conv)[0] else why_changed(conv, nn.Conv1d)
         reason = reason or why_not_plain_parameters(conv)
     else:
         reason = why_not_plain(conv, nn.Conv1d)

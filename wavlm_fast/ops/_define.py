@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from .._private import TAGS, unaliased
 from ..backends.reference import TABLE as REFERENCE_TABLE
 from ..freed import refuse
 from ._decompose import decomposes
@@ -36,7 +37,7 @@ def define(
     kernel: Callable[..., Any],
     check: Callable[..., None] = lambda *args: None,
     in_parts: bool = False,
-) -> torch._ops.OpOverload:
+) -> Callable[..., Any]:
     """Register an op of the namespace `wavlm_fast`.
 
     Args:
@@ -57,14 +58,15 @@ def define(
         if choice.backend == "reference" and not in_parts:
             refuse(name, args)
         outputs = choice.fn(*args)
-        return tuple(map(_unaliased, outputs)) if isinstance(outputs, tuple) else _unaliased(outputs)
+        # Autograd forbids writing into an output that is a view, even when nobody else has its base; SpecAugment does.
+        return tuple(map(unaliased, outputs)) if isinstance(outputs, tuple) else unaliased(outputs)
 
     def checked_fake(*args: Any) -> Any:
         args = _with_lists(name, args)
         check(*args)
         return fake(*args)
 
-    LIBRARY.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.define(name + signature, tags=TAGS)
     LIBRARY.impl(name, dispatch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=LIBRARY)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
@@ -78,11 +80,6 @@ def _with_lists(name: str, args: tuple) -> tuple:
     if not any(args[i] is None for i in _lists[name]):
         return args
     return tuple([] if a is None and i in _lists[name] else a for i, a in enumerate(args))
-
-
-def _unaliased(output: Tensor) -> Tensor:
-    # Autograd forbids writing into an output that is a view, as SpecAugment does, even when nobody else has its base.
-    return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
 
 
 def differentiate(
@@ -150,7 +147,7 @@ def _reference_gradients(reference: Callable[..., Any], inputs: list, grads: tup
     return result
 
 
-def autocast(name: str, op: torch._ops.OpOverload, lower: tuple[int, ...] = ()) -> None:
+def autocast(name: str, op: Callable[..., Any], lower: tuple[int, ...] = ()) -> None:
     """Give an op the usual autocast rule: inputs at the positions `lower` are cast to the autocast dtype, the others
     stay. As with torch's own rules, float64 and integer tensors are left alone.
     """

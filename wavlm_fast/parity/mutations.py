@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import backends, derived
 from ..modules import encoder
+from ..ops import schemas
 
 _BACKEND = "reference"
 Mutant = Callable[..., Any]
@@ -81,7 +82,8 @@ def _with(**changes: Callable[[Any], Any] | int | float | str | bool | None) -> 
 
 
 def _argument_names(op: str) -> list[str]:
-    return [a.name for a in getattr(torch.ops.wavlm_fast, op).default._schema.arguments]
+    arguments, _, _ = schemas[op].partition(") ->")
+    return [argument.split()[-1] for argument in arguments.lstrip("(").split(", ")]
 
 
 def _output(index: int, change: Callable[[Tensor, dict[str, Any]], Tensor]) -> Callable[[str], Make]:
