@@ -1,12 +1,16 @@
 """Tensors computed from parameters and kept until the parameters change: packed, folded or concatenated weights.
 
-Derived state is never in a `state_dict`, is not copied or pickled with the model, and dies with the parameter that it
-was computed from.
+Derived state is never in a `state_dict`, is not copied or pickled with the model, and lives as long as all of the
+parameters that it was computed from: when one of them dies, it goes.
+
+It is kept only where a change of a parameter cannot pass unnoticed, which is on the CPU: there the values themselves
+are looked at, some of them or, where torch counts no versions, all. On a GPU looking would wait for the device, so
+everything is computed again in each forward.
 """
 
 from __future__ import annotations
 
-import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,32 +18,33 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from ._locks import ForkSafeLock
 from .freed import FreedWeight, free, refuse
 
 _SAMPLES = 64
 
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 
-_lock = threading.RLock()
+# Guards building. The store itself needs no guard: it changes in single steps, also when a source dies, in any thread.
+_lock = ForkSafeLock()
 _releases: ContextVar[bool] = ContextVar("wavlm_fast_releases", default=False)
-_store: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # first source -> {(kind, ids of the rest): Entry}
+_store: dict[tuple, _Entry] = {}  # (kind, ids of the sources)
 
 
 @dataclass
 class _Entry:
     state: list
     value: Any
-    others: tuple[torch.Tensor, ...]  # sources after the first, held: no id may be used again while it stands for one
+    deaths: list[weakref.ref]  # of the sources: no id may be used again while it stands for one
     replaces: bool
 
 
 def derived(kind: str, sources: tuple[torch.Tensor, ...], build: Callable[[], Any], replaces: bool = False) -> Any:
     """`build()`, remembered under `kind` until the storage, version, dtype, device or shape of a source changes.
 
-    Nothing is remembered while a gradient may be needed through a source, while a graph is traced, or for tensors
-    that track no version (inference tensors). Safe to call from several threads.
+    Nothing is remembered while a gradient may be needed through a source, while a graph is traced, or of tensors whose
+    values are not at hand (`_can_watch`). Safe to call from several threads.
 
     Args:
         kind: what is built, a name.
@@ -56,21 +61,32 @@ def derived(kind: str, sources: tuple[torch.Tensor, ...], build: Callable[[], An
     if torch.compiler.is_compiling():
         return build()
     for s in sources:
-        if not _trackable(s) or (learning and s.requires_grad):
+        if not _can_watch(s) or (learning and s.requires_grad):
             return build()
-    key = (kind, *map(id, sources[1:]))
+    return _remembered(kind, sources, build, replaces)
+
+
+def _remembered(kind: str, sources: tuple[torch.Tensor, ...], build: Callable[[], Any], replaces: bool) -> Any:
+    key = (kind, *map(id, sources))
     state = [_state(s) for s in sources]
     with _lock:
-        entry = _store.setdefault(sources[0], {}).get(key)
+        entry = _store.get(key)
         if entry is None or entry.state != state:
             # A value built in inference mode could not take part in training later.
             with torch.inference_mode(False), torch.no_grad():
-                entry = _Entry(state, build(), sources[1:], replaces)
-            _store[sources[0]][key] = entry
+                entry = _Entry(state, build(), _deaths(key, sources), replaces)
+            _store[key] = entry
         if entry.replaces and _releases.get():
             for s in sources:
                 free(s)
         return entry.value
+
+
+def _deaths(key: tuple, sources: tuple[torch.Tensor, ...]) -> list[weakref.ref]:
+    def forgotten(_: weakref.ref, store: dict[tuple, _Entry] = _store) -> None:  # at exit globals may be gone
+        store.pop(key, None)
+
+    return [weakref.ref(s, forgotten) for s in sources]
 
 
 def concatenated(kind: str, sources: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -79,8 +95,7 @@ def concatenated(kind: str, sources: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _what_is_left(kind: str, sources: tuple[torch.Tensor, ...]) -> Any:
-    with _lock:
-        entry = _store.get(sources[0], {}).get((kind, *map(id, sources[1:])))
+    entry = _store.get((kind, *map(id, sources)))
     if entry is None:
         refuse(kind, sources)
     return entry.value
@@ -98,9 +113,9 @@ def releasing() -> Iterator[None]:
 
 def values(parameters: Iterable[torch.Tensor]) -> list[Any]:
     """Everything derived from `parameters`, and from what was derived from them."""
-    with _lock:
-        found = [e.value for p in parameters for e in _store.get(p, {}).values()]
-        return found + values(v for v in found if isinstance(v, torch.Tensor)) if found else []
+    held = list(parameters)
+    found = [entry.value for key in _keys_of(held) if (entry := _store.get(key)) is not None]
+    return found + values(v for v in found if isinstance(v, torch.Tensor)) if found else []
 
 
 def nbytes(parameters: Iterable[torch.Tensor]) -> int:
@@ -110,13 +125,23 @@ def nbytes(parameters: Iterable[torch.Tensor]) -> int:
 
 def forget(parameters: Iterable[torch.Tensor]) -> None:
     """Drop everything derived from `parameters`."""
-    with _lock:
-        for p in parameters:
-            _store.pop(p, None)
+    for key in _keys_of(list(parameters)):
+        _store.pop(key, None)
 
 
-def _trackable(source: torch.Tensor) -> bool:
-    return type(source) in _ORDINARY and not source.is_meta and not source.is_inference()
+def _keys_of(sources: list[torch.Tensor]) -> list[tuple]:
+    ids = set(map(id, sources))
+    return [key for key in list(_store) if not ids.isdisjoint(key[1:])]
+
+
+def _can_watch(source: torch.Tensor) -> bool:
+    """Whether a change of the values cannot pass unnoticed.
+
+    Inference tensors count no versions: only the C++ fingerprint looks at all of their values, fast enough.
+    """
+    if type(source) not in _ORDINARY or not source.is_cpu or source.layout is not torch.strided:
+        return False
+    return not source.is_inference() or _fingerprint is not None
 
 
 _fingerprint: Callable[[torch.Tensor, int], int] | None = None
@@ -132,18 +157,15 @@ def use_fingerprint(function: Callable[[torch.Tensor, int], int]) -> None:
 
 
 def _state(source: torch.Tensor) -> tuple | int:
-    if _fingerprint is not None and source.is_cpu and not torch.jit.is_tracing():  # which takes no op for a number
+    if _fingerprint is not None and not torch.jit.is_tracing():  # which takes no op for a number
         return _fingerprint(source, _SAMPLES)
-    return (source.data_ptr(), source._version, source.dtype, source.device, source.shape, _sample(source))
+    return (source.data_ptr(), source._version, source.dtype, source.shape, source.stride(), _sample(source))
 
 
-def _sample(source: torch.Tensor) -> tuple | None:
-    # Writes through `.data` (weight averaging, some optimizers) leave the version alone. A few values tell; on other
-    # devices reading them would wait for the device.
-    if source.device.type != "cpu" or source.numel() == 0 or not source.is_contiguous():
-        return None
-    flat = source.detach().view(-1)
-    return tuple(flat[:: flat.numel() // _SAMPLES | 1].tolist())  # odd, so as not to stay in one column
+def _sample(source: torch.Tensor) -> tuple:
+    # Writes through `.data` (weight averaging, some optimizers) leave the version alone. A few values tell.
+    step = source.numel() // _SAMPLES | 1  # odd, so as not to stay in one column
+    return tuple(torch.take(source.detach(), torch.arange(0, source.numel(), step)).tolist())
 
 
 def _tensor_bytes(value: Any) -> int:
