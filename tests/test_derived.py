@@ -18,7 +18,7 @@ from torch import nn
 import wavlm_fast.derived
 from wavlm_fast._locks import ForkSafeLock
 from wavlm_fast.backends import cpu
-from wavlm_fast.derived import derived, forget, nbytes, values
+from wavlm_fast.derived import derived, forget, linked, nbytes, values
 
 
 @pytest.fixture(autouse=True, params=["C++", "Python"])
@@ -484,3 +484,69 @@ def test_every_lock_is_open_in_a_fork():
     assert {"graphed.py", "_tuning.py"} <= {f.name for f in files}
     names = r"\b(R?Lock|Condition|Semaphore|BoundedSemaphore)\b"
     assert not [f for f in files if re.search(names, re.sub(r'""".*?"""|#.*', "", f.read_text(), flags=re.DOTALL))]
+
+
+class TestLinked:
+    """Remembered, though a gradient is wanted."""
+
+    @pytest.fixture
+    def pair(self):
+        return tuple(nn.Parameter(torch.randn(3, 4, dtype=torch.float64)) for _ in range(2))
+
+    def times(self, pair):
+        return linked("times", pair, lambda a, b: a * b.sin())
+
+    def test_value_and_gradients(self, pair):
+        a, b = pair
+        for _ in range(2):
+            assert torch.equal(self.times(pair), a * b.sin())
+            assert torch.autograd.gradcheck(lambda *given: linked("times", given, lambda a, b: a * b.sin()), pair)
+            assert torch.autograd.gradgradcheck(lambda *given: linked("times", given, lambda a, b: a * b.sin()), pair)
+        b.requires_grad_(False)
+        (grad,) = torch.autograd.grad(self.times(pair).sum(), a)
+        assert torch.equal(grad, b.sin())
+
+    def test_is_computed_once_and_what_is_derived_from_it_too(self, pair):
+        first, again = self.times(pair), self.times(pair)
+        assert first is not again
+        assert first.data_ptr() == again.data_ptr()
+        assert first.requires_grad
+        with torch.no_grad():
+            outer = [Double(value)() for value in (first, again, self.times(pair))]
+        assert outer[0] is outer[1] is outer[2]
+        assert Double(first)().requires_grad
+        assert len(values(pair)) == 2
+
+    def test_follows(self, pair):
+        before = self.times(pair)
+        with torch.no_grad():
+            pair[1].mul_(2)
+        after = self.times(pair)
+        assert torch.equal(after, pair[0] * pair[1].sin())
+        assert not torch.equal(after, before)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            before.sum().backward()
+        pair[0].data.mul_(3)
+        assert torch.equal(self.times(pair), pair[0] * pair[1].sin())
+
+    def test_holds_no_graph(self, pair):
+        value = weakref.ref(self.times(pair))
+        gc.collect()
+        assert value() is None
+        assert not values(pair)[0].requires_grad
+
+
+def test_what_does_not_pay_at_once_is_built_when_it_is_met_again(weight):
+    double = Double(weight)
+    again = lambda: derived("again", (weight,), double._build, if_met_before=True)  # noqa: E731
+    assert again() is None
+    assert nbytes([weight]) == 0
+    assert again() is again()
+    assert double.built == 1
+    weight.add_(1)
+    assert again() is None
+    assert torch.equal(derived("again", (weight,), double._build), weight.flatten() * 2)
+    assert again() is again()
+    assert double.built == 2
+    weight.requires_grad_(True)
+    assert again() is None

@@ -35,12 +35,18 @@ _store: dict[tuple, _Entry] = {}  # (kind, ids of the sources)
 @dataclass
 class _Entry:
     state: list
-    value: Any
+    value: Any  # None: met, and not built yet
     deaths: list[weakref.ref]  # of the sources: no id may be used again while it stands for one
     replaces: bool
 
 
-def derived(kind: str, sources: tuple[torch.Tensor, ...], build: Callable[[], Any], replaces: bool = False) -> Any:
+def derived(
+    kind: str,
+    sources: tuple[torch.Tensor, ...],
+    build: Callable[[], Any],
+    replaces: bool = False,
+    if_met_before: bool = False,
+) -> Any:
     """`build()`, remembered under `kind` until the storage, version, dtype, device or shape of a source changes.
 
     Nothing is remembered while a gradient may be needed through a source, while a graph is traced, or of tensors whose
@@ -51,31 +57,36 @@ def derived(kind: str, sources: tuple[torch.Tensor, ...], build: Callable[[], An
         sources: the parameters that `build` reads.
         build: makes the value; any object holding tensors.
         replaces: whether who has the value does without the sources, parameters: `releasing` may then free them.
+        if_met_before: whether to give None, and build nothing, unless the sources are what they were at an earlier
+            call: for what does not pay if it is used once.
 
     Raises:
         RuntimeError: the sources were freed, and this was not derived before.
     """
-    learning = torch.is_grad_enabled()
+    learning = torch.is_grad_enabled() and any(s.requires_grad for s in sources)
+    sources = tuple(map(_without_link, sources))
     if type(sources[0]) is FreedWeight:
         return _what_is_left(kind, sources)
     if torch.compiler.is_compiling():
         return build()
-    for s in sources:
-        if not _can_watch(s) or (learning and s.requires_grad):
-            return build()
-    return _remembered(kind, sources, build, replaces)
+    if learning or not all(map(_can_watch, sources)):
+        return None if if_met_before else build()
+    return _remembered(kind, sources, build, replaces, if_met_before)
 
 
-def _remembered(kind: str, sources: tuple[torch.Tensor, ...], build: Callable[[], Any], replaces: bool) -> Any:
+def _remembered(
+    kind: str, sources: tuple[torch.Tensor, ...], build: Callable[[], Any], replaces: bool, if_met_before: bool
+) -> Any:
     key = (kind, *map(id, sources))
     state = [_state(s) for s in sources]
     with _lock:
         entry = _store.get(key)
-        if entry is None or entry.state != state:
+        known = entry is not None and entry.state == state
+        if not known or entry.value is None:
             # A value built in inference mode could not take part in training later.
             with torch.inference_mode(False), torch.no_grad():
-                entry = _Entry(state, build(), _deaths(key, sources), replaces)
-            _store[key] = entry
+                value = build() if known or not if_met_before else None
+            entry = _store[key] = _Entry(state, value, _deaths(key, sources), replaces)
         if entry.replaces and _releases.get():
             for s in sources:
                 free(s)
@@ -89,9 +100,55 @@ def _deaths(key: tuple, sources: tuple[torch.Tensor, ...]) -> list[weakref.ref]:
     return [weakref.ref(s, forgotten) for s in sources]
 
 
-def concatenated(kind: str, sources: Sequence[torch.Tensor]) -> torch.Tensor:
-    """`torch.cat(sources)`, remembered under `kind`."""
-    return derived(kind, tuple(sources), lambda: torch.cat(tuple(sources)))
+def concatenated(kind: str, sources: Sequence[torch.Tensor], steady: bool = False) -> torch.Tensor:
+    """`torch.cat(sources)`, remembered under `kind`; with `steady` as by `linked`."""
+    sources = tuple(sources)
+    if steady:
+        return linked(kind, sources, lambda *parts: torch.cat(parts))
+    return derived(kind, sources, lambda: torch.cat(sources))
+
+
+def linked(
+    kind: str, sources: tuple[torch.Tensor, ...], function: Callable[..., torch.Tensor]
+) -> torch.Tensor:
+    """`function(*sources)`, remembered under `kind` even where a gradient is wanted of the sources.
+
+    For weights that are not expected to change from call to call. The gradient costs one more call of `function`. What
+    is derived from the result is derived from the remembered value, and remembered too.
+    """
+    learning = torch.is_grad_enabled() and any(s.requires_grad for s in sources)
+    if not learning or torch.compiler.is_compiling() or torch.jit.is_tracing() or not all(map(_can_watch, sources)):
+        return derived(kind, sources, lambda: function(*sources))
+    value = _remembered(kind, sources, lambda: function(*sources), False, False)
+    result = _Link.apply([value], function, *sources)
+    result._linked_value = value
+    return result
+
+
+def _without_link(source: torch.Tensor) -> torch.Tensor:
+    return getattr(source, "_linked_value", source) if type(source) is torch.Tensor else source
+
+
+class _Link(torch.autograd.Function):
+    """Stands for `function(*sources)` whose value is known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: list[torch.Tensor], function: Callable[..., torch.Tensor], *sources: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.function = function
+        ctx.save_for_backward(*sources)
+        return value[0].detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        twice = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Aliases keep the gradient of one source from flowing on into another that it was computed from.
+            sources = [s.view_as(s) if twice else s.detach().requires_grad_(s.requires_grad) for s in ctx.saved_tensors]
+            out = ctx.function(*sources)
+            found = iter(torch.autograd.grad(out, [s for s in sources if s.requires_grad], grad, create_graph=twice))
+        return None, None, *(next(found) if s.requires_grad else None for s in sources)
 
 
 def _what_is_left(kind: str, sources: tuple[torch.Tensor, ...]) -> Any:
@@ -114,7 +171,8 @@ def releasing() -> Iterator[None]:
 def values(parameters: Iterable[torch.Tensor]) -> list[Any]:
     """Everything derived from `parameters`, and from what was derived from them."""
     held = list(parameters)
-    found = [entry.value for key in _keys_of(held) if (entry := _store.get(key)) is not None]
+    entries = [entry for key in _keys_of(held) if (entry := _store.get(key)) is not None]
+    found = [entry.value for entry in entries if entry.value is not None]
     return found + values(v for v in found if isinstance(v, torch.Tensor)) if found else []
 
 

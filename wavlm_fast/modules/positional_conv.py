@@ -10,7 +10,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from transformers.models.wavlm import modeling_wavlm as hf
 
 from .. import ops
-from ..derived import derived
+from ..derived import derived, linked
 from ..ops._define import accumulation_dtype, needs_grad
 from ._plain import fused_activation, has_hooks, same_dtype, why_not_plain, why_not_plain_parameters
 from ._steps import FastModule, Plan, frames_like, named
@@ -54,13 +54,17 @@ def _weight(conv: nn.Module) -> Tensor:
         sources = (parametrization.original0, parametrization.original1)
         if _is_written_by_taps(*sources):
             return _normed_by_taps(*sources, parametrization[0].dim)
-        return derived("weight norm", sources, lambda: conv.weight)
+        if conv.training:
+            return derived("weight norm", sources, lambda: conv.weight)
+        return linked("weight norm", sources, parametrization[0].forward)
     hook = _weight_norm_hook(conv)
     if hook is not None:
         sources = (getattr(conv, f"{hook.name}_g"), getattr(conv, f"{hook.name}_v"))
         if _is_written_by_taps(*sources):
             return _normed_by_taps(*sources, hook.dim)
-        return derived("weight norm", sources, lambda: hook.compute_weight(conv))
+        if conv.training:
+            return derived("weight norm", sources, lambda: hook.compute_weight(conv))
+        return linked("weight norm", sources, lambda g, v: torch._weight_norm(v, g, hook.dim))
     return conv.weight
 
 
