@@ -82,6 +82,7 @@ class Case:
     group: str = "latency"  # what the case tells of
     ragged: str = ""  # what to call lengths that differ
     train: bool = False  # forward, backward and optimizer
+    regime: str = ""  # how the model is run, of regimes.py; empty: as the provider does
     stages: bool = False  # where the time of ours goes is measured too
     layers: bool = False  # the error at every layer too
     memory: bool = False  # the peak of a process that runs it too
@@ -91,7 +92,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.model} {self.ragged or f'{len(self.lengths)}x{self.lengths[0]:g}'}"
+        size = self.ragged or f"{len(self.lengths)}x{self.lengths[0]:g}"
+        return " ".join(filter(None, (self.model, self.regime, size)))
 
     @property
     def fresh(self) -> bool:
@@ -125,10 +127,12 @@ class Case:
         return {"input_values": waveforms * mask, "attention_mask": mask.long()}
 
     def operations(self) -> dict[str, float]:
-        """Of each stage, by the direct algorithm; a training step counts as three forwards."""
+        """Of each stage, by the direct algorithm; a training step counts as three forwards, a gradient with respect to
+        the input alone as one more."""
         spec = MODELS[self.model]
         found = flops.forward(spec.config, len(self.lengths), self.samples, spec.cls)
-        return {stage: (3 if self.train else 1) * count for stage, count in found.items()}
+        forwards = 3 if self.train else 2 if self.regime == "to-waveform" else 1
+        return {stage: forwards * count for stage, count in found.items()}
 
 
 def of(model: str, batch: int, length: float, group: str, **options: Any) -> Case:
@@ -137,6 +141,7 @@ def of(model: str, batch: int, length: float, group: str, **options: Any) -> Cas
 
 
 _RAGGED = tuple(float(s) for s in torch.linspace(2, 10, 4).tolist())
+_ONE_FRAME = 0.025
 _PLAIN = ("transformers", "wavlm_fast")
 _AND_FREED = (*_PLAIN, "wavlm_fast, originals freed")
 _NO_ONNX = (*_AND_FREED, "OpenVINO")  # it never was far from OpenVINO
@@ -158,6 +163,9 @@ def _all() -> Iterator[Case]:
     for model in ("ctc", "classification", "frames", "xvector"):
         yield of(model, 1, 10, "classes", families=_PLAIN)
     yield of("train", 2, 5, "training", train=True)
+    for regime in ("no_grad", "grad", "inference-built", "autocast", "to-waveform"):
+        yield of("base", 1, 3, "regimes", regime=regime, families=_PLAIN, dtypes=(torch.float32,))
+    yield of("base", 1, _ONE_FRAME, "regimes", regime="no_grad", families=_PLAIN, dtypes=(torch.float32,))
 
 
 CASES = {case.name: case for case in _all()}

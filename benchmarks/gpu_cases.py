@@ -137,7 +137,8 @@ def _strided(m: Model, new: _New) -> Iterator[tuple[str, tuple, str]]:
 
 def _positional(m: Model, new: _New) -> Iterator[tuple[str, tuple, str]]:
     x, weight, bias = new(new.batch, new.frames, m.channels), new(m.channels, m.channels // 16, 128), new(m.channels)
-    yield "positional_conv", (x, weight, bias, 16, "gelu", True, False), ""
+    by_taps = new(*weight.shape[::-1]).permute(2, 1, 0)  # as the module makes it when no gradient is wanted
+    yield "positional_conv", (x, by_taps, bias, 16, "gelu", True, False), ""
     yield "positional_conv_backward", (x, x, weight, bias, x, 16, "gelu", True, [True] * 3), ""
 
 

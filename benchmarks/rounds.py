@@ -19,6 +19,7 @@ from .cases import MODELS, Case, bound, bound_step
 from .peaks import Peaks
 from .progress import Meter
 from .providers import BASELINE, OURS, SHORT, Call, Provider, Subject
+from .regimes import REGIMES
 from .stages import breakdown
 from .verify import Judge, affordable, narrow
 
@@ -176,13 +177,21 @@ def run_fresh(
 def _verified(case: Case, row: Row, provider: Provider, subject: Subject, judge: Judge) -> Call | None:
     """The provider's call, and in `row` how right it is; None, and in `row` why, if it is not to be timed."""
     try:
-        call = bound_step(provider.trains(subject), subject.inputs) if case.train else provider.build(subject)
+        call = _call(case, provider, subject)
         result = call()
     except Exception as error:  # whatever a runtime raises at what it cannot do
         row.failed(first_line(error), _expected(provider))
         return None
     _judge(row, provider, judge, result)
     return None if row.wrong else call
+
+
+def _call(case: Case, provider: Provider, subject: Subject) -> Call:
+    if case.train:
+        return bound_step(provider.trains(subject), subject.inputs)
+    if case.regime:
+        return REGIMES[case.regime](provider.trains(subject), subject.inputs)
+    return provider.build(subject)
 
 
 def _expected(provider: Provider) -> bool:

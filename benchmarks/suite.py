@@ -223,7 +223,7 @@ def _for(case: Case, available: Mapping[str, Provider]) -> dict[str, Provider]:
         and (not case.families or p.family in case.families)
         and (not case.dtypes or p.dtype in case.dtypes)
         and (not p.memory or case.memory)
-        and (not case.train or p.trains is not None)
+        and (p.trains is not None or not (case.train or case.regime))
     }
 
 

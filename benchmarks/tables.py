@@ -65,6 +65,7 @@ def _title(row: Row) -> str:
     kind = {
         "ragged": f"up to {row['length']:g} s, padded, with mask",
         "training": f"{row['length']:g} s, forward, backward and optimizer step",
+        "regimes": f"{row['length']:g} s, as benchmarks/regimes.py runs it",
     }.get(row["group"], f"{row['length']:g} s")
     return f"{row['case']}: {row['cls']}, {many} {kind}{gflop}"
 
@@ -178,8 +179,10 @@ def summaries(found: Found) -> list[Table]:
     for group in split(plain, "model", "cls"):
         title = f"{group[0]['cls'].removesuffix('Model')}-{group[0]['model']}"
         tables += _summary(title, group, lambda row: title_of(f"{row['batch']}x{row['length']:g}"))
-    others = [row for row in rows if row["group"] not in PLAIN]
-    return tables + _summary("Other classes, padded batches, training", others, lambda row: title_of(row["case"]))
+    regimes = [row for row in rows if row["group"] == "regimes"]
+    others = [row for row in rows if row["group"] not in (*PLAIN, "regimes")]
+    tables += _summary("Other classes, padded batches, training", others, lambda row: title_of(row["case"]))
+    return tables + _summary("Regimes", regimes, lambda row: title_of(row["case"]))
 
 
 def _summary(title: str, rows: Sequence[Row], head: Callable[[Row], str]) -> list[Table]:

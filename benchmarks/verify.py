@@ -16,6 +16,7 @@ from wavlm_fast.parity.run_models import allowed_gradients
 from . import flops
 from .cases import MODELS, Case, Inputs, Output, Spec, bound, bound_step
 from .providers import Subject
+from .regimes import REGIMES
 
 _DENSE_LIMIT = 8e9  # bytes that transformers' attention weights may take
 _EXACT_LIMIT = 2e12  # operations that a truth in float64 may take
@@ -54,15 +55,12 @@ def narrow(case: Case, subject: Subject) -> tuple[Case, Subject]:
 class Judge:
     """Knows a case's truth, and how far transformers is from it in each dtype: twice that is allowed.
 
-    The result of a forward is its output; of a training step, the gradients by parameter.
+    The result of a forward is its output; of a training step, the gradients by parameter; of a regime, what it gives.
     """
 
     def __init__(self, case: Case, subject: Subject) -> None:
         self._case, self._module, self._inputs = case, subject.module, subject.inputs
-        if case.train:
-            self._truth = _gradients(self._module, torch.float64, self._inputs)
-        else:
-            self._truth = _output(self._module, torch.float64, self._inputs)
+        self._truth = self._plain(torch.float64)
         self._usual: dict[torch.dtype, Any] = {}
 
     def note(self, dtype: torch.dtype, result: Any) -> None:
@@ -72,12 +70,17 @@ class Judge:
     def verdict(self, dtype: torch.dtype, result: Any) -> Verdict:
         """Judge a provider that claims to compute in `dtype`."""
         if dtype not in self._usual:
-            if self._case.train:
-                self._usual[dtype] = _gradients(self._module, dtype, self._inputs)
-            else:
-                self._usual[dtype] = _output(self._module, dtype, self._inputs)
+            self._usual[dtype] = self._plain(dtype)
         usual, found = self._usual[dtype], _kept(result)
         return _of_gradients(self._module, usual, found, self._truth) if self._case.train else self._of(usual, found)
+
+    def _plain(self, dtype: torch.dtype) -> Any:
+        if self._case.train:
+            return _gradients(self._module, dtype, self._inputs)
+        if self._case.regime:
+            # float64 stays what it is under autocast too.
+            return _kept(REGIMES[self._case.regime](self._module.copy(dtype), self._inputs)())
+        return _output(self._module, dtype, self._inputs)
 
     def _of(self, usual: Tensor, found: Tensor) -> Verdict:
         named = ({"output": x} for x in (usual, found, self._truth))

@@ -1,14 +1,18 @@
 // What derived.py compares at every call to see whether a weight has changed.
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include <array>
 #include <cstring>
+#include <vector>
 
 namespace wavlm_fast {
 namespace {
 
 using at::Tensor;
 
+// Each step is one to one: of two inputs that differ in a single word no number is the same.
 class Hash {
  public:
   void mix(uint64_t word) {
@@ -22,40 +26,94 @@ class Hash {
 };
 
 template <class Word>
-void mix_every(Hash& hash, const void* data, int64_t count, int64_t step) {
-  const auto* bytes = static_cast<const char*>(data);
-  for (int64_t i = 0; i < count; i += step) {
-    Word word;
-    std::memcpy(&word, bytes + i * sizeof(Word), sizeof(Word));
-    hash.mix(word);
+Word word_at(const char* bytes) {
+  Word word;
+  std::memcpy(&word, bytes, sizeof(Word));
+  return word;
+}
+
+template <class Word>
+void mix_every(Hash& hash, const char* bytes, int64_t count, int64_t step) {
+  for (int64_t i = 0; i < count; i += step) hash.mix(word_at<Word>(bytes + i * sizeof(Word)));
+}
+
+// Evenly spaced in the order of the indices, wherever they lie.
+void mix_strided(Hash& hash, const Tensor& x, const char* bytes, int64_t step) {
+  const int64_t size = x.element_size();
+  for (int64_t i = 0; i < x.numel(); i += step) {
+    int64_t at = 0, rest = i;
+    for (int64_t d = x.dim() - 1; d >= 0; --d) {
+      at += rest % x.size(d) * x.stride(d);
+      rest /= x.size(d);
+    }
+    uint64_t words[2] = {0, 0};
+    std::memcpy(words, bytes + at * size, std::min<int64_t>(size, sizeof words));
+    hash.mix(words[0]);
+    if (size > 8) hash.mix(words[1]);
   }
 }
 
-// Another number when the memory, the version, the dtype or the shape of x is another, or the bits of one of the values
-// that are looked at: at least `samples` of a contiguous x, evenly spaced, or all.
-int64_t fingerprint(const Tensor& x, int64_t samples) {
-  TORCH_CHECK(x.is_cpu() && samples > 0, "fingerprint: expected a tensor on the CPU and samples > 0, got one on ",
-              x.device(), " and ", samples);
-  const void* data = x.const_data_ptr();
+// All bytes, as fast as memory gives them: lanes do not wait for one another.
+uint64_t hash_of_piece(const char* bytes, int64_t count) {
+  constexpr int64_t kLanes = 8, kStep = kLanes * sizeof(uint64_t);
+  std::array<Hash, kLanes> lanes;
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane].mix(word_at<uint64_t>(bytes + i + lane * 8));
+  }
   Hash hash;
-  hash.mix(reinterpret_cast<uintptr_t>(data));
-  hash.mix(x._version());
+  for (const Hash& lane : lanes) hash.mix(lane.value());
+  mix_every<uint8_t>(hash, bytes + i, count - i, 1);
+  return hash.value();
+}
+
+void mix_all(Hash& hash, const char* bytes, int64_t count) {
+  constexpr int64_t kPiece = 1 << 16;  // not by the number of threads, which may be another at the next call
+  std::vector<uint64_t> pieces((count + kPiece - 1) / kPiece);
+  at::parallel_for(0, pieces.size(), 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      pieces[i] = hash_of_piece(bytes + i * kPiece, std::min(kPiece, count - i * kPiece));
+    }
+  });
+  for (const uint64_t piece : pieces) hash.mix(piece);
+}
+
+// Another number when the memory, the version, the dtype, the shape or the strides of x are others, or the bits of one
+// of the values that are looked at: at least `samples`, evenly spaced, or all. An inference tensor counts no versions:
+// all of its values are looked at.
+int64_t fingerprint(const Tensor& x, int64_t samples) {
+  TORCH_CHECK(x.is_cpu() && x.layout() == at::kStrided && samples > 0,
+              "fingerprint: expected a dense tensor on the CPU and samples > 0, got one on ", x.device(), " of layout ",
+              x.layout(), " and ", samples);
+  const auto* bytes = static_cast<const char*>(x.const_data_ptr());
+  Hash hash;
+  hash.mix(reinterpret_cast<uintptr_t>(bytes));
   hash.mix(static_cast<uint64_t>(x.scalar_type()));
   for (const int64_t size : x.sizes()) hash.mix(size);
-  if (!x.is_contiguous()) return hash.value();
+  for (const int64_t stride : x.strides()) hash.mix(stride);
+  if (x.is_inference()) {
+    const Tensor dense = x.contiguous();
+    mix_all(hash, static_cast<const char*>(dense.const_data_ptr()), dense.nbytes());
+    return hash.value();
+  }
+  hash.mix(x._version());
   const int64_t count = x.numel(), step = count / samples | 1;  // odd, so as not to stay in one column
+  if (!x.is_contiguous()) {
+    mix_strided(hash, x, bytes, step);
+    return hash.value();
+  }
   switch (x.element_size()) {
     case 1:
-      mix_every<uint8_t>(hash, data, count, step);
+      mix_every<uint8_t>(hash, bytes, count, step);
       break;
     case 2:
-      mix_every<uint16_t>(hash, data, count, step);
+      mix_every<uint16_t>(hash, bytes, count, step);
       break;
     case 4:
-      mix_every<uint32_t>(hash, data, count, step);
+      mix_every<uint32_t>(hash, bytes, count, step);
       break;
     default:  // 8, or two of them in a complex number
-      mix_every<uint64_t>(hash, data, count * static_cast<int64_t>(x.element_size() / 8), step);
+      mix_every<uint64_t>(hash, bytes, count * static_cast<int64_t>(x.element_size() / 8), step);
   }
   return hash.value();
 }

@@ -25,6 +25,7 @@ def _frames_product_kernel(
     STRIDE: tl.constexpr, STEP: tl.constexpr, OUT_STRIDE: tl.constexpr,
     PADDED: tl.constexpr,  # whether rows can begin before or end after the input
     WHOLE: tl.constexpr,  # whether BLOCK_K divides the length
+    TO_GROUP: tl.constexpr, TO_K: tl.constexpr, TO_N: tl.constexpr,  # strides of the weight
     NORM: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -39,7 +40,7 @@ def _frames_product_kernel(
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     inside_n = n < N
     x_rows = x_ptr + (b * frames_in + frame[:, None]) * (GROUPS * C) + group * C
-    weight_tile = weight_ptr + group.to(tl.int64) * length * N + k[:, None] * N + n[None, :]
+    weight_tile = weight_ptr + group.to(tl.int64) * TO_GROUP + k[:, None] * TO_K + n[None, :] * TO_N
 
     # The sum runs over taps and channels at once: a block may hold several taps of few channels.
     acc = tl.zeros([BLOCK_T, BLOCK_N], dtype=tl.float32)
@@ -61,10 +62,10 @@ def _frames_product_kernel(
         else:
             x = tl.load(x_at)
         if N % BLOCK_N == 0 and WHOLE:
-            weight = tl.load(weight_tile + start * N)
+            weight = tl.load(weight_tile + start * TO_K)
         else:
             weight_mask = (start + k < length)[:, None] & inside_n[None, :]
-            weight = tl.load(weight_tile + start * N, mask=weight_mask, other=0.0)
+            weight = tl.load(weight_tile + start * TO_K, mask=weight_mask, other=0.0)
         acc = tl.dot(x, weight, acc, input_precision=PRECISION)
 
     column = group * N + n
@@ -204,8 +205,12 @@ def frames_product(
     phase: int = 0,
     padded: bool = False,
 ) -> None:
-    """Write `units` frames of `out` `[B, T', G·N]` from `x` `[B, T, G·C]` and `weight` `[G, taps, C, N]`."""
+    """Write `units` frames of `out` `[B, T', G·N]` from `x` `[B, T, G·C]` and `weight` `[G, taps, C, N]`.
+
+    `weight` may have any strides with which channels run on from tap to tap, so that most weights are read as they are.
+    """
     G, taps, C, N = weight.shape
+    to_group, to_k, to_n = weight.view(G, taps * C, N).stride()
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
     precision = dot_precision(x.dtype, x.device)
 
@@ -215,11 +220,11 @@ def frames_product(
             x, weight, bias, norm_weight, norm_bias, residual, out, pre,
             x.shape[1], out.shape[1], units, taps * C, first, phase, eps,
             GROUPS=G, C=C, N=N, STRIDE=stride, STEP=step, OUT_STRIDE=out_stride, PADDED=padded,
-            WHOLE=taps * C % config["BLOCK_K"] == 0,
+            WHOLE=taps * C % config["BLOCK_K"] == 0, TO_GROUP=to_group, TO_K=to_k, TO_N=to_n,
             NORM=norm is not None, ACTIVATION=activation, PRECISION=precision, **config,
         )  # fmt: skip
 
-    also = (G, taps, stride, step, out_stride, padded, activation, pre is None, residual is None, precision)
+    also = (G, taps, stride, step, out_stride, padded, activation, pre is None, residual is None, precision, to_k, to_n)
     few = G * triton.cdiv(N, 128) * triton.cdiv(units, 128) * x.shape[0] < FEW
     product_configs.launch(run, x.device, (taps * C, N, x.dtype, norm is not None, few), (units, x.shape[0]), also)
 

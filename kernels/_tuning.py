@@ -15,11 +15,11 @@ import os
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from statistics import median
-from threading import Lock
 from typing import Any, TypeVar
 
 import torch
 
+from .._locks import ForkSafeLock
 from . import _tuned
 from ._target import target
 
@@ -33,7 +33,7 @@ MOST = 4
 MARGIN = 0.97
 _WARM_UPS, _ROUNDS = 3, 15
 
-_search = Lock()
+_search = ForkSafeLock()
 _forced: int | None = None
 
 

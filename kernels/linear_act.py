@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from ._finish_backward import finish_backward
 from ._frames_product import frames_product
-from ._packed import packed
 
 # Up to here, at the balance of arithmetic and memory of an A100 or H100 (about 150 to 300 operations per byte), one
 # more pass over the output takes a third of the product's time or more. The fused loop keeps the matrix unit busy for
@@ -38,9 +37,8 @@ def linear_act(
     rows = x.contiguous().view(1, -1, x.shape[-1])
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
     pre = torch.empty_like(out) if save else None
-    taps = packed("linear taps", weight, weight.t, learns=save)
     frames_product(
-        rows, taps[None, None], out.view(1, -1, weight.shape[0]), rows.shape[1],
+        rows, weight.contiguous().t()[None, None], out.view(1, -1, weight.shape[0]), rows.shape[1],
         bias=bias, activation=activation, pre=pre,
     )  # fmt: skip
     return out, empty if pre is None else pre

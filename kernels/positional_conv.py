@@ -4,12 +4,16 @@ import torch
 
 from ._finish_backward import finish_backward
 from ._frames_product import frames_product, frames_product_weight_gradient
-from ._packed import packed
 
 
 def _taps(weight: torch.Tensor, groups: int) -> torch.Tensor:
     """`[C, C / groups, K]` as `[groups, K, in, out]`, a view."""
     return weight.unflatten(0, (groups, -1)).permute(0, 3, 2, 1)
+
+
+def _in_order(weight: torch.Tensor) -> torch.Tensor:
+    """`weight` as a view of `[K, C / groups, C]`, as which the module hands it on in inference."""
+    return weight.permute(2, 1, 0).contiguous().permute(2, 1, 0)
 
 
 def positional_conv(
@@ -26,9 +30,8 @@ def positional_conv(
     out = torch.empty_like(x)
     pre = torch.empty_like(x) if save and activation != "none" else None
     if out.numel():
-        taps = packed("positional taps", weight, lambda: _taps(weight, groups), learns=save)
         frames_product(
-            x, taps, out, x.shape[1], bias=bias, activation=activation, pre=pre,
+            x, _taps(_in_order(weight), groups), out, x.shape[1], bias=bias, activation=activation, pre=pre,
             residual=x if residual else None, first=-(weight.shape[2] // 2), padded=True,
         )  # fmt: skip
     return out, x.new_empty(0) if pre is None else pre

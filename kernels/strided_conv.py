@@ -4,7 +4,6 @@ import torch
 
 from ._finish_backward import finish_backward
 from ._frames_product import frames_product, frames_product_weight_gradient
-from ._packed import packed
 
 
 def strided_conv(
@@ -25,9 +24,8 @@ def strided_conv(
     distinct = norm_weight is not None or activation != "none"
     pre = torch.empty_like(out) if save and distinct else None
     if out.numel():
-        taps = packed("strided taps", weight, lambda: weight.permute(2, 1, 0)[None], learns=save)
         frames_product(
-            x, taps, out, frames, bias=bias, activation=activation, pre=pre,
+            x, weight.permute(2, 1, 0).contiguous()[None], out, frames, bias=bias, activation=activation, pre=pre,
             norm=None if norm_weight is None else (norm_weight, norm_bias, eps), stride=stride,
         )  # fmt: skip
     return out, x.new_empty(0) if pre is None else pre

@@ -4,7 +4,6 @@ import torch
 
 from ._finish_backward import finish_backward
 from ._frames_product import frames_product, frames_product_weight_gradient
-from ._packed import packed
 
 
 def tdnn(
@@ -19,8 +18,8 @@ def tdnn(
     x = x.contiguous()
     out = x.new_empty(x.shape[0], x.shape[1] - (kernel_size - 1) * dilation, weight.shape[0])
     if out.numel():
-        taps = packed("tdnn taps", weight, weight.t).view(1, kernel_size, x.shape[2], -1)
-        frames_product(x, taps, out, out.shape[1], bias=bias, activation=activation, step=dilation)
+        taps = weight.contiguous().unflatten(1, (kernel_size, -1)).permute(1, 2, 0)  # [K, C, C'], a view
+        frames_product(x, taps[None], out, out.shape[1], bias=bias, activation=activation, step=dilation)
     return out
 
 

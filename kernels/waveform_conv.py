@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from ._activation import activate
-from ._packed import packed
 from ._tuning import Config, tunable
 
 # Taps, and one column of ones: [16, 16] holds the sums of the windows and their number too.
@@ -159,9 +158,9 @@ def _waveform_conv_fwd_kernel(
         tl.store(out_ptr + at, out, mask=(unit < T)[:, None] & inside[None, :])
 
 
-def packed_taps(weight: torch.Tensor) -> torch.Tensor:
+def taps_of(weight: torch.Tensor) -> torch.Tensor:
     """`[C, 1, K]` as `[K, C]`."""
-    return packed("waveform taps", weight, lambda: weight[:, 0].t())
+    return weight[:, 0].t().contiguous()
 
 
 def uses_dot(waveform: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -230,7 +229,7 @@ def waveform_conv(
     if not out.numel():
         return out
     statistics = group_statistics(waveform, weight, stride, frames, eps) if norm == "group" else (None, None, None)
-    taps = packed_taps(weight)
+    taps = taps_of(weight)
 
     def run(config: Config) -> None:
         tiles = triton.cdiv(frames, config["BLOCK_T"])

@@ -14,7 +14,7 @@ from ._activation import activate_slope
 from ._frames_product import frames_product
 from ._target import target
 from ._tuning import Config, tunable
-from .waveform_conv import BLOCK_K, convolve, group_statistics, load_taps, load_vector, packed_taps, uses_dot
+from .waveform_conv import BLOCK_K, convolve, group_statistics, load_taps, load_vector, taps_of, uses_dot
 
 # Programs, each with its own part of the parameters' gradients. Not the number of processors: sums would differ.
 PARTS = 256
@@ -189,7 +189,7 @@ def waveform_conv_backward(
     (B, S), (C, _, K), T = waveform.shape, weight.shape, grad.shape[1]
     constants = {"K": K, "STRIDE": stride, "ACTIVATION": activation, "DOT": uses_dot(waveform, weight)}
     also = (K, stride, activation, grad.dtype, weight.dtype)
-    taps = packed_taps(weight)
+    taps = taps_of(weight)
     statistics, sums = (None, None, None), None
     if norm == "group":
         statistics = group_statistics(waveform, weight, stride, T, eps)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import gc
+import os
+import re
+import signal
 import threading
+import time
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import wavlm_fast.derived
+from wavlm_fast._locks import ForkSafeLock
 from wavlm_fast.backends import cpu
-from wavlm_fast.derived import derived, forget, nbytes
+from wavlm_fast.derived import derived, forget, linked, nbytes, values
 
 
 @pytest.fixture(autouse=True, params=["C++", "Python"])
@@ -97,6 +103,26 @@ def test_not_contiguous(weight):
     assert double() is double()
     with torch.no_grad():
         weight.add_(1)
+    assert_rebuilt(double)
+    weight.data.add_(1)
+    assert_rebuilt(double)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.complex128], ids=str)
+def test_write_through_data_of_one_that_is_not_contiguous(dtype):
+    weight = torch.arange(60 * 70).remainder(100).to(dtype).view(60, 70).t()
+    double = Double(weight)
+    double()
+    for part in (weight[:35], weight[35:], weight[:, ::2], weight[1::2]):
+        part.data.add_(1)
+        assert_rebuilt(double)
+
+
+def test_other_strides_over_the_same_memory():
+    weight = nn.Parameter(torch.arange(9.0).view(3, 3), requires_grad=False)
+    double = Double(weight)
+    double()
+    weight.data = weight.data.t()
     assert_rebuilt(double)
 
 
@@ -189,11 +215,84 @@ def test_first_use_under_inference_mode_leaves_nothing_that_training_trips_over(
     (kept * nn.Parameter(torch.ones(3))).sum().backward()
 
 
-def test_inference_tensors_are_not_kept():
-    with torch.inference_mode():
-        weight = torch.ones(3)
-        double = Double(weight)
-        assert double() is not double()
+class TestInferenceTensors:
+    """They count no versions: all of their values are looked at, or nothing is kept."""
+
+    @pytest.fixture
+    def weight(self):
+        with torch.inference_mode():
+            return torch.randn(70, 3000)
+
+    @pytest.fixture
+    def double(self, weight):
+        made = Double(weight)
+        made()
+        return made
+
+    def check(self, double):
+        wanted = torch.cat([s.flatten() for s in double.sources]) * 2
+        assert torch.equal(double(), wanted)
+
+    def test_are_kept_where_all_values_can_be_looked_at(self, double):
+        kept = wavlm_fast.derived._fingerprint is not None
+        assert (double() is double()) == kept
+        with torch.inference_mode():
+            assert (double() is double()) == kept
+        assert not double().is_inference() or not kept
+
+    @pytest.mark.parametrize("threads", [1, 2])
+    def test_the_number_of_threads_is_no_change(self, double, threads):
+        before, built = torch.get_num_threads(), double.built
+        try:
+            torch.set_num_threads(threads)
+            double()
+        finally:
+            torch.set_num_threads(before)
+        assert double.built == built or wavlm_fast.derived._fingerprint is None
+
+    @pytest.mark.parametrize(
+        "write",
+        [
+            lambda w: w.mul_(2),
+            lambda w: w.neg_(),
+            lambda w: w[33].neg_(),
+            lambda w: w[:, 1234].add_(1),
+            lambda w: w[69, 2999].add_(1),
+            lambda w: w[0, 0].neg_(),
+            lambda w: w[5:7, 10:12].copy_(w[5:7, 10:12].flip(0)),
+            lambda w: w.copy_(w.roll(1, 0)),
+            lambda w: w.data.copy_(w.roll(1, 1)),
+        ],
+        ids=["whole", "signs", "row", "column", "last", "first", "swap", "rows moved", "columns moved"],
+    )
+    def test_every_write_is_seen(self, weight, double, write):
+        with torch.inference_mode():
+            write(weight)
+            self.check(double)
+        self.check(double)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.uint8])
+    def test_signs_and_odd_sizes(self, dtype):
+        with torch.inference_mode():
+            weight = torch.randn(4099).mul(50).to(dtype)
+            double = Double(weight)
+            double()
+            for index in (0, 63, 64, 4095, 4096, 4098):
+                weight[index] = weight[index] + 1
+                self.check(double)
+            weight.copy_(weight * (255 if dtype == torch.uint8 else -1))
+            self.check(double)
+
+    def test_not_contiguous(self, weight):
+        double = Double(weight.t())
+        double()
+        with torch.inference_mode():
+            weight[3, 5] += 1
+        self.check(double)
+
+    def test_none_at_all(self):
+        with torch.inference_mode():
+            assert Double(torch.empty(0, 3))().shape == (0,)
 
 
 def test_subclasses_are_not_kept():
@@ -211,6 +310,36 @@ def test_dies_with_its_source():
     del weight
     gc.collect()
     assert value() is None
+
+
+@pytest.mark.parametrize("kept", range(3))
+def test_dies_with_the_first_of_its_sources(kept):
+    sources = [nn.Parameter(torch.ones(5), requires_grad=False) for _ in range(3)]
+    stays = sources[kept]
+    for _ in range(20):
+        value = weakref.ref(Double(*sources)())
+        assert len(values([stays])) == 1
+        assert nbytes([stays]) == nbytes(sources) == 15 * 4
+        sources = [s if s is stays else nn.Parameter(torch.ones(5), requires_grad=False) for s in sources]
+        assert value() is None
+        assert not values([stays])
+
+
+def test_what_was_derived_from_a_derived_value_dies_too():
+    a, b = (nn.Parameter(torch.ones(5), requires_grad=False) for _ in range(2))
+    outer = weakref.ref(Double(Double(a, b)())())
+    assert len(values([a])) == len(values([b])) == 2
+    del b
+    assert outer() is None
+    assert not values([a])
+
+
+def test_a_change_leaves_nothing_of_the_old_value(weight, double):
+    old = weakref.ref(double())
+    weight.add_(1)
+    double()
+    assert old() is None
+    assert len(values([weight])) == 1
 
 
 def test_memory_and_forgetting(weight, double):
@@ -246,3 +375,178 @@ def test_threads_build_once(weight):
         t.join()
     assert double.built == 1
     assert all(f is found[0] for f in found)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Tensors on a device whose values are not at hand, but for that the values are there."""
+    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: False))
+
+
+def test_nothing_is_kept_where_values_cannot_be_looked_at(weight, elsewhere):
+    double = Double(weight)
+    for _ in range(2):
+        weight.data[0, 0] += 1
+        assert_fresh(double)
+    assert nbytes([weight]) == 0
+
+
+def assert_fresh(double):
+    built = double.built
+    assert torch.equal(double(), torch.cat([s.flatten() for s in double.sources]) * 2)
+    assert double.built == built + 1
+
+
+def test_nothing_is_kept_of_tensors_without_values():
+    double = Double(torch.empty(2, 3, device="meta"))
+    assert double() is not double()
+    mixed = Double(nn.Parameter(torch.ones(3), requires_grad=False), torch.empty(3, device="meta"))
+    with pytest.raises(RuntimeError, match="device"):
+        mixed()
+    assert double.built == 2
+    assert nbytes([*double.sources, *mixed.sources]) == 0
+
+
+def in_a_fork(work):
+    """Whether `work()` is true in a forked child, within a minute."""
+    child = os.fork()
+    if child == 0:
+        status = 2
+        try:
+            status = 0 if work() else 1
+        finally:
+            os._exit(status)
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status) == 0
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+
+
+@forks
+def test_a_fork_while_another_thread_builds(weight, double):
+    building, ends = threading.Event(), threading.Event()
+    kept = double()
+
+    def build():
+        building.set()
+        assert ends.wait(90)
+        return torch.ones(1)
+
+    def work():
+        weight.mul_(2)
+        return (
+            torch.equal(double(), kept * 2)
+            and derived("slow", (weight,), lambda: torch.zeros(1)).item() == 0
+            and len(values([weight])) == 2
+        )
+
+    slow = threading.Thread(target=derived, args=("slow", (weight,), build))
+    slow.start()
+    try:
+        assert building.wait(60)
+        assert in_a_fork(work)
+    finally:
+        ends.set()
+        slow.join()
+    assert double() is kept
+    assert derived("slow", (weight,), lambda: None).item() == 1
+
+
+@forks
+def test_a_fork_by_the_thread_that_holds_the_lock():
+    lock = ForkSafeLock()
+
+    def others_wait():
+        got = []
+        other = threading.Thread(target=lambda: got.append(lock._lock.acquire(blocking=False)))
+        other.start()
+        other.join()
+        return got == [False]
+
+    with lock:
+        assert in_a_fork(others_wait)
+        assert others_wait()
+    assert not others_wait()
+
+
+def test_every_lock_is_open_in_a_fork():
+    root = Path(__file__).parents[1]
+    files = [f for name in ("wavlm_fast", "kernels") for f in root.joinpath(name).rglob("*.py")]
+    files = [f for f in files if f.name != "_locks.py"]
+    assert {"graphed.py", "_tuning.py"} <= {f.name for f in files}
+    names = r"\b(R?Lock|Condition|Semaphore|BoundedSemaphore)\b"
+    assert not [f for f in files if re.search(names, re.sub(r'""".*?"""|#.*', "", f.read_text(), flags=re.DOTALL))]
+
+
+class TestLinked:
+    """Remembered, though a gradient is wanted."""
+
+    @pytest.fixture
+    def pair(self):
+        return tuple(nn.Parameter(torch.randn(3, 4, dtype=torch.float64)) for _ in range(2))
+
+    def times(self, pair):
+        return linked("times", pair, lambda a, b: a * b.sin())
+
+    def test_value_and_gradients(self, pair):
+        a, b = pair
+        for _ in range(2):
+            assert torch.equal(self.times(pair), a * b.sin())
+            assert torch.autograd.gradcheck(lambda *given: linked("times", given, lambda a, b: a * b.sin()), pair)
+            assert torch.autograd.gradgradcheck(lambda *given: linked("times", given, lambda a, b: a * b.sin()), pair)
+        b.requires_grad_(False)
+        (grad,) = torch.autograd.grad(self.times(pair).sum(), a)
+        assert torch.equal(grad, b.sin())
+
+    def test_is_computed_once_and_what_is_derived_from_it_too(self, pair):
+        first, again = self.times(pair), self.times(pair)
+        assert first is not again
+        assert first.data_ptr() == again.data_ptr()
+        assert first.requires_grad
+        with torch.no_grad():
+            outer = [Double(value)() for value in (first, again, self.times(pair))]
+        assert outer[0] is outer[1] is outer[2]
+        assert Double(first)().requires_grad
+        assert len(values(pair)) == 2
+
+    def test_follows(self, pair):
+        before = self.times(pair)
+        with torch.no_grad():
+            pair[1].mul_(2)
+        after = self.times(pair)
+        assert torch.equal(after, pair[0] * pair[1].sin())
+        assert not torch.equal(after, before)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            before.sum().backward()
+        pair[0].data.mul_(3)
+        assert torch.equal(self.times(pair), pair[0] * pair[1].sin())
+
+    def test_holds_no_graph(self, pair):
+        value = weakref.ref(self.times(pair))
+        gc.collect()
+        assert value() is None
+        assert not values(pair)[0].requires_grad
+
+
+def test_what_does_not_pay_at_once_is_built_when_it_is_met_again(weight):
+    double = Double(weight)
+    again = lambda: derived("again", (weight,), double._build, if_met_before=True)  # noqa: E731
+    assert again() is None
+    assert nbytes([weight]) == 0
+    assert again() is again()
+    assert double.built == 1
+    weight.add_(1)
+    assert again() is None
+    assert torch.equal(derived("again", (weight,), double._build), weight.flatten() * 2)
+    assert again() is again()
+    assert double.built == 2
+    weight.requires_grad_(True)
+    assert again() is None

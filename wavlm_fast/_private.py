@@ -163,6 +163,13 @@ _lost = "the positional convolution is called, not fused"
 WeightNormHook = fetch("torch.nn.utils.weight_norm", "WeightNorm", _lost, Nothing)
 WeightNormParametrization = fetch("torch.nn.utils.parametrizations", "_WeightNorm", _lost, Nothing)
 
+
+def _weight_norm_in_steps(v: Tensor, g: Tensor, dim: int) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+weight_norm = fetch("torch", "_weight_norm", "the positional convolution's weight takes longer", _weight_norm_in_steps)
+
 # Tensors.
 
 _version = fetch("torch.Tensor", "_version", "without the extension nothing is packed for longer than a call")

@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import backends, derived
+from ._locks import ForkSafeLock
 from ._private import buffers_of, parameters_of, version
 from .modules._plain import has_hooks
 
@@ -41,9 +41,9 @@ def graphed(
 
     What no graph can do runs on the model itself, so the result is never wrong, only slower: other shapes, gradients
     enabled, training mode, labels, another autocast state, backend or precision than at the capture, hooks, replaced
-    modules, weights that were moved or changed in place. (Not seen are writes through `.data`, as elsewhere on GPUs:
-    looking would wait for the device.) Without a CUDA or ROCm device everything does. Each reason is logged once,
-    counted in `fallbacks` and told by `str()` of the result.
+    modules, weights that were moved or changed in place. (Writes through `.data` are not seen, and need not be: a graph
+    reads the weights themselves, and what is derived from them is derived again in each replay.) Without a CUDA or ROCm
+    device everything does. Each reason is logged once, counted in `fallbacks` and told by `str()` of the result.
 
     Args:
         model: an accelerated WavLM on a GPU, in eval mode.
@@ -83,7 +83,7 @@ class Graphed:
         self.__signature__ = inspect.signature(model.forward)
         self._examples = [_checked(e) for e in _listed(example_inputs)]
         self._clone = clone
-        self._lock = Lock()
+        self._lock = ForkSafeLock()
         self._graphs: dict[Hashable, _Graph] = {}
         self.capture()
 

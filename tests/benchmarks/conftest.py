@@ -1,7 +1,7 @@
 """A model of thousands of weights, in the place of those that take minutes."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -31,6 +31,7 @@ def tiny(monkeypatch):
         *(cases.of(model, 1, 0.6, "classes") for model in ("ctc", "classification", "frames", "xvector")),
         cases.of("train", 1, 0.5, "training", train=True),
         cases.of("base", 1, 1, "length", memory=True),
+        *(replace(case, lengths=(0.5,)) for case in cases.CASES.values() if case.group == "regimes"),
     ]
     for name, found in (("MODELS", models), ("CASES", {case.name: case for case in made})):
         getattr(cases, name).clear()

@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 import torch
 
-from wavlm_fast.benchmarks import cases, fresh, peaks, providers, rounds, suite, verify
+from wavlm_fast.benchmarks import cases, flops, fresh, peaks, providers, regimes, rounds, suite, verify
 
 THEIRS, OURS = "transformers fp32", "wavlm_fast fp32"
 
@@ -100,6 +100,68 @@ def test_ours_wrong_in_ordinary_channels_gets_no_time(bench, with_provider):
     assert row["seconds"] is None
     assert ended.rows["base 1x0.5", "transformers bf16"]["ours_faster"] is None
     assert ended.status == 1
+
+
+REGIMES = {
+    "no_grad": lambda model: not torch.is_grad_enabled() and not torch.is_inference_mode_enabled(),
+    "grad": lambda model: torch.is_grad_enabled() and all(p.requires_grad for p in model.parameters()),
+    "inference-built": lambda model: all(p.is_inference() for p in model.parameters()),
+    "autocast": lambda model: torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled(),
+    "to-waveform": lambda model: torch.is_grad_enabled() and not any(p.requires_grad for p in model.parameters()),
+}
+
+
+def test_regimes_are_cases():
+    found = {case.name for case in cases.CASES.values() if case.group == "regimes"}
+    assert found == {*(f"base {regime} 1x3" for regime in REGIMES), "base no_grad 1x0.025"}
+    (frame,) = (case for case in cases.CASES.values() if case.lengths == (0.025,))
+    assert flops.frames(cases.MODELS["base"].config, frame.samples)[-1] == 1
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_a_regime_is_what_it_says(tiny, regime, fast):
+    module = tiny().copy(fast=fast)
+    seen = []
+    module.model.encoder.register_forward_hook(lambda *args: seen.append(REGIMES[regime](module.model)))
+    call = regimes.REGIMES[regime](module, cases.CASES[f"base {regime} 1x0.5"].inputs())
+    first, again = call(), call()
+    assert first.requires_grad == (regime == "grad")
+    assert torch.equal(first, again)
+    assert first.count_nonzero() > first.numel() / 2
+    assert first.shape == ((1, 8000, 1) if regime == "to-waveform" else (1, 24, 32))
+
+
+def test_regimes_are_verified_and_timed(bench):
+    ended = bench("--filter", "base ", "--case", *(f"base {regime} 1x0.5" for regime in REGIMES))
+    assert ended.status == 0, ended
+    assert set(ended.rows) == {(f"base {regime} 1x0.5", name) for regime in REGIMES for name in (THEIRS, OURS)}
+    for (case, provider), row in ended.rows.items():
+        assert row["group"] == "regimes"
+        assert 0 < row["error"] <= row["allowed"]
+        assert row["seconds"]["rounds"] == 5
+        assert bool(row["ours_faster"]) == (provider == THEIRS)
+        assert row["gflop"] == pytest.approx(sum(cases.CASES[case].operations().values()) / 1e9)
+    assert ended.rows["base to-waveform 1x0.5", OURS]["gflop"] == 2 * ended.rows["base grad 1x0.5", OURS]["gflop"]
+    assert ended.rows["base autocast 1x0.5", OURS]["error"] > 1e-3 > ended.rows["base grad 1x0.5", OURS]["error"]
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_a_wrong_regime_gets_no_time(bench, monkeypatch, regime):
+    """Off by what the hundredth of the largest value is, ours alone."""
+    right = regimes.REGIMES[regime]
+
+    def wrong(module, inputs):
+        call = right(module, inputs)
+        off = 1.05 if type(module.model).__module__.startswith("wavlm_fast") else 1.0
+        return lambda: call().detach() * off
+
+    monkeypatch.setitem(regimes.REGIMES, regime, wrong)
+    ended = bench("--case", f"base {regime} 1x0.5")
+    assert ended.status == 1
+    row = ended.rows[f"base {regime} 1x0.5", OURS]
+    assert row["wrong"]
+    assert row["seconds"] is None
 
 
 def test_wrong_gradients_get_no_time(bench, monkeypatch):

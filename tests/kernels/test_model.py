@@ -56,3 +56,26 @@ def test_matches_transformers(form, model, output, dtype):
     for name in true:
         allowed = 2 * (theirs[name] - true[name]).abs().max() + backward * eps * true[name].abs().max() + 1e-6
         assert (ours[name] - true[name]).abs().max() <= allowed, name
+
+
+@pytest.mark.parametrize(("form", "model", "output"), MODELS.values(), ids=MODELS)
+@torch.no_grad()
+def test_writes_through_data_are_seen(form, model, output, monkeypatch):
+    """A GPU is not asked for values, so nothing may be remembered of weights there."""
+    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: False))  # in the interpreter neither
+    model = tiny(form, model).half()  # half precision has the most kernels
+    waveform = torch.randn(2, 420, generator=torch.Generator().manual_seed(0)).half()
+    fast = wavlm_fast.accelerate(copy.deepcopy(model)).to(DEVICE)
+
+    def run_fast(subject):
+        with wavlm_fast.use_backend("triton"):
+            return getattr(subject(waveform.to(DEVICE)), output)
+
+    first = run_fast(fast)
+    for seed in range(2):
+        make_sensitive(model, seed=seed + 1)
+        for mine, theirs in zip(fast.parameters(), model.parameters(), strict=True):
+            mine.data.copy_(theirs)
+        found = run_fast(fast)
+        assert torch.equal(found, run_fast(wavlm_fast.accelerate(copy.deepcopy(model)).to(DEVICE)))
+        assert not torch.equal(found, first)

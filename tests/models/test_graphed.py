@@ -332,3 +332,21 @@ def test_a_model_that_cannot_take_the_example_says_so_and_runs_on(cuda, monkeypa
             graphed.capture()
     call(graphed, waveforms())
     assert graphed.fallbacks == {"the last capture() was not completed": 1}
+
+
+def test_a_replay_sees_writes_through_data(cuda, monkeypatch):
+    """What is derived from weights is a part of the graph where nothing is remembered: on a GPU."""
+    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: False))
+    model = fast_model("WavLMForXVector")
+    graphed = wavlm_fast.graphed(model, example())
+    before, seen = call(model, waveforms())[0], 0
+    for parameter in model.parameters():
+        old = parameter.detach().clone()
+        parameter.data.mul_(1.5).add_(0.1)
+        expected = call(model, waveforms())
+        assert_same(call(graphed, waveforms()), expected)
+        seen += not torch.equal(expected[0], before)
+        parameter.data.copy_(old)
+    assert seen > 40
+    assert replays(graphed) == len(list(model.parameters()))
+    assert not graphed.fallbacks

@@ -15,12 +15,15 @@ from wavlm_cases import (
     fast_model,
     main_output,
     make_sensitive,
+    ours_only,
     plain_model,
     small_config,
     truth_of,
     waveforms,
     with_labels,
 )
+
+from wavlm_fast.derived import nbytes, values
 
 both_forms = pytest.mark.parametrize("form", ["base", "large"])
 
@@ -144,6 +147,64 @@ def test_a_fifth_of_the_elements_through_data(path):
     weight = ours.get_parameter(path)
     weight.data.mul_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(5)) > 0.2)
     assert_fresh(ours, plain)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Parameters on a device whose values are not at hand, as on a GPU, where looking would wait for the device."""
+    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: False))
+
+
+def written_through_data(ours, plain):
+    """The name of each parameter in turn while its values are others, written through `.data` in both models."""
+    for name, theirs in plain.named_parameters():
+        written = ours.get_parameter(name)
+        before = theirs.detach().clone()
+        for p in (theirs, written):
+            p.data.mul_(1.5).add_(0.1)
+        yield name
+        for p in (theirs, written):
+            p.data.copy_(before)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@both_forms
+def test_every_write_through_data_is_seen_where_values_cannot_be_looked_at(name, form, elsewhere):
+    plain = plain_model(name, small_config(form, conv_bias=True))
+    ours = warm(fast_like(plain))
+    unseen = []
+    with torch.no_grad():
+        before, noticed = main_output(plain(waveforms())), 0
+        for parameter in written_through_data(ours, plain):
+            expected = main_output(plain(waveforms()))
+            scale = expected.abs().max()
+            noticed += bool((expected - before).abs().max() > 1e-3 * scale)
+            if (main_output(ours(waveforms())) - expected).abs().max() > 1e-4 * scale:
+                unseen.append(parameter)
+    assert not unseen
+    assert noticed > 0.8 * len(list(plain.parameters()))  # of the rest only biases of keys and masked_spec_embed
+
+
+@ours_only
+@both_forms
+def test_nothing_is_kept_where_values_cannot_be_looked_at(form, elsewhere):
+    ours = warm(fast_model("WavLMForXVector", small_config(form)))
+    assert not values(ours.parameters())
+
+
+@ours_only
+@both_forms
+def test_replaced_parameters_leave_nothing_behind(form):
+    # Adapters that are merged, unmerged and swapped put new weights beside old ones, hundreds of times.
+    ours = warm(fast_model("WavLMForXVector", small_config(form, conv_bias=True)))
+    names = [name for name, _ in ours.named_parameters()]
+    count, size = len(values(ours.parameters())), nbytes(ours.parameters())
+    assert count > 20
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        setattr(ours.get_submodule(owner), leaf, nn.Parameter(ours.get_parameter(name).detach().clone()))
+        warm_output(ours)
+        assert (len(values(ours.parameters())), nbytes(ours.parameters())) == (count, size), name
 
 
 def test_swapped_values_of_two_layers():

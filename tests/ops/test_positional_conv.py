@@ -92,3 +92,19 @@ def test_refusals():
         ValueError, "positional_conv wants an activation of ('none', 'gelu', 'gelu_tanh', 'relu'), got 'mish'"
     ):
         front(activation="mish")(x, weight, bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [0, 2])
+def test_weight_norm_in_the_order_of_the_kernel(dtype, dim):
+    """What a GPU gets in each forward: as exact as torch's, and nothing to copy."""
+    from wavlm_fast.modules.positional_conv import _normed_by_taps
+
+    v = torch.randn(24, 6, 15).to(dtype)
+    g = torch.rand([size if axis == dim else 1 for axis, size in enumerate(v.shape)]).to(dtype)
+    found, theirs = _normed_by_taps(g, v, dim), torch._weight_norm(v, g, dim)
+    truth = torch._weight_norm(v.double(), g.double(), dim)
+    assert found.dtype == dtype and found.shape == v.shape
+    assert found.permute(2, 1, 0).is_contiguous()
+    tiny = torch.finfo(dtype).eps * truth.abs().max()
+    assert (found - truth).abs().max() <= 2 * (theirs - truth).abs().max() + tiny

@@ -24,7 +24,9 @@ def positional_conv(
     """The op of that name."""
     native = torch.ops.wavlm_fast_cpu
     # A weight that learns is another one at each step: its spectra are made group by group and not kept.
-    spectra = None if save else derived("positional spectra", (weight,), lambda: native.positional_spectra(weight))
+    spectra = derived(
+        "positional spectra", (weight,), lambda: native.positional_spectra(weight), if_met_before=save
+    )
     return native.positional_conv(x, weight, spectra, bias, activation, residual, save and activation != "none")
 
 

@@ -172,8 +172,8 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
         if self._why_not_qkv() is None:
             weights, biases = tuple(p.weight for p in projections), tuple(p.bias for p in projections)
             if same_dtype(x, *weights, *biases):
-                weight = concatenated("qkv weight", weights)
-                bias = concatenated("qkv bias", biases)
+                weight = concatenated("qkv weight", weights, steady=not self.training)
+                bias = concatenated("qkv bias", biases, steady=not self.training)
                 return ops.linear_act(x, weight, bias).unflatten(-1, (3, *heads)).unbind(2)
         q, k, v = (linear(p, x).unflatten(-1, heads) for p in projections)
         return q, k, v

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from transformers.models.wavlm import modeling_wavlm as hf
 
 from .. import ops
-from .._private import WeightNormHook, WeightNormParametrization, hooks_of
-from ..derived import derived
+from .._private import WeightNormHook, WeightNormParametrization, hooks_of, weight_norm
+from ..derived import derived, linked
+from ..ops._define import accumulation_dtype, needs_grad
 from ._originals import or_original, stands_in_for
 from ._plain import (
     fused_activation,
@@ -52,18 +53,41 @@ def _why_not_conv(conv: nn.Module) -> str | None:
 
 
 def _weight(conv: nn.Module) -> Tensor:
-    """The convolution's weight `[C, C / groups, K]`, weight norm applied; remembered while no gradient is needed."""
+    """The convolution's weight `[C, C / groups, K]`, weight norm applied; remembered while no gradient is needed.
+
+    Where nothing is remembered, off the CPU, it is written in the order in which kernels read it.
+    """
     if _is_parametrized(conv):
         parametrization = conv.parametrizations["weight"]
         if any(has_hooks(m) for m in (parametrization, *parametrization)):
             return conv.weight
         sources = (parametrization.original0, parametrization.original1)
-        return derived("weight norm", sources, lambda: conv.weight)
+        if _is_written_by_taps(*sources):
+            return _normed_by_taps(*sources, parametrization[0].dim)
+        if conv.training:
+            return derived("weight norm", sources, lambda: conv.weight)
+        return linked("weight norm", sources, parametrization[0].forward)
     hook = _weight_norm_hook(conv)
     if hook is not None:
         sources = (getattr(conv, f"{hook.name}_g"), getattr(conv, f"{hook.name}_v"))
-        return derived("weight norm", sources, lambda: hook.compute_weight(conv))
+        if _is_written_by_taps(*sources):
+            return _normed_by_taps(*sources, hook.dim)
+        if conv.training:
+            return derived("weight norm", sources, lambda: hook.compute_weight(conv))
+        return linked("weight norm", sources, lambda g, v: weight_norm(v, g, hook.dim))
     return conv.weight
+
+
+def _is_written_by_taps(g: Tensor, v: Tensor) -> bool:
+    return v.is_cuda and not needs_grad(g, v) and not torch.compiler.is_compiling()
+
+
+def _normed_by_taps(g: Tensor, v: Tensor, dim: int) -> Tensor:
+    """`weight_norm(v, g, dim)` as a view of `[K, C / groups, C]`."""
+    axes = [axis for axis in range(v.dim()) if axis != dim]
+    scale = g / torch.linalg.vector_norm(v, dim=axes, keepdim=True, dtype=accumulation_dtype(v.dtype))
+    weight = v.new_empty(v.shape[::-1]).permute(2, 1, 0)
+    return torch.mul(v, scale, out=weight)
 
 
 @stands_in_for(hf.WavLMPositionalConvEmbedding)

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import backends
 from .._private import TAGS, unaliased
 from ..backends.reference import TABLE as REFERENCE_TABLE
+from ..derived import derived
 from ..freed import refuse
 from ._decompose import decomposes
 
@@ -147,14 +148,15 @@ def _reference_gradients(reference: Callable[..., Any], inputs: list, grads: tup
     return result
 
 
-def autocast(name: str, op: Callable[..., Any], lower: tuple[int, ...] = ()) -> None:
-    """Give an op the usual autocast rule: inputs at the positions `lower` are cast to the autocast dtype, the others
-    stay. As with torch's own rules, float64 and integer tensors are left alone.
+def autocast(name: str, op: Callable[..., Any], lower: tuple[int, ...] = (), weights: tuple[int, ...] = ()) -> None:
+    """Give an op the usual autocast rule: inputs at the positions `lower` and `weights` are cast to the autocast dtype,
+    the others stay. As with torch's own rules, float64 and integer tensors are left alone. Weights are cast once, as
+    long as no gradient is wanted of them and they stay what they are.
     """
 
     def rule(device_type: str, *args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
-        return op(*(_cast(a, dtype) if i in lower else a for i, a in enumerate(args)))
+        return op(*(_cast(a, dtype, i in weights) if i in (*lower, *weights) else a for i, a in enumerate(args)))
 
     autocast_by(name, rule)
 
@@ -175,13 +177,14 @@ def autocast_by(name: str, rule: Callable[..., Any]) -> None:
         LIBRARY.impl(name, on(device_type), key)
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
+def _cast(value: Any, dtype: torch.dtype, once: bool = False) -> Any:
     if isinstance(value, (list, tuple)):
-        return [_cast(v, dtype) for v in value]
+        return [_cast(v, dtype, once) for v in value]
     castable = isinstance(value, Tensor) and value.is_floating_point() and value.dtype not in (torch.float64, dtype)
-    if castable:
-        refuse("autocast", (value,))
-    return value.to(dtype) if castable else value
+    if not castable:
+        return value
+    refuse("autocast", (value,))
+    return derived(f"cast to {dtype}", (value,), lambda: value.to(dtype)) if once else value.to(dtype)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

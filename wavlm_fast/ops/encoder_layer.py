@@ -193,4 +193,4 @@ _op = define(
     in_parts=True,
 )
 references[NAME] = reference
-autocast(NAME, _op, lower=(0, 3, 4))
+autocast(NAME, _op, lower=(0,), weights=(3, 4))

@@ -183,4 +183,4 @@ _op = define(
     in_parts=True,
 )
 references[NAME] = reference
-autocast(NAME, _op, lower=(0, 1, 2))
+autocast(NAME, _op, lower=(0,), weights=(1, 2))

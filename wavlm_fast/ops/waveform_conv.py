@@ -187,4 +187,4 @@ def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
 
 
 differentiate(NAME, reference, _backward)
-autocast(NAME, _op, lower=(0, 1, 2))
+autocast(NAME, _op, lower=(0,), weights=(1, 2))
