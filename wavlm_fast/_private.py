@@ -24,6 +24,8 @@ from weakref import ref
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx.experimental import proxy_tensor
 from torch.nn.modules import module as for_all_modules
 from transformers import PreTrainedModel
 
@@ -247,6 +249,39 @@ def on_real_tensors(function: Callable[[], Any]) -> Any:
     with ThreadPoolExecutor(1) as pool:  # such modes are a thread's own
         return pool.submit(function).result()
 
+
+# Models that leave eager torch; without a name its case is not noticed, and fails as ops of ours fail there.
+
+
+def _no_transform() -> None:
+    """There is no transform."""
+
+
+def _tracing() -> bool | None:
+    return torch.jit.is_tracing() or None
+
+
+# What a transform of torch.func is, and what torch.jit.trace has traced, just now; None for nothing.
+transform = fetch("torch._C._functorch", "peek_interpreter_stack", "models fail in torch.func", _no_transform)
+jit_state = fetch("torch._C", "_get_tracing_state", "nothing, torch.jit.is_tracing answers", _tracing)
+fetch("torch.fx.experimental.proxy_tensor", "_CURRENT_MAKE_FX_TRACER", "graphs of make_fx hold our ops")
+fetch("torch.autograd.forward_ad", "_current_level", "models fail in forward-mode derivatives")
+
+
+def in_make_fx() -> bool:
+    """Whether make_fx, or what is built on it, traces a graph."""
+    return getattr(proxy_tensor, "_CURRENT_MAKE_FX_TRACER", None) is not None
+
+
+def in_forward_mode() -> bool:
+    """Whether a level of dual numbers is open."""
+    return getattr(forward_ad, "_current_level", -1) >= 0
+
+
+# What torch calls the kernels by which a program is decomposed, and those that it lays over them meanwhile.
+_lost = "run_decompositions leaves our ops in a program"
+COMPOSITE = fetch("torch._C.DispatchKey", "CompositeImplicitAutograd", _lost)
+LAID_OVER = fetch("torch._C.DispatchKey", "AutogradCPU", _lost)
 
 # Ops.
 

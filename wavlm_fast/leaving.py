@@ -7,19 +7,10 @@ run as transformers' own, and nothing remembered is used, which a graph would ho
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch.autograd import forward_ad
-from torch.fx.experimental import proxy_tensor
 
-# Names that torch does not promise. Without one of them its case is not noticed, and fails as ops of ours fail there.
-_transform: Callable[[], object | None] = getattr(
-    getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None
-)
-_jit_state: Callable[[], object | None] = getattr(
-    torch._C, "_get_tracing_state", lambda: torch.jit.is_tracing() or None
-)
+from . import _private
+
 _ONNX = "an ONNX export is under way"
 
 
@@ -30,17 +21,17 @@ def leaving() -> str | None:
     """
     if torch.compiler.is_compiling():
         return _leaving_compiled()
-    if _jit_state() is not None:
+    if _private.jit_state() is not None:
         return _ONNX if torch.onnx.is_in_onnx_export() else "a graph is traced by torch.jit.trace"
-    if getattr(proxy_tensor, "_CURRENT_MAKE_FX_TRACER", None) is not None:
+    if _private.in_make_fx():
         return "a graph is traced by make_fx"
     return _transformed()
 
 
 def _transformed() -> str | None:
-    if _transform() is not None:
+    if _private.transform() is not None:
         return "a torch.func transform is active"
-    if getattr(forward_ad, "_current_level", -1) >= 0:
+    if _private.in_forward_mode():
         return "forward-mode derivatives are computed"
     return None
 

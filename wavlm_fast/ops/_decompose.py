@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 
-_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
-# While a program is decomposed, torch lays kernels of its own over the op; this is one of them.
-_LAID_OVER = torch._C.DispatchKey.AutogradCPU
+from .. import _private
 
 
 def decomposes(op: torch._ops.OpOverload, into: Callable[..., Any]) -> None:
     """Let `op` become `into(*args)`, plain torch, where a program is decomposed, and nowhere else."""
+    if _private.COMPOSITE is None or _private.LAID_OVER is None or not hasattr(op, "py_impl"):
+        return
     names = [argument.name for argument in op._schema.arguments]
 
     def asked() -> bool:
-        return _LAID_OVER in op.py_kernels
+        return _private.LAID_OVER in op.py_kernels  # torch's own, which it lays over the op for that time
 
     def decomposition(*args: Any, **kwargs: Any) -> Any:
         if asked():
@@ -32,7 +32,7 @@ def decomposes(op: torch._ops.OpOverload, into: Callable[..., Any]) -> None:
         _withdraw(op)
         return NotImplemented
 
-    op.py_impl(_COMPOSITE)(decomposition)
+    op.py_impl(_private.COMPOSITE)(decomposition)
     op._can_decompose = asked  # else torch.export warns that it keeps an op which it could take apart
 
 
