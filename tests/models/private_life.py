@@ -50,9 +50,9 @@ def live(owner, name):
         trio.compare()
         trio.compare(output_hidden_states=True, **MASK)
         trio.compare_gradients()
-        for kind in KINDS:
-            own_hooks(trio.ours, kind)
-            hooks_of_all_modules(trio.ours, kind)
+    for kind in KINDS:
+        own_hooks(large.ours, kind)
+        hooks_of_all_modules(base.ours, kind)
     with use_backend("reference"):
         base.compare(**MASK)
         base.compare_gradients()
