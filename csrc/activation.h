@@ -54,7 +54,8 @@ WAVLM_FAST_INLINE Floats gelu(Floats x) {
 // x * sigmoid(z) with z = 2 sqrt(2 / pi) * (x + 0.044715 x^3). Above zero x less a small part of it: that rounds once.
 WAVLM_FAST_INLINE Floats gelu_tanh(Floats x) {
   const Floats z = x * (x * x * 0.0713548163f + 1.59576912f);
-  const Floats e = exp_of_negative(z < 0.0f ? z : -z), part = x * (e / (1.0f + e));
+  const Floats e = exp_of_negative(z < 0.0f ? z : -z);
+  const Floats part = minimum(splat(30.0f), x) * (e / (1.0f + e));  // of infinity, too, a small part
   return x < 0.0f ? part : x - part;
 }
 

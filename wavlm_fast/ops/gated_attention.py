@@ -10,6 +10,7 @@ from ._define import accumulation_dtype, autocast, define, differentiate
 from ._dropout import keep_mask
 
 NAME = "gated_attention"
+BACKWARD = f"{NAME}_backward"
 # Scores that the reference holds at a time: 64 MB in float32.
 _CHUNK_SCORES = 2**24
 
@@ -152,11 +153,13 @@ def _check(
     check.same(NAME, "gate", gate, rel_bias=rel_bias)
     check.same_device(NAME, "q", q, gate=gate, key_lengths=key_lengths, seed=seed)
     if key_lengths is not None:
-        check.shape(NAME, "key_lengths", key_lengths, (batch,))
-        if key_lengths.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{NAME} wants key_lengths of an integer dtype, got {key_lengths.dtype}")
+        check.integers(NAME, "key_lengths", key_lengths, (batch,))
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{NAME} wants 0 <= dropout_p < 1, got {dropout_p}")
+    if dropout_p > 0:
+        if seed is None:
+            raise ValueError(f"{NAME} wants a seed for dropout_p {dropout_p}, got None")
+        check.integers(NAME, "seed", seed, (1,))
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.shape[-1] > 1 and x.stride(-1) != 1:
             raise ValueError(f"{NAME} wants {name} with its last dimension contiguous, got strides {x.stride()}")
@@ -220,6 +223,15 @@ def _diagonal_sums(x: Tensor) -> Tensor:
     return sheared[:, : rows * (frames + rows - 1)].view(heads, rows, -1).sum(1)
 
 
+def _check_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, rel_bias: Tensor, key_lengths: Tensor | None,
+    out: Tensor, lse: Tensor, dropout_p: float, seed: Tensor | None, scale: float,
+) -> None:  # fmt: skip
+    _check(q, k, v, gate, rel_bias, key_lengths, dropout_p, seed, scale)
+    check.alike(BACKWARD, tuple(q.shape), "q", q, grad=grad, out=out)
+    check.alike(BACKWARD, tuple(gate.shape), "gate", gate, lse=lse)
+
+
 def _backward_fake(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, rel_bias: Tensor, *rest: object
 ) -> tuple[Tensor, ...]:
@@ -231,8 +243,9 @@ _OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor gate, Tensor rel_bias, Tensor?
 _TAIL = "float dropout_p, Tensor? seed, float scale"
 _op = define(NAME, f"({_OPERANDS}, {_TAIL}) -> (Tensor, Tensor)", check=_check, fake=_fake, kernel=_kernel)
 _backward_op = define(
-    f"{NAME}_backward",
+    BACKWARD,
     f"(Tensor grad, {_OPERANDS}, Tensor out, Tensor lse, {_TAIL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    check=_check_backward,
     fake=_backward_fake,
     kernel=_backward_kernel,
 )
