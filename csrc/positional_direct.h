@@ -27,6 +27,7 @@ template <class T>
 void sum_directly(const PositionalConv<T>& call, std::int64_t group, Place place, std::int64_t count, std::int64_t out,
                   float* frames, float* memory) {
   float *panel = memory, *window = memory + call.K * kLanes;  // [K][kLanes] taps, and frames that they meet
+  const std::int64_t frames_met = call.T_ + (call.K + 1) % 2;  // of an even number of taps the one that is cut off, too
   const T* x = call.x + place.b * call.T_ * call.C + group * call.channels;
   for (std::int64_t in = 0; in < call.channels; ++in) {
     const T* filters = call.filters.at + group * call.filters.group_step + in * call.filters.in_step;
@@ -45,7 +46,17 @@ void sum_directly(const PositionalConv<T>& call, std::int64_t group, Place place
       const Word* rows[kRows];
       for (int r = 0; r < kRows; ++r) rows[r] = window + least(t + r, count - 1);
       Floats sums[kRows][1] = {};
-      multiply<Single>(rows, 1, panel, call.K, sums);
+      const std::int64_t first = place.t - call.padding + t, last = first + kRows - 1 + call.K - 1;
+      if (!call.filters.backwards || (first >= 0 && last < frames_met)) {
+        multiply<Single>(rows, 1, panel, call.K, sums);
+      } else {
+        // Taps that are not finite do not meet the zeros outside of a gradient, as they do outside of an utterance.
+        for (int r = 0; r < kRows; ++r) {
+          for (std::int64_t k = first + r < 0 ? -first - r : 0; k < least(call.K, frames_met - first - r); ++k) {
+            sums[r][0] += load(panel + k * kLanes) * rows[r][k];
+          }
+        }
+      }
       for (int r = 0; r < least(kRows, count - t); ++r) {
         float* at = frames + (t + r) * kLanes;
         store(at, in > 0 ? load(at) + sums[r][0] : sums[r][0]);
@@ -65,8 +76,10 @@ void sum_gradient_directly(const PositionalConv<T>& call, std::int64_t group, st
     for (std::int64_t b = 0; b < call.B; ++b) {
       const std::int64_t at = b * call.T_ * call.C + group * call.channels, ahead = k - call.padding;
       Floats sum = {};
-      for (std::int64_t t = ahead < 0 ? -ahead : 0; t < call.T_ && t + ahead < call.T_; ++t) {
-        sum += load(call.grad + at + t * call.C + out, lanes) * widened(call.x[at + (t + ahead) * call.C + in]);
+      for (std::int64_t t = 0; t < call.T_; ++t) {
+        const bool inside = t + ahead >= 0 && t + ahead < call.T_;
+        const float value = inside ? widened(call.x[at + (t + ahead) * call.C + in]) : 0.0f;
+        sum += load(call.grad + at + t * call.C + out, lanes) * value;
       }
       total += sum;
     }

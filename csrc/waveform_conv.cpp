@@ -2,7 +2,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -98,7 +97,7 @@ FirstConv::FirstConv(const Tensor& weight, const Tensor& packed, const std::opti
   bias_ = group_norm ? at::empty({channels()}, filters_.options()) : own_bias_;
   if (!group_norm) return;
   gain_ = at::empty_like(bias_);
-  offset_ = norm_bias_.defined() ? norm_bias_ : at::zeros_like(bias_);
+  offset_ = at::empty_like(bias_);
 }
 
 template <class Out>
@@ -120,14 +119,21 @@ void FirstConv::normalise(const float* utterance, int64_t windows) {
   const int64_t K = filters_.size(1);
   const WindowStatistics statistics(utterance, windows, stride_, K);
   const float *w = filters_.const_data_ptr<float>(), *norm_weight = data_of(norm_weight_);
-  const float* own_bias = data_of(own_bias_);
+  const float *norm_bias = data_of(norm_bias_), *own_bias = data_of(own_bias_);
   float *bias = bias_.mutable_data_ptr<float>(), *gain = gain_.mutable_data_ptr<float>();
+  float* offset = offset_.mutable_data_ptr<float>();
   for (int64_t i = 0; i < channels(); ++i, w += K) {
     // The conv's own bias moves the mean and nothing else, so the norm takes it out again, if it is finite.
     bias[i] = (own_bias ? 0.0f * own_bias[i] : 0.0f) - statistics.mean_of(w);
     gain[i] = (norm_weight ? norm_weight[i] : 1.0) / std::sqrt(statistics.variance_of(w) + eps_);
     // A single frame is its own mean: what is left of it is rounding, which the gain would blow up.
     if (windows == 1) gain[i] *= 0.0f;
+    offset[i] = norm_bias ? norm_bias[i] : 0.0f;
+    // Differences from the mean have both signs; torch multiplies first and subtracts then.
+    if (std::isfinite(gain[i])) continue;
+    const float mean = -bias[i];
+    bias[i] = own_bias ? own_bias[i] : 0.0f;
+    offset[i] -= (mean + bias[i]) * gain[i];
   }
 }
 

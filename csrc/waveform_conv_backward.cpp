@@ -141,7 +141,9 @@ void run(const Tensor& grad, const Tensor& waveform, const Tensor& filters, int6
   float* at = vectors.mutable_data_ptr<float>();
   for (int64_t b = 0; b < waveform.size(0); ++b) {
     // The norm takes a constant out; before the sums it costs them fewer digits.
-    const Tensor wide = waveform[b].to(at::kDouble), centred = wide.sub(wide.mean()).to(at::kFloat);
+    const Tensor wide = waveform[b].to(at::kDouble);
+    const double mean = wide.mean().item<double>();  // not finite: for what no window may have seen
+    const Tensor centred = wide.sub(std::isfinite(mean) ? mean : 0.0).to(at::kFloat);
     WaveformGradient<T> call;
     call.x = centred.const_data_ptr<float>();
     call.grad = static_cast<const T*>(grad.const_data_ptr()) + b * frames * channels;

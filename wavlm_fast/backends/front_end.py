@@ -77,8 +77,9 @@ def waveform_conv_backward(
     dwaveform, dweight, dgain, dshift = torch.ops.wavlm_fast_cpu.waveform_conv_backward(
         grad.to(waveform.dtype), waveform.float(), weight.float(), stride, gain, shift, eps, activation, wanted[0]
     )
-    # The norm takes the bias out.
-    found = (dwaveform, dweight, None if bias is None else torch.zeros_like(bias), dgain, dshift)
+    # The norm takes the bias out; where nothing is finite it is none.
+    dbias = (dweight * 0).sum((1, 2))
+    found = (dwaveform, dweight, dbias, dgain, dshift)
     likes = (waveform, weight, bias, norm_weight, norm_bias)
     pairs = zip(found, likes, strict=True)
     return only(wanted, *(None if g is None or like is None else g.to(like.dtype) for g, like in pairs), like=waveform)

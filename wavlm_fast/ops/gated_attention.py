@@ -35,7 +35,8 @@ def gated_attention(
         q, k, v: `[B, T, H, D]`, any strides with D contiguous.
         gate: `[B, H, T]` float32 (float64 for float64 q).
         rel_bias: `[H, 2T - 1]`, the dtype of `gate`.
-        key_lengths: `[B]` integers in 0..T, the number of valid frames, or None for all. Length 0 gives zeros.
+        key_lengths: `[B]` integers in 0..T, the number of valid frames, or None for all. Length 0 gives zeros. Keys
+            and values past a length are not read, whatever they are.
         dropout_p: probability of dropping an attention weight, 0 <= p <= 1.
         scale: of the scores; D ** -0.5 when None.
 
@@ -80,6 +81,7 @@ def _kernel(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     queries, keys, values = (x.to(gate.dtype).transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
+    keys, values = _without_padding(key_lengths, keys, values)
     outs, sums = [], []
     for start, stop in _chunks(queries):
         scores = _scores(queries, keys, gate, rel_bias, key_lengths, scale, start, stop)
@@ -93,6 +95,14 @@ def _kernel(
             weights = weights.masked_fill(~keep, 0) / (1 - dropout_p)
         outs.append(weights @ values / total.masked_fill(total == 0, 1))
     return torch.cat(outs, 2).to(q.dtype).transpose(1, 2).contiguous(), torch.cat(sums, 2)
+
+
+def _without_padding(key_lengths: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """`[B, H, T, D]` with zeros past the lengths: times a weight of 0 what is not finite there would be NaN."""
+    if key_lengths is None:
+        return tensors
+    past_end = (torch.arange(tensors[0].shape[2], device=key_lengths.device) >= key_lengths[:, None])[:, None, :, None]
+    return tuple(x.masked_fill(past_end, 0) for x in tensors)
 
 
 def _chunks(queries: Tensor) -> list[tuple[int, int]]:
@@ -185,6 +195,7 @@ def _backward_kernel(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = gate.dtype
     queries, keys, values, dout = (x.to(dtype).transpose(1, 2) for x in (q, k, v, grad))  # [B, H, T, D]
+    keys, values = _without_padding(key_lengths, keys, values)
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (queries, keys, values))
     dgate, drel_bias = torch.zeros_like(gate), torch.zeros_like(rel_bias)
     sums = lse.masked_fill(lse == float("-inf"), 0)[..., None]  # rows without keys: weights 0, not NaN
