@@ -278,10 +278,9 @@ def in_forward_mode() -> bool:
     return getattr(forward_ad, "_current_level", -1) >= 0
 
 
-# What torch calls the kernels by which a program is decomposed, and those that it lays over them meanwhile.
-_lost = "run_decompositions leaves our ops in a program"
-COMPOSITE = fetch("torch._C.DispatchKey", "CompositeImplicitAutograd", _lost)
-LAID_OVER = fetch("torch._C.DispatchKey", "AutogradCPU", _lost)
+# The kernels by which a program is decomposed, and one of those that torch lays over them meanwhile.
+_keys = fetch("torch._C", "DispatchKey", "run_decompositions leaves our ops in a program")
+COMPOSITE, LAID_OVER = (getattr(_keys, key, None) for key in ("CompositeImplicitAutograd", "AutogradCPU"))
 
 # Ops.
 

@@ -10,7 +10,7 @@ import torch
 import torch.autograd.functional as AF
 from leaving_cases import both_forms, each_class, pair
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vjp
-from wavlm_cases import main_output, make_sensitive, waveforms
+from wavlm_cases import TRANSFORMERS_5, main_output, make_sensitive, waveforms
 
 # transformers 4 draws a number for every layer, layer drop or not.
 vmap, jacfwd = (partial(transform, randomness="different") for transform in (torch.vmap, torch.func.jacfwd))
@@ -88,12 +88,18 @@ def close(got, expected):
 @both_forms
 def test_transforms(how, name, form):
     case = pair(name, form, 1)
-    close(TRANSFORMS[how](case.ours, case.x), TRANSFORMS[how](case.plain, case.x))
+    try:
+        expected = TRANSFORMS[how](case.plain, case.x)
+    except RuntimeError as error:
+        if TRANSFORMERS_5:
+            raise
+        pytest.skip(f"transformers 4 cannot do this itself: {str(error).splitlines()[0]}")
+    close(TRANSFORMS[how](case.ours, case.x), expected)
 
 
 def test_a_transform_leaves_nothing_behind():
     case = pair("WavLMModel", "base", 1)
-    with torch.no_grad():
+    with torch.no_grad():  # where transformers 4 can do it too
         before = output(case.ours, case.x)
         vmap(lambda s: output(case.ours, s[None]))(waveforms(seed=3))
         assert torch.equal(output(case.ours, case.x), before)
