@@ -21,13 +21,18 @@ struct Place {
   std::int64_t b, t;
 };
 
+// Frames that the sum over taps gives: of an even number of taps one more, which is cut off and has a gradient of zero.
+template <class T>
+constexpr std::int64_t frames_met(const PositionalConv<T>& call) {
+  return call.T_ + (call.K + 1) % 2;
+}
+
 // The first `count` frames of a row, [count][kLanes], for the vector of channels of the group that begins with `out`.
 // `memory` has room for a vector of channels in 2P frames.
 template <class T>
 void sum_directly(const PositionalConv<T>& call, std::int64_t group, Place place, std::int64_t count, std::int64_t out,
                   float* frames, float* memory) {
   float *panel = memory, *window = memory + call.K * kLanes;  // [K][kLanes] taps, and frames that they meet
-  const std::int64_t frames_met = call.T_ + (call.K + 1) % 2;  // of an even number of taps the one that is cut off, too
   const T* x = call.x + place.b * call.T_ * call.C + group * call.channels;
   for (std::int64_t in = 0; in < call.channels; ++in) {
     const T* filters = call.filters.at + group * call.filters.group_step + in * call.filters.in_step;
@@ -47,12 +52,12 @@ void sum_directly(const PositionalConv<T>& call, std::int64_t group, Place place
       for (int r = 0; r < kRows; ++r) rows[r] = window + least(t + r, count - 1);
       Floats sums[kRows][1] = {};
       const std::int64_t first = place.t - call.padding + t, last = first + kRows - 1 + call.K - 1;
-      if (!call.filters.backwards || (first >= 0 && last < frames_met)) {
+      if (!call.filters.backwards || (first >= 0 && last < frames_met(call))) {
         multiply<Single>(rows, 1, panel, call.K, sums);
       } else {
         // Taps that are not finite do not meet the zeros outside of a gradient, as they do outside of an utterance.
         for (int r = 0; r < kRows; ++r) {
-          for (std::int64_t k = first + r < 0 ? -first - r : 0; k < least(call.K, frames_met - first - r); ++k) {
+          for (std::int64_t k = first + r < 0 ? -first - r : 0; k < least(call.K, frames_met(call) - first - r); ++k) {
             sums[r][0] += load(panel + k * kLanes) * rows[r][k];
           }
         }
@@ -76,10 +81,11 @@ void sum_gradient_directly(const PositionalConv<T>& call, std::int64_t group, st
     for (std::int64_t b = 0; b < call.B; ++b) {
       const std::int64_t at = b * call.T_ * call.C + group * call.channels, ahead = k - call.padding;
       Floats sum = {};
-      for (std::int64_t t = 0; t < call.T_; ++t) {
+      // Zeros on both sides, as torch multiplies them, too: times what is not finite they are NaN.
+      for (std::int64_t t = 0; t < frames_met(call); ++t) {
         const bool inside = t + ahead >= 0 && t + ahead < call.T_;
         const float value = inside ? widened(call.x[at + (t + ahead) * call.C + in]) : 0.0f;
-        sum += load(call.grad + at + t * call.C + out, lanes) * value;
+        sum += (t < call.T_ ? load(call.grad + at + t * call.C + out, lanes) : Floats{}) * value;
       }
       total += sum;
     }

@@ -69,7 +69,6 @@ NATIVE = {
         "none", False,
     ),
     "spectra without bound": lambda n: n.positional_spectra(torch.ones(1).expand(4, 4, 2**24)),
-    "no weights": lambda n: n.pack_conv([], False),
     "lengths that are no integers": lambda n: n.stats_pool(torch.ones(2, 5, 4), torch.ones(2)),
     "rows of the output that overlap": lambda n: n.matmul(torch.ones(3, 4), torch.ones(4, 5), torch.ones(5).expand(3, 5), False),
     "no heads": lambda n: n.position_gate(torch.ones(1, 5, 0), torch.ones(8, 4), torch.ones(8), torch.ones(0)),

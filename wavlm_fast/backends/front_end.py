@@ -74,10 +74,13 @@ def waveform_conv_backward(
         return dx.view(waveform.shape) if wanted[0] else dx, *rest
     gain = torch.ones(weight.shape[0]) if norm_weight is None else norm_weight.float()
     shift = torch.zeros(weight.shape[0]) if norm_bias is None else norm_bias.float()
+    wide = weight.float()
+    if bias is not None:  # the norm takes it out, unless it is not finite
+        wide = wide + (bias.float() * 0)[:, None, None]
     dwaveform, dweight, dgain, dshift = torch.ops.wavlm_fast_cpu.waveform_conv_backward(
-        grad.to(waveform.dtype), waveform.float(), weight.float(), stride, gain, shift, eps, activation, wanted[0]
+        grad.to(waveform.dtype), waveform.float(), wide, stride, gain, shift, eps, activation, wanted[0]
     )
-    # The norm takes the bias out; where nothing is finite it is none.
+    # That of the bias is zero where anything is finite.
     dbias = (dweight * 0).sum((1, 2))
     found = (dwaveform, dweight, dbias, dgain, dshift)
     likes = (waveform, weight, bias, norm_weight, norm_bias)

@@ -54,12 +54,13 @@ def _kernel(
 
 
 def _check(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, keep_sum: bool) -> None:
-    _check_norm(NAME, "x", x, weight)
+    check_norm(NAME, "x", x, weight)
     check.alike(NAME, tuple(x.shape), "x", x, residual=residual)
     check.alike(NAME, tuple(weight.shape), "weight", weight, bias=bias)
 
 
-def _check_norm(op: str, name: str, x: Tensor, weight: Tensor) -> None:
+def check_norm(op: str, name: str, x: Tensor, weight: Tensor) -> None:
+    """Check that `weight` can be that of a layer norm of `x`, which is called `name`."""
     check.floating(op, name, x)
     if x.dim() < 1:
         raise ValueError(f"{op} wants {name} of shape [..., C], got {list(x.shape)}")
@@ -70,7 +71,7 @@ def _check_norm(op: str, name: str, x: Tensor, weight: Tensor) -> None:
 
 
 def _check_backward(grad_sum: Tensor, grad_normed: Tensor, total: Tensor, weight: Tensor, eps: float) -> None:
-    _check_norm(BACKWARD, "sum", total, weight)
+    check_norm(BACKWARD, "sum", total, weight)
     check.alike(BACKWARD, tuple(total.shape), "sum", total, grad_sum=grad_sum, grad_normed=grad_normed)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..derived import concatenated
 from . import _check as check
 from ._define import accumulation_dtype, autocast, define, references
-from .add_layer_norm import add_layer_norm
+from .add_layer_norm import add_layer_norm, check_norm
 from .add_layer_norm import reference as add_layer_norm_reference
 from .gated_attention import gated_attention
 from .gated_attention import reference as gated_attention_reference
@@ -166,9 +166,9 @@ def _check(
         check.shape(NAME, f"the {name} weight", weight, shape)
         check.shape(NAME, f"the {name} bias", bias, shape[:1])
         check.same(NAME, "x", x, **{f"the {name} weight": weight, f"the {name} bias": bias})
-    for name, vector in zip(("norm weight", "norm bias") * 2, norms, strict=True):
-        check.shape(NAME, f"each {name}", vector, (channels,))
-        check.floating(NAME, f"each {name}", vector)
+    for weight, bias in (norms[:2], norms[2:]):
+        check_norm(NAME, "x", x, weight)
+        check.alike(NAME, (channels,), "its weight", weight, **{"each norm bias": bias})
     check.shape(NAME, "gate const", gate[2], ("H",))
     heads = gate[2].shape[0]
     if heads < 1 or channels % heads:
@@ -183,9 +183,8 @@ def _check(
     if key_lengths is not None:
         check.integers(NAME, "key_lengths", key_lengths, (x.shape[0],))
     check.same_device(NAME, "x", x, rel_bias=rel_bias, key_lengths=key_lengths)
-    for name, tensors in (("gate", gate), ("norms", norms)):
-        for tensor in tensors:
-            check.same_device(NAME, "x", x, **{name: tensor})
+    for parameter in gate:
+        check.same_device(NAME, "x", x, gate=parameter)
 
 
 def _fake(x: Tensor, *rest: object) -> Tensor:

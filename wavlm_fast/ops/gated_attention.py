@@ -226,6 +226,7 @@ def _backward_kernel(
         dgate[:, :, rows] = (dscores * bias_rows(rel_bias, start, stop)).sum(-1)
         dbias = (dscores * gate[:, :, rows, None]).sum(0)
         drel_bias[:, frames - stop : 2 * frames - 1 - start] += _diagonal_sums(dbias)
+    dk, dv = _without_padding(key_lengths, dk, dv)
     dq, dk, dv = (g.transpose(1, 2).to(q.dtype).contiguous() for g in (dq, dk, dv))
     return dq, dk, dv, dgate, drel_bias
 
