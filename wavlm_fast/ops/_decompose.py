@@ -12,16 +12,15 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from .. import _private
 
 
-def decomposes(op: torch._ops.OpOverload, into: Callable[..., Any]) -> None:
-    """Let `op` become `into(*args)`, plain torch, where a program is decomposed, and nowhere else."""
+def decomposes(op: Any, into: Callable[..., Any], names: list[str]) -> None:
+    """Let `op`, with arguments of these names, become `into(*args)`, plain torch, where a program is decomposed, and
+    nowhere else.
+    """
     if _private.COMPOSITE is None or _private.LAID_OVER is None or not hasattr(op, "py_impl"):
         return
-    names = [argument.name for argument in op._schema.arguments]
 
     def asked() -> bool:
         return _private.LAID_OVER in op.py_kernels  # torch's own, which it lays over the op for that time
@@ -36,7 +35,7 @@ def decomposes(op: torch._ops.OpOverload, into: Callable[..., Any]) -> None:
     op._can_decompose = asked  # else torch.export warns that it keeps an op which it could take apart
 
 
-def _withdraw(op: torch._ops.OpOverload) -> None:
+def _withdraw(op: Callable[..., Any]) -> None:
     """Take `op` out of inductor's tables, which begin as a copy of the default decompositions.
 
     Inductor fails on an op that stands there and yet reaches it whole. On the way there, every op is asked to come

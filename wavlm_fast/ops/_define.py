@@ -71,9 +71,16 @@ def define(
     LIBRARY.impl(name, dispatch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=LIBRARY)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    _lists[name] = tuple(i for i, a in enumerate(op._schema.arguments) if a.type.kind() == "ListType")
-    decomposes(op, kernel)
+    arguments = arguments_of(signature)
+    _lists[name] = tuple(i for i, kind in enumerate(arguments.values()) if "[" in kind)
+    decomposes(op, kernel, list(arguments))
     return op
+
+
+def arguments_of(signature: str) -> dict[str, str]:
+    """The types of an op's arguments by name, in order."""
+    inside, _, _ = signature.removeprefix("(").partition(") ->")
+    return {name: kind for kind, _, name in (argument.rpartition(" ") for argument in inside.split(", "))}
 
 
 def _with_lists(name: str, args: tuple) -> tuple:
