@@ -54,7 +54,8 @@ WAVLM_FAST_INLINE Floats gelu(Floats x) {
 // x * sigmoid(z) with z = 2 sqrt(2 / pi) * (x + 0.044715 x^3). Above zero x less a small part of it: that rounds once.
 WAVLM_FAST_INLINE Floats gelu_tanh(Floats x) {
   const Floats z = x * (x * x * 0.0713548163f + 1.59576912f);
-  const Floats e = exp_of_negative(z < 0.0f ? z : -z), part = x * (e / (1.0f + e));
+  const Floats e = exp_of_negative(z < 0.0f ? z : -z);
+  const Floats part = minimum(splat(30.0f), x) * (e / (1.0f + e));  // of infinity, too, a small part
   return x < 0.0f ? part : x - part;
 }
 
@@ -85,17 +86,18 @@ WAVLM_FAST_INLINE Floats gelu_derivative(Floats x) {
   q = q * near + -7.97884047e-1f;
   q = q * near + 0.5f;
   const Floats below = exp_of_negative(near * near * -0.5f) * q;
-  return x < 0.0f ? below : 1.0f - below;
+  return (x < 0.0f ? below : 1.0f - below) + x * 0.0f;  // NaN at infinity, as torch has it
 }
 
 // s + x * s * (1 - s) * z'(x) with s = sigmoid(z(x)), past 14 as at 14; absolute error within 2e-7. The factor 1 - s would
 // cancel where s is near one.
 WAVLM_FAST_INLINE Floats gelu_tanh_derivative(Floats x) {
+  const Floats zero = x * 0.0f;  // or NaN at infinity, as torch has it
   x = x > 14.0f ? splat(14.0f) : x;
   x = x < -14.0f ? splat(-14.0f) : x;
   const Floats z = x * (x * x * 0.0713548163f + 1.59576912f);
   const Floats e = exp_of_negative(z < 0.0f ? z : -z), r = 1.0f / (1.0f + e);
-  return (x < 0.0f ? e : splat(1.0f)) * r + x * (e * r * r) * (x * x * 0.214064449f + 1.59576912f);
+  return (x < 0.0f ? e : splat(1.0f)) * r + x * (e * r * r) * (x * x * 0.214064449f + 1.59576912f) + zero;
 }
 
 // An activation as a type.

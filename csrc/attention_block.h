@@ -20,6 +20,13 @@ constexpr std::int64_t first_query(std::int64_t block, std::int64_t T) {
   return block * vectors / words_of(vectors, kVectors) * kLanes;
 }
 
+// Keys of an utterance. A length out of range is the caller's mistake, but no reason to read what is not there.
+template <class T>
+constexpr std::int64_t keys_of(const AttentionInputs<T>& call, std::int64_t b) {
+  const std::int64_t length = call.key_lengths ? call.key_lengths[b] : call.T_;
+  return length < 0 ? 0 : least(length, call.T_);
+}
+
 // A run of keys as rows of words.
 struct Keys {
   const float* rows;
@@ -27,8 +34,9 @@ struct Keys {
   std::int64_t words;  // of a row
 };
 
-// Scores of keys, [count][N * kLanes], and into `top` the greatest so far. They are in units of `scale`, and so is the
-// gate: `scale` enters only once, with the exponential. `bias` is that of the first key and the first query. Of keys,
+// Scores of keys, [count][N * kLanes], and into `top` the greatest so far. The queries are multiplied by the power of two
+// in the scale, which rounds nothing and keeps products in range; scores are in units of the rest, one to two, and so is
+// the gate. The rest enters only once, with the exponential. `bias` is that of the first key and the first query. Of keys,
 // whole groups of kRows are read.
 template <class Element, int N>
 WAVLM_FAST_INLINE void score(const Keys& keys, const float* q, const float* gates, const float* bias, float* to,
@@ -57,25 +65,32 @@ WAVLM_FAST_INLINE void score(const Keys& keys, const float* q, const float* gate
 
 // What turns the score of a lane into a weight.
 struct Softmax {
-  Floats floor;  // a lower score counts as this one, so that no power of two leaves the range of floats
-  Floats shift;
+  Floats top;
   float slope;
+  float floor;  // a score that is further below counts as this one: no power of two leaves the range of floats
 
   Softmax() = default;
-  Softmax(Floats top, float scale) : slope(scale * kLog2E) {
-    top = top == -__builtin_inff() ? Floats{} : top;  // no score yet, or none that is not -inf: not NaN
-    floor = top - 125.0f / slope;
-    shift = top * slope;
+  Softmax(Floats top_or_none, float unit) : slope(unit * kLog2E), floor(-125.0f / slope) {
+    top = top_or_none == -__builtin_inff() ? Floats{} : top_or_none;  // no score yet, or none that is not -inf: not NaN
   }
 
+  // The difference first: the products could leave the range.
+  WAVLM_FAST_INLINE Floats weight(Floats score) const { return exp2_of(maximum(splat(floor), score - top), slope); }
+};
+
+// The same with a saved log-sum-exp for the top. Scores of 1e20 are further above it than any power of two reaches, by
+// its rounding alone.
+struct SavedSoftmax : Softmax {
+  using Softmax::Softmax;
+
   WAVLM_FAST_INLINE Floats weight(Floats score) const {
-    return exp2_in_range(maximum(floor, score) * slope - shift);
+    return exp2_of(minimum(splat(1.0f), maximum(splat(floor), score - top)), slope);
   }
 };
 
 // Scores -> weights, in place.
-template <int N>
-WAVLM_FAST_INLINE void weigh(Single, float* scores, std::int64_t keys, const Softmax (&softmax)[N],
+template <int N, class SoftmaxOf>
+WAVLM_FAST_INLINE void weigh(Single, float* scores, std::int64_t keys, const SoftmaxOf (&softmax)[N],
                              Floats (&total)[N]) {
   for (std::int64_t j = 0; j < keys; ++j, scores += N * kLanes) {
 #pragma GCC unroll 4

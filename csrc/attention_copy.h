@@ -44,6 +44,30 @@ WAVLM_FAST_INLINE Floats paired(Floats first, Floats second) {
   return pairs;
 }
 
+// Words times a power of two.
+template <class Element>
+WAVLM_FAST_INLINE void multiply_words(float* words, std::int64_t count, float power) {
+  for (std::int64_t i = 0; i < count; i += kLanes) {
+    Floats value = load(words + i);
+    if constexpr (Element::kDepth == 1) {
+      value *= power;
+    } else {
+      Words bits, low, high;
+      std::memcpy(&bits, &value, sizeof(bits));
+      low = bits << 16, high = bits & 0xffff0000u;
+      Floats first, second;
+      std::memcpy(&first, &low, sizeof(low));
+      std::memcpy(&second, &high, sizeof(high));
+      second *= power;
+      std::memcpy(&high, &second, sizeof(high));
+      high &= 0xffff0000u;  // where it has become denormal
+      std::memcpy(&second, &high, sizeof(high));
+      value = paired(first * power, second);
+    }
+    store(words + i, value);
+  }
+}
+
 // Rows that are needed soon. They lie pages apart, where no prefetcher of the hardware finds them.
 template <class T>
 WAVLM_FAST_INLINE void prefetch_rows(const T* from, std::int64_t stride, std::int64_t rows, std::int64_t D) {

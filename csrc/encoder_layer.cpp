@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "check.h"
 #include "entries.h"
 #include "integers.h"
 #include "norm_act_entry.h"
@@ -127,7 +128,9 @@ Layer<T> layer_of(const std::vector<Tensor>& packed, const std::vector<Tensor>& 
   const auto wide = [](const Tensor& vector) { return vector.to(at::kFloat).contiguous(); };
   const int64_t inner = biases[2].numel();
   const auto linear = [&](int i, int64_t in, const char* name) {
-    TORCH_CHECK(packed[i].element_size() == sizeof(T) && packed[i].is_contiguous() &&
+    const bool pairs = sizeof(T) == sizeof(bf16);
+    TORCH_CHECK(packed[i].scalar_type() == (pairs ? at::kBFloat16 : at::kFloat) && (!pairs || multiplies_pairs(in)) &&
+                    packed[i].is_contiguous() &&
                     packed[i].numel() == packed_size(biases[i].numel(), 1, in, false),
                 "encoder_layer: expected weights packed by pack_conv from the dtype of x");
     return Linear<T>{packed[i], wide(biases[i]), in, activation_number(name)};
@@ -146,10 +149,14 @@ Tensor encoder_layer(const Tensor& x, const Tensor& rel_bias, const std::optiona
   TORCH_CHECK(x.dim() == 3 && packed.size() == 4 && biases.size() == 4 && gate.size() == 3 && norms.size() == 4 &&
                   eps.size() == 2,
               "encoder_layer: expected x of [B, T, C] and four packed weights, got ", x.sizes(), " and ", packed.size());
-  const int64_t C = x.size(2);
-  TORCH_CHECK(biases[0].numel() == 3 * C && biases[1].numel() == C && biases[3].numel() == C && gate[2].numel() > 0 &&
-                  C % gate[2].numel() == 0,
-              "encoder_layer: expected weights for ", C, " channels");
+  const int64_t C = x.size(2), inner = biases[2].numel();
+  check_positive("encoder_layer", {{"C", C}, {"the feed-forward's width", inner}, {"heads", gate[2].numel()}});
+  const int64_t widths[] = {3 * C, C, inner, C};
+  for (int i = 0; i < 4; ++i) check_vector("encoder_layer", "a bias", biases[i], widths[i]);
+  for (const Tensor& norm : norms) check_vector("encoder_layer", "a norm's weight or bias", norm, C);
+  TORCH_CHECK(C % gate[2].numel() == 0, "encoder_layer: expected heads that divide ", C, " channels, got ",
+              gate[2].numel());
+  check_lengths("encoder_layer", key_lengths, x.size(0));
   const Tensor in = x.contiguous(), out = at::empty_like(in);
   if (in.numel() == 0) return out;
   if (in.scalar_type() == at::kFloat) {

@@ -36,10 +36,10 @@ WAVLM_FAST_INLINE Floats exp_of_negative(Floats x) {
   return times_power_of_two(p, shifted);
 }
 
-// 2^x for -126 <= x <= 126, within 1 ulp. NaN stays NaN.
-WAVLM_FAST_INLINE Floats exp2_in_range(Floats x) {
-  const Floats shifted = x + kRounder;
-  const Floats f = x - (shifted - kRounder);
+// 2^(x * slope) for -126 <= x * slope <= 126, within 1 ulp of that of the exact product. NaN stays NaN.
+WAVLM_FAST_INLINE Floats exp2_of(Floats x, float slope) {
+  const Floats shifted = x * slope + kRounder;
+  const Floats f = x * slope - (shifted - kRounder);
   // Minimax for the relative error on [-1/2, 1/2]: 3e-9 before rounding.
   Floats p = splat(1.5594672e-4f);
   p = p * f + 1.3406643e-3f;

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <vector>
 
+#include "check.h"
 #include "integers.h"
 #include "norm_act_entry.h"
 #include "packed_conv_entry.h"
@@ -82,7 +83,7 @@ void first_two(const PackedConv<float, T>& conv, const Norm<T>& norm, const Laye
   const int64_t tile = second.filtered ? 3 * kernels.rows : kernels.rows, total = end - begin;
   const int64_t even = divided_up(total, kTasksPerThread * at::get_num_threads());
   const int64_t block = std::min(most, divided_up(even, tile) * tile), tasks = divided_up(total, block);
-  const size_t frames_size = divided_up(second.needs(block) * conv.channels * sizeof(T), 64) * 64;
+  const size_t frames_size = divided_up(second.needs(std::min(block, total)) * conv.channels * sizeof(T), 64) * 64;
   const size_t size = sizeof(float) * std::max(kernels.scratch_size(conv.C, false),
                                                kernels.scratch_size(conv.channels, second.filtered));
   const auto forward = second.filtered ? variants<T, T>().filtered : variants<T, T>().direct;
@@ -127,9 +128,9 @@ void advance(Layer<T>& layer, Layer<T>& before, int64_t end) {
 
 // Places for the frames of every layer but the first, whose are never kept, and the last, whose are the output.
 template <class T>
-void allot(std::vector<Layer<T>>& layers) {
+void allot(std::vector<Layer<T>>& layers, int64_t frames) {
   std::vector<int64_t> sizes(layers.size());
-  int64_t count = kPiece, total = 0;
+  int64_t count = std::min(kPiece, frames), total = 0;
   for (size_t l = layers.size() - 1; l-- > 1;) {
     count = layers[l + 1].needs(count);
     sizes[l] = divided_up(count * layers[l].conv.channels, 64) * 64;
@@ -176,7 +177,12 @@ template <class T>
 std::vector<Layer<T>> layers_of(const Arguments& a) {
   std::vector<Layer<T>> layers(a.packed.size());
   const int activation = activation_number(a.activation);
+  constexpr bool kPairs = sizeof(T) == sizeof(bf16);
   for (size_t l = 0; l < layers.size(); ++l) {
+    check_positive("feature_encoder", {{"taps", a.taps[l]}, {"strides", a.strides[l]}, {"channels", a.channels[l]}});
+    check_vector("feature_encoder", "biases", a.biases.get(l), a.channels[l]);
+    check_vector("feature_encoder", "norm_weights", a.norm_weights.get(l), a.channels[l]);
+    check_vector("feature_encoder", "norm_biases", a.norm_biases.get(l), a.channels[l]);
     Layer<T>& layer = layers[l];
     layer.stride = a.strides[l];
     layer.filtered = a.filtered.get(l);
@@ -185,7 +191,10 @@ std::vector<Layer<T>> layers_of(const Arguments& a) {
     layer.conv.taps = a.taps[l], layer.conv.channels = a.channels[l];
     if (l == 0) continue;  // what is special about it, FirstConv knows
     const int64_t C = a.channels[l - 1];
-    TORCH_CHECK(a.packed[l].is_contiguous() && a.packed[l].element_size() == sizeof(T) &&
+    // None of these numbers can be greater than what the weight has, and their product cannot overflow.
+    TORCH_CHECK(a.packed[l].is_contiguous() && a.packed[l].scalar_type() == (kPairs ? at::kBFloat16 : at::kFloat) &&
+                    (!kPairs || multiplies_pairs(C)) && a.channels[l] <= a.packed[l].numel() &&
+                    a.taps[l] <= a.packed[l].numel() &&
                     a.packed[l].numel() == packed_size(a.channels[l], a.taps[l], C, layer.filtered),
                 "feature_encoder: expected weights packed by pack_conv, in one dtype");
     TORCH_CHECK(!layer.filtered || (a.taps[l] == 3 && a.strides[l] == 2),
@@ -207,6 +216,9 @@ Tensor run(const Arguments& a) {
   auto layers = layers_of<T>(a);
   FirstConv first(a.weight, a.packed[0], a.biases.get(0), a.strides[0], a.norm == "group", a.norm_weights.get(0),
                   a.norm_biases.get(0), a.eps, a.norm == "layer" ? "none" : a.activation);
+  TORCH_CHECK(a.channels[0] == first.channels() && a.taps[0] == a.weight.size(2),
+              "feature_encoder: expected a first weight of [", a.channels[0], ", 1, ", a.taps[0], "], got ",
+              a.weight.sizes());
   const Tensor x = a.waveform.contiguous();
   const int64_t B = x.size(0), S = x.size(1);
   int64_t frames = S;
@@ -216,7 +228,7 @@ Tensor run(const Arguments& a) {
   }
   const auto dtype = sizeof(T) == sizeof(bf16) ? at::kBFloat16 : at::kFloat;
   const Tensor out = at::empty({B, frames, a.channels.back()}, x.options().dtype(dtype));
-  allot(layers);
+  allot(layers, frames);
   for (int64_t b = 0; b < B; ++b) {
     const auto conv = first.on<T>(x.const_data_ptr<float>() + b * S, S);
     encode(conv, layers, frames, static_cast<T*>(out.mutable_data_ptr()) + b * out.stride(0));
@@ -239,6 +251,8 @@ Tensor feature_encoder(const Tensor& waveform, const Tensor& weight, std::vector
   TORCH_CHECK(waveform.dim() == 2 && waveform.scalar_type() == at::kFloat,
               "feature_encoder: expected a float32 waveform of [B, S], got ", waveform.scalar_type(), " ",
               waveform.sizes());
+  TORCH_CHECK(norm == "group" || norm == "layer" || norm == "none",
+              "feature_encoder: expected a norm of group, layer or none, got ", norm);
   const Arguments arguments = {waveform, weight,  packed,   biases, norm_weights, norm_biases, taps,
                                strides,  channels, filtered, norm, eps, activation};
   return packed[1].scalar_type() == at::kBFloat16 ? run<bf16>(arguments) : run<float>(arguments);

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "check.h"
 #include "dispatch.h"
 #include "entries.h"
 #include "integers.h"
@@ -41,8 +42,7 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate
               "], got ", gate.sizes());
   TORCH_CHECK(rel_bias.sizes() == at::IntArrayRef({H, 2 * T - 1}), "gated_attention: expected rel_bias of [", H, ", ",
               2 * T - 1, "], got ", rel_bias.sizes());
-  TORCH_CHECK(!key_lengths || key_lengths->sizes() == at::IntArrayRef({B}),
-              "gated_attention: expected key_lengths of [", B, "]");
+  check_lengths("gated_attention", key_lengths, B);
   TORCH_CHECK(dropout_p >= 0.0 && dropout_p < 1.0 && (dropout_p == 0.0 || seed),
               "gated_attention: expected 0 <= dropout_p < 1, and a seed when it is not 0, got ", dropout_p);
 }

@@ -31,7 +31,9 @@ struct AttentionInputs {
   const std::int64_t* key_lengths;  // [B], or null
   std::int64_t B, T_, H, D;
   std::int64_t bias_stride;
-  float scale;  // positive
+  float scale;  // positive, `power` times `unit`
+  float power;  // of two
+  float unit;   // from 1 to 2
   Dropout dropout;
 };
 

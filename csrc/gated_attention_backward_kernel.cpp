@@ -43,7 +43,7 @@ struct Work {
   float* q_panels;  // each row times its factor
   float* grad_panels;
   float* diagonals;  // see Diagonals
-  float* gate;       // in units of scale, [width] as all below
+  float* gate;       // in units of scores, [width] as all below
   float* share;      // 1 / sum of weights
   float* dgate;
   float* bias_gate;  // gate * share
@@ -70,9 +70,10 @@ void start(const GatedAttentionBackward<T>& call, std::int64_t b, std::int64_t h
   const T* q = call.q + b * call.q_strides.b + block.first * call.q_strides.t + h * call.q_strides.h;
   const T* grad = call.grad + ((b * call.T_ + block.first) * call.H + h) * call.D;
   copy_transposed<Single>(q, call.q_strides.t, block.count, call.D, width, work.q);
+  multiply_words<Single>(work.q, call.D * width, call.power);
   copy_transposed<Single>(grad, call.H * call.D, block.count, call.D, width, work.grad);
   for (std::int64_t i = 0; i < width; i += kLanes) {
-    store(work.gate + i, load_some(call.gate + block.row + i, block.count - i) / call.scale);
+    store(work.gate + i, load_some(call.gate + block.row + i, block.count - i) / call.unit);
     store(work.dgate + i, Floats{});
   }
 }
@@ -145,10 +146,11 @@ void gradients_of_weights(const Keys& v, std::int64_t first_key, std::int64_t ro
 template <int N, class T>
 void weigh_block(const GatedAttentionBackward<T>& call, const float* bias, const Block& block, std::int64_t keys,
                  const Sizes& sizes, const Work& work, Rows<N>& rows) {
-  Softmax softmax[N];
+  SavedSoftmax softmax[N];
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n) {
-    softmax[n] = Softmax(load_some(call.lse + block.row + n * kLanes, block.count - n * kLanes) / call.scale, call.scale);
+    const Floats lse = load_some(call.lse + block.row + n * kLanes, block.count - n * kLanes);
+    softmax[n] = SavedSoftmax(lse / call.unit, call.unit);
   }
   rows.clear();
   for (std::int64_t j = 0; j < keys; j += kKeys) {
@@ -312,11 +314,6 @@ void block_gradients(const GatedAttentionBackward<T>& call, std::int64_t b, std:
                  dbias + block.first + call.T_ - 1 - diagonals.last * kLanes);
   store_queries(work.dq, work.share, call.scale, kWidth, block, call.D, call.dq + out, stride);
   for (std::int64_t i = 0; i < block.count; ++i) call.dgate[block.row + i] = work.dgate[i] * work.share[i];
-}
-
-template <class T>
-std::int64_t keys_of(const AttentionInputs<T>& call, std::int64_t b) {
-  return call.key_lengths ? least(call.key_lengths[b], call.T_) : call.T_;
 }
 
 template <class T>

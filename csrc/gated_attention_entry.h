@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cmath>
 #include <optional>
 
 #include "gated_attention.h"
@@ -30,7 +31,9 @@ struct AttentionTensors {
     call.bias = bias.const_data_ptr<float>(), call.bias_stride = bias.size(1);
     call.key_lengths = key_lengths.defined() ? key_lengths.const_data_ptr<int64_t>() : nullptr;
     call.B = q.size(0), call.T_ = q.size(1), call.H = q.size(2), call.D = q.size(3);
-    call.scale = static_cast<float>(scale);
+    int exponent;
+    call.unit = 2.0f * std::frexp(call.scale = static_cast<float>(scale), &exponent);
+    call.power = std::ldexp(1.0f, exponent - 1);
     call.dropout = dropout;
   }
 

@@ -15,7 +15,7 @@ constexpr int kBlocks = 12;  // of a task: their queries and sums stay in the se
 struct Block {
   float* q;      // [words of D][width]
   float* sums;   // [width][channels]: sum over keys of weight * value
-  float* gate;   // divided by `scale`
+  float* gate;   // in units of scores
   float* top;    // greatest score
   float* total;  // sum of weights
   std::int64_t first, count;  // queries
@@ -44,9 +44,10 @@ struct Sizes {
 template <class Element, class T>
 void start(const GatedAttention<T>& call, std::int64_t b, std::int64_t h, const T* q, const Block& block) {
   copy_transposed<Element>(q, call.q_strides.t, block.count, call.D, block.width, block.q);
+  multiply_words<Element>(block.q, words_of(call.D, Element::kDepth) * block.width, call.power);
   const float* gate = call.gate + (b * call.H + h) * call.T_ + block.first;
   for (std::int64_t i = 0; i < block.width; i += kLanes) {
-    store(block.gate + i, load_some(gate + i, block.count - i) / call.scale);
+    store(block.gate + i, load_some(gate + i, block.count - i) / call.unit);
     store(block.top + i, splat(-__builtin_inff()));
     store(block.total + i, Floats{});
   }
@@ -128,7 +129,7 @@ void attend(const GatedAttention<T>& call, std::int64_t b, std::int64_t h, const
   score<Element>(keys, block.q, block.gate, bias, tile.scores, top);
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n) {
-    softmax[n] = Softmax(top[n], call.scale);
+    softmax[n] = Softmax(top[n], call.unit);
     const Floats keep = softmax[n].weight(load(block.top + n * kLanes));
     store(fade + n * kLanes, keep);
     store(block.top + n * kLanes, top[n]);
@@ -157,7 +158,7 @@ void finish(const GatedAttention<T>& call, std::int64_t b, std::int64_t h, const
     const bool none = top == -__builtin_inff() && total == total;  // no key, or none that is not at -inf
     const float share = none ? 0.0f : call.dropout.kept_scale / total;
     sweep(call.D, [&](std::int64_t d, auto lanes, int) { lanes.store(out + d, load(sums + d) * share); });
-    lse[i] = none ? top : top * call.scale + __builtin_logf(total);
+    lse[i] = none ? top : top * call.unit + __builtin_logf(total);
   }
 }
 
@@ -196,7 +197,7 @@ void forward(const GatedAttention<T>& call, std::int64_t b, std::int64_t h, std:
   const T* q = call.q + b * call.q_strides.b + h * call.q_strides.h;
   const T* k = call.k + b * call.k_strides.b + h * call.k_strides.h;
   const T* v = call.v + b * call.v_strides.b + h * call.v_strides.h;
-  const std::int64_t keys = call.key_lengths ? least(call.key_lengths[b], call.T_) : call.T_;
+  const std::int64_t keys = keys_of(call, b);
   tile.first = 0;
   do {  // once even without keys, so that there are zeros to finish with
     tile.count = least(kKeys, keys - tile.first);

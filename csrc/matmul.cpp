@@ -41,17 +41,20 @@ void run(const Matmul& call, int64_t rows) {
 }
 
 // out = a b, or out += a b. Rows of b and out are contiguous, rows or columns of a are.
-void matmul(const Tensor& a, const Tensor& b, const Tensor& out, bool add) {
+// `out` is given back: torch's fallback for negated views counts on it.
+Tensor& matmul(const Tensor& a, const Tensor& b, Tensor& out, bool add) {
   TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && out.dim() == 2 && a.size(1) == b.size(0) && out.size(0) == a.size(0) &&
                   out.size(1) == b.size(1),
               "matmul: expected [I, K], [K, J] and [I, J], got ", a.sizes(), ", ", b.sizes(), " and ", out.sizes());
-  for (const Tensor* x : {&a, &b, &out}) {
+  for (const Tensor* x : {&a, &b, static_cast<const Tensor*>(&out)}) {
     TORCH_CHECK(x->scalar_type() == at::kFloat, "matmul: expected float32, got ", x->scalar_type());
   }
   const auto contiguous = [](const Tensor& x, int64_t dim) { return x.size(dim) == 1 || x.stride(dim) == 1; };
   TORCH_CHECK((contiguous(a, 0) || contiguous(a, 1)) && contiguous(b, 1) && contiguous(out, 1),
               "matmul: expected contiguous rows, got strides ", a.strides(), ", ", b.strides(), " and ", out.strides());
-  if (out.numel() == 0) return;
+  if (out.numel() == 0) return out;
+  TORCH_CHECK(out.size(0) == 1 || out.stride(0) >= out.size(1), "matmul: expected rows of out apart, got strides ",
+              out.strides());
   Matmul call;
   call.a = a.const_data_ptr<float>(), call.b = b.const_data_ptr<float>(), call.out = out.mutable_data_ptr<float>();
   call.a_row = a.stride(0), call.a_term = contiguous(a, 1) ? 1 : a.stride(1);
@@ -62,6 +65,7 @@ void matmul(const Tensor& a, const Tensor& b, const Tensor& out, bool add) {
   } else if (!add) {
     out.zero_();
   }
+  return out;
 }
 
 TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) { m.impl("matmul", &matmul); }

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "check.h"
 #include "dispatch.h"
 #include "norm_act_entry.h"
 #include "packed_conv_entry.h"
@@ -44,10 +45,8 @@ Tensor norm_act(const Tensor& x, const std::optional<Tensor>& weight, const std:
   TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
               "norm_act: expected float32 or bfloat16, got ", x.scalar_type());
   TORCH_CHECK(x.dim() >= 1 && x.size(-1) > 0, "norm_act: expected [..., C] with C > 0, got ", x.sizes());
-  for (const auto* vector : {&weight, &bias}) {
-    TORCH_CHECK(!*vector || ((*vector)->dim() == 1 && (*vector)->size(0) == x.size(-1)),
-                "norm_act: expected weight and bias of [", x.size(-1), "]");
-  }
+  check_vector("norm_act", "weight", weight, x.size(-1));
+  check_vector("norm_act", "bias", bias, x.size(-1));
   const Tensor x_ = x.contiguous(), out = at::empty_like(x_);
   const Tensor weight_ = weight ? weight->to(at::kFloat).contiguous() : Tensor();
   const Tensor bias_ = bias ? bias->to(at::kFloat).contiguous() : Tensor();

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "dispatch.h"
 #include "integers.h"
 #include "packed_conv_entry.h"
@@ -74,6 +75,8 @@ int activation_number(const std::string& name) {
   TORCH_CHECK(false, "unknown activation ", name);
 }
 
+bool multiplies_pairs(int64_t C) { return packed_conv().of_bf16.direct && C % 2 == 0; }
+
 int64_t packed_size(int64_t channels, int64_t taps, int64_t C, bool filtered) {
   return divided_up(channels, packed_conv().lanes) * packed_conv().lanes * (filtered ? 5 : taps) * C;
 }
@@ -122,18 +125,18 @@ void pack_rows(const Rows<T>& rows, int64_t padded, int64_t depth, T* packed) {
 }  // namespace
 
 Tensor pack_conv(std::vector<Tensor> weights, bool filtered) {
-  const Tensor& like = weights.at(0);
+  TORCH_CHECK(!weights.empty(), "pack_conv: expected one weight or more, got none");
+  const Tensor& like = weights[0];
   for (const Tensor& weight : weights) {
     TORCH_CHECK(weight.dim() == 3 && (weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kBFloat16),
                 "pack_conv: expected a float32 or bfloat16 weight of [channels, taps, C], got ", weight.scalar_type(),
                 " ", weight.sizes());
-    TORCH_CHECK(weight.scalar_type() == like.scalar_type() && weight.sizes().slice(1) == like.sizes().slice(1) &&
-                    weight.stride(1) == like.stride(1) && weight.stride(2) == like.stride(2),
+    TORCH_CHECK(weight.scalar_type() == like.scalar_type() && weight.sizes().slice(1) == like.sizes().slice(1),
                 "pack_conv: expected weights alike, got ", weight.sizes(), " beside ", like.sizes());
     TORCH_CHECK(!filtered || weight.size(1) == 3, "pack_conv: expected three taps to filter, got ", weight.size(1));
   }
   const auto& kernels = packed_conv();
-  const bool pairs = like.scalar_type() == at::kBFloat16 && kernels.of_bf16.direct && like.size(2) % 2 == 0;
+  const bool pairs = like.scalar_type() == at::kBFloat16 && multiplies_pairs(like.size(2));
   int64_t channels = 0;
   for (const Tensor& weight : weights) channels += weight.size(0);
   // Before all that is given back: what is kept shall leave no hole in the heap.
@@ -142,6 +145,13 @@ Tensor pack_conv(std::vector<Tensor> weights, bool filtered) {
   for (Tensor& weight : weights) {
     if (filtered) weight = filter_taps(weight);
     if (!pairs) weight = weight.to(at::kFloat);
+  }
+  // Rows have one step for all: where one weight is a transposed view beside others, it is copied first.
+  for (Tensor& weight : weights) {
+    if (weight.stride(1) != weights[0].stride(1) || weight.stride(2) != weights[0].stride(2)) {
+      for (Tensor& each : weights) each = each.contiguous();
+      break;
+    }
   }
   const int64_t padded = divided_up(channels, kernels.lanes) * kernels.lanes;
   if (pairs) {
@@ -155,7 +165,7 @@ Tensor pack_conv(std::vector<Tensor> weights, bool filtered) {
 template <class In, class Out>
 void convolve(const PackedConv<In, Out>& first_call, bool filtered, int64_t T, int64_t B, int64_t x_step,
               int64_t out_step) {
-  if (B == 0 || T == 0) return;
+  if (B == 0 || T == 0 || first_call.channels == 0) return;
   const Tasks tasks = split(B, T, first_call.channels, filtered);
   const auto& of_types = variants<In, Out>();
   const auto forward = filtered ? of_types.filtered : of_types.direct;
@@ -205,19 +215,25 @@ Tensor packed_conv_op(const Tensor& x, const Tensor& packed, const std::optional
   TORCH_CHECK(x.dim() == 3 && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16),
               "packed_conv: expected float32 or bfloat16 x of [B, T, C], got ", x.scalar_type(), " ", x.sizes());
   const bool pairs = packed.scalar_type() == at::kBFloat16;
-  TORCH_CHECK(pairs ? x.scalar_type() == at::kBFloat16 : packed.scalar_type() == at::kFloat,
+  const int64_t C = x.size(2), frames = x.size(1);
+  TORCH_CHECK(pairs ? x.scalar_type() == at::kBFloat16 && multiplies_pairs(C) : packed.scalar_type() == at::kFloat,
               "packed_conv: expected a weight packed from the dtype of x, got ", packed.scalar_type(), " for ",
               x.scalar_type());
-  const int64_t C = x.size(2), span = (taps - 1) * dilation + 1;
+  check_positive("packed_conv", {{"C", C}, {"channels", channels}, {"taps", taps}, {"stride", stride},
+                                 {"dilation", dilation}, {"frames", frames}});
+  TORCH_CHECK(taps - 1 <= (frames - 1) / dilation && channels <= packed.numel(),
+              "packed_conv: expected frames for ", taps, " taps at a dilation of ", dilation, " and a weight of ",
+              channels, " channels, got ", frames, " frames and ", packed.numel(), " numbers");
+  const int64_t span = (taps - 1) * dilation + 1;
+  stride = std::min(stride, frames);  // no more than one output frame either way, and nothing overflows
   TORCH_CHECK(!filtered || (taps == 3 && stride == 2 && dilation == 1),
               "packed_conv: expected three taps at a stride of two to filter, got ", taps, " at ", stride);
   const int64_t size = packed_size(channels, taps, C, filtered);
-  TORCH_CHECK(packed.is_contiguous() && packed.numel() == size && x.size(1) >= span,
-              "packed_conv: expected a weight packed for ", taps, " taps of ", C, " channels, and at least ", span,
-              " frames, got ", packed.numel(), " numbers and ", x.size(1), " frames");
-  TORCH_CHECK(!bias || bias->numel() == channels, "packed_conv: expected a bias of [", channels, "]");
+  TORCH_CHECK(packed.is_contiguous() && packed.numel() == size, "packed_conv: expected a weight packed for ", taps,
+              " taps of ", C, " channels, got ", packed.numel(), " numbers");
+  check_vector("packed_conv", "bias", bias, channels);
   const Tensor bias_ = bias ? bias->to(at::kFloat).contiguous() : Tensor();
-  const Tensor out = at::empty({x.size(0), (x.size(1) - span) / stride + 1, channels}, x.options());
+  const Tensor out = at::empty({x.size(0), (frames - span) / stride + 1, channels}, x.options());
   const int number = activation_number(activation);
   if (pairs) {
     run<bf16, bf16>(x.contiguous(), packed, bias_, taps, stride, dilation, filtered, number, out);

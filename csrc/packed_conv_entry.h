@@ -21,6 +21,9 @@ int activation_number(const std::string& name);
 // filtering, of three taps at a stride of two.
 at::Tensor pack_conv(std::vector<at::Tensor> weights, bool filtered);
 
+// Whether weights of so many channels that enter are packed as bfloat16, in pairs.
+bool multiplies_pairs(int64_t C);
+
 // Numbers that a packed weight has.
 int64_t packed_size(int64_t channels, int64_t taps, int64_t C, bool filtered);
 

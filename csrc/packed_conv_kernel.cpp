@@ -173,7 +173,8 @@ void direct(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t co
 //   y0 = o0 w1 + (e0 - e2) w0 + p + m        p = (e1 + e2) (w0 + w2) / 2
 //   y1 = o1 w1                + p - m        m = (e2 - e1) (w0 - w2) / 2
 //   y2 = o2 w1 + (e3 - e1) w2 + p + m
-// Seven products instead of nine. Only neighbouring frames are combined: they are of like magnitude, so that a quiet
+// Seven products instead of nine. y0 does not depend on e2, but what is not finite there, or becomes so in a sum, would
+// reach it: such a block is computed again in the direct form, whose taps are among the packed ones. Only neighbouring frames are combined: they are of like magnitude, so that a quiet
 // frame does not inherit the rounding errors of a loud one, and errors grow by a tenth.
 enum Tap { kMiddle, kFirst, kLast, kHalfSum, kHalfDifference, kTaps };
 
@@ -219,11 +220,20 @@ void filtered_group(const PackedConv<In, Out>& call, std::int64_t first, std::in
   pass<N>(rows_of(kLast), panel_of(kLast), {sums + 2 * width, 3 * width, true}, kNothing);
   pass<N>(rows_of(kHalfSum), panel_of(kHalfSum), {half_sums, width, false}, kNothing);
   pass<N>(rows_of(kHalfDifference), panel_of(kHalfDifference), {half_differences, width, false}, kNothing);
+  Floats zeros = {};
   write(to, 0, count, [&](std::int64_t row, std::int64_t i) {
     const std::int64_t at = row / 3 * width + i;
     const Floats difference = load(half_differences + at);
-    return load(sums + row * width + i) + (load(half_sums + at) + (row % 3 == 1 ? -difference : difference));
+    const Floats sum = load(sums + row * width + i) + (load(half_sums + at) + (row % 3 == 1 ? -difference : difference));
+    watch(zeros, sum);
+    return sum;
   });
+  if (all_finite(zeros)) return;
+  constexpr Tap taps[] = {kFirst, kMiddle, kLast};
+  for (int k = 0; k < 3; ++k) {
+    pass<N>(Rows<In>{odd + (k - 1) * C, call.row_step, count, C}, panel_of(taps[k]), {sums, width, k > 0}, kNothing);
+  }
+  write(to, 0, count, [&](std::int64_t row, std::int64_t i) { return load(sums + row * width + i); });
 }
 
 template <class In, class Out>

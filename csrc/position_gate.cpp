@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "check.h"
 #include "dispatch.h"
 #include "entries.h"
 #include "parts.h"
@@ -28,7 +29,8 @@ void check(const char* op, const Tensor& x, const Tensor& weight, const Tensor& 
   TORCH_CHECK(weight.dim() == 2 && weight.size(0) == 8 && bias.sizes() == at::IntArrayRef({8}) && scale.dim() == 1, op,
               ": expected weight of [8, D], bias of [8] and const of [H], got ", weight.sizes(), ", ", bias.sizes(),
               " and ", scale.sizes());
-  TORCH_CHECK(x.dim() == 3 && x.size(2) == scale.size(0) * weight.size(1), op, ": expected x of [B, T, ",
+  check_positive(op, {{"D", weight.size(1)}, {"H", scale.size(0)}});
+  TORCH_CHECK(x.dim() == 3 && x.size(2) % scale.size(0) == 0 && x.size(2) / scale.size(0) == weight.size(1), op, ": expected x of [B, T, ",
               scale.size(0) * weight.size(1), "], got ", x.sizes());
 }
 

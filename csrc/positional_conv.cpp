@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "check.h"
 #include "dispatch.h"
 #include "integers.h"
 #include "packed_conv_entry.h"
@@ -32,12 +33,26 @@ constexpr int64_t kTasksPerThread = 4;
 // Spectra of the rows of one pass over the filters. More rows read the filters less often, and less of them stays in the
 // second cache: from 1 to 4 MB it is all the same.
 constexpr int64_t kPassBytes = 2 << 20;
+// Of the spectra of a group, which each thread keeps.
+constexpr int64_t kMostBytes = 1 << 26;
+
+// Coefficients of a transform: frames of a block, and at least taps of a filter.
+int64_t coefficients(int64_t K) {
+  int64_t P = 16;
+  while (P < K) P *= 2;
+  return P;
+}
 
 void check(const Tensor& weight) {
   TORCH_CHECK(weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kBFloat16,
               "positional_conv: expected float32 or bfloat16, got ", weight.scalar_type());
   TORCH_CHECK(weight.dim() == 3 && weight.numel() > 0 && weight.size(0) % weight.size(1) == 0,
               "positional_conv: expected a weight of [C, C / groups, K], got ", weight.sizes());
+  const int64_t channels = weight.size(1), K = weight.size(2), lanes = std::max<int64_t>(channels, 16);
+  TORCH_CHECK(K <= kMostBytes && channels <= kMostBytes &&
+                  coefficients(K) <= kMostBytes / static_cast<int64_t>(2 * sizeof(float)) / channels / lanes,
+              "positional_conv: expected a weight whose spectra take up to ", kMostBytes >> 20, " MB a group, got ",
+              weight.sizes());
 }
 
 void check(const Tensor& x, const Tensor& weight) {
@@ -72,13 +87,6 @@ const PositionalConvOf<T>& kernels_for() {
 template <class Body>
 auto with_type(at::ScalarType dtype, const Body& body) {
   return dtype == at::kFloat ? body(static_cast<float*>(nullptr)) : body(static_cast<bf16*>(nullptr));
-}
-
-// Coefficients of a transform: frames of a block, and at least taps of a filter.
-int64_t coefficients(int64_t K) {
-  int64_t P = 16;
-  while (P < K) P *= 2;
-  return P;
 }
 
 // As fourier.h reads them: of each node of each pass the powers 1 .. radix - 1 of the radix-th root of its number c.
@@ -116,7 +124,7 @@ template <class T>
 PositionalConv<T> call_on(const Tensor& x, const Tensor& weight, const std::vector<float>& roots) {
   PositionalConv<T> call = call_on<T>(weight, roots);
   call.x = data<T>(x);
-  call.T_ = x.size(1);
+  call.B = x.size(0), call.T_ = x.size(1);
   return call;
 }
 
@@ -215,7 +223,7 @@ std::tuple<Tensor, Tensor> positional_conv(const Tensor& x, const Tensor& weight
                                            const std::optional<Tensor>& bias, const std::string& activation,
                                            bool residual, bool save) {
   check(x, weight);
-  TORCH_CHECK(!bias || bias->numel() == x.size(2), "positional_conv: expected bias of [", x.size(2), "]");
+  check_vector("positional_conv", "bias", bias, x.size(2));
   TORCH_CHECK(!spectra || (spectra->is_contiguous() && spectra->scalar_type() == at::kFloat &&
                            spectra->numel() == groups(weight) * filters_size(weight)),
               "positional_conv: expected the spectra that positional_spectra makes of the weight");

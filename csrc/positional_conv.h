@@ -29,7 +29,7 @@ struct PositionalConv {
   T* pre;              // [B, T, C], what enters the activation, or null
   T* out;              // [B, T, C]; for the gradient of the filters theirs, [C, C / groups, K]
   const float* roots;  // of all passes, in their order
-  std::int64_t T_, C, channels, K, padding, P;  // `channels` of a group
+  std::int64_t B, T_, C, channels, K, padding, P;  // `channels` of a group
   int activation;                               // as Activation in activation.h
 };
 

@@ -4,11 +4,15 @@
 //
 // Lanes are channels: transforms along time need no shuffles. The gradient of the filters is the same product, summed
 // over rows where the convolution sums over channels.
+//
+// Transforms add up numbers that the sum over taps keeps apart: what is not finite would reach a whole block, and large
+// numbers would leave the range. A result that is not finite is computed again by its definition (positional_direct.h).
 #include "positional_conv.h"
 
 #include "activation.h"
 #include "complex_product.h"
 #include "fourier.h"
+#include "positional_direct.h"
 #include "tile.h"
 #include "vec.h"
 
@@ -65,11 +69,6 @@ WAVLM_FAST_INLINE void each_vector(std::int64_t channels, const Body& body) {
   if (c < channels) body(c, First{static_cast<int>(channels - c)});
 }
 
-// Utterance and first frame of a row.
-struct Place {
-  std::int64_t b, t;
-};
-
 template <class T>
 WAVLM_FAST_INLINE Place place_of(const PositionalConv<T>& call, std::int64_t row) {
   const std::int64_t blocks = (call.T_ + call.P - 1) / call.P;
@@ -107,14 +106,6 @@ WAVLM_FAST_INLINE void each_vector_in_panels(std::int64_t channels, std::int64_t
       body(begin + c, 2 * channels * begin + in * 2 * columns + c, columns);
     }
   });
-}
-
-WAVLM_FAST_INLINE float widened(float value) { return value; }
-WAVLM_FAST_INLINE float widened(bf16 value) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof(result));
-  return result;
 }
 
 template <class T>
@@ -160,9 +151,8 @@ WAVLM_FAST_INLINE void gather(const RowSpectra& rows, std::int64_t f, std::int64
 template <Activation activation, class T, class Lanes>
 WAVLM_FAST_INLINE void finish(const PositionalConv<T>& call, const float* sums, std::int64_t count, Floats bias,
                               std::int64_t at, Lanes lanes) {
-  const Floats scale = splat(1.0f / static_cast<float>(call.P));
   for (std::int64_t t = 0; t < count; ++t, at += call.C) {
-    const Floats sum = load(sums + t * kLanes) * scale + bias;
+    const Floats sum = load(sums + t * kLanes) + bias;
     if (call.pre) lanes.store(call.pre + at, sum);
     const Floats value = activate<activation>(sum);
     lanes.store(call.out + at, call.residual ? lanes.load(call.residual + at) + value : value);
@@ -171,17 +161,25 @@ WAVLM_FAST_INLINE void finish(const PositionalConv<T>& call, const float* sums, 
 
 template <Activation activation, class T>
 void invert_rows(const PositionalConv<T>& call, std::int64_t group, std::int64_t first, std::int64_t count,
-                 const RowSpectra& rows, float* frames) {
+                 const RowSpectra& rows, float* frames, float* memory) {
   const Transform transform{call.P, call.roots};
+  const float scale = 1.0f / static_cast<float>(call.P);
   for (std::int64_t r = 0; r < count; ++r) {
     const Place place = place_of(call, first + r);
+    const std::int64_t length = least(call.P, call.T_ - place.t);
     each_vector(call.channels, [&](std::int64_t c, auto lanes) {
       float* work = rows.vector(r, c);
+      Floats zeros = {};
       transform.inverse(
           work, [&](std::int64_t f) { return load_complex(work + f * 2 * kLanes); },
-          [&](std::int64_t n, Complex value) { store(frames + n * kLanes, value.re); });
+          [&](std::int64_t n, Complex value) {
+            const Floats sum = value.re * scale;
+            watch(zeros, sum);
+            store(frames + n * kLanes, sum);
+          });
+      if (!all_finite(zeros)) sum_directly(call, group, place, length, c, frames, memory);
       const std::int64_t channel = group * call.channels + c;
-      finish<activation>(call, frames, least(call.P, call.T_ - place.t),
+      finish<activation>(call, frames, length,
                          call.bias ? lanes.load(call.bias + channel) : Floats{},
                          (place.b * call.T_ + place.t) * call.C + channel, lanes);
     });
@@ -206,13 +204,13 @@ void convolve(const PositionalConv<T>& call, std::int64_t group, std::int64_t fi
   }
   switch (static_cast<Activation>(call.activation)) {
     case Activation::none:
-      return invert_rows<Activation::none>(call, group, first, count, rows, at.frames);
+      return invert_rows<Activation::none>(call, group, first, count, rows, at.frames, at.work);
     case Activation::relu:
-      return invert_rows<Activation::relu>(call, group, first, count, rows, at.frames);
+      return invert_rows<Activation::relu>(call, group, first, count, rows, at.frames, at.work);
     case Activation::gelu:
-      return invert_rows<Activation::gelu>(call, group, first, count, rows, at.frames);
+      return invert_rows<Activation::gelu>(call, group, first, count, rows, at.frames, at.work);
     case Activation::gelu_tanh:
-      return invert_rows<Activation::gelu_tanh>(call, group, first, count, rows, at.frames);
+      return invert_rows<Activation::gelu_tanh>(call, group, first, count, rows, at.frames, at.work);
   }
 }
 
@@ -252,12 +250,17 @@ void finish_gradient(const PositionalConv<T>& call, std::int64_t group, const fl
   const float scale = 1.0f / static_cast<float>(call.P);
   for (std::int64_t in = 0; in < call.channels; ++in) {
     each_vector_in_panels(call.channels, in, [&](std::int64_t out, std::int64_t offset, std::int64_t im) {
+      Floats zeros = {};
       transform.inverse(
           at.work,
           [&](std::int64_t f) {
             return Complex{load(spectra + f * step + offset), load(spectra + f * step + offset + im)};
           },
-          [&](std::int64_t n, Complex value) { store(at.frames + n * kLanes, value.re * scale); });
+          [&](std::int64_t n, Complex value) {
+            watch(zeros, value.re);
+            store(at.frames + n * kLanes, value.re * scale);
+          });
+      if (!all_finite(zeros)) sum_gradient_directly(call, group, in, out, at.frames);
       for (std::int64_t lane = 0; lane < least(kLanes, call.channels - out); ++lane) {
         T* taps = call.out + ((group * call.channels + out + lane) * call.channels + in) * call.K;
         for (std::int64_t k = 0; k < call.K; ++k) put(at.frames[k * kLanes + lane], taps + k);

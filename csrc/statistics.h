@@ -15,7 +15,12 @@ struct Statistics {
 // cancel.
 template <class T>
 WAVLM_FAST_INLINE Statistics statistics(const T* row, std::int64_t C, float eps, float total) {
-  const float mean = total / C;
+  float mean = total / C;
+  if (mean - mean != 0.0f) {  // large numbers may leave the range in their sum where their mean does not
+    Floats means[kUnroll] = {};
+    sweep(C, [&](std::int64_t i, auto lanes, int u) { means[u] += lanes.load(row + i) / static_cast<float>(C); });
+    mean = sum(means);
+  }
   Floats squares[kUnroll] = {};
   sweep(C, [&](std::int64_t i, auto lanes, int u) {
     const Floats centred = lanes.keep(lanes.load(row + i) - mean);

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "check.h"
 #include "dispatch.h"
 #include "scratch.h"
 
@@ -22,8 +23,7 @@ void check(const char* op, const Tensor& x, const std::optional<Tensor>& lengths
   TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, op,
               ": expected float32 or bfloat16, got ", x.scalar_type());
   TORCH_CHECK(x.dim() == 3, op, ": expected x of [B, T, C], got ", x.sizes());
-  TORCH_CHECK(!lengths || lengths->sizes() == at::IntArrayRef({x.size(0)}), op, ": expected lengths of [", x.size(0),
-              "]");
+  check_lengths(op, lengths, x.size(0));
 }
 
 Tensor as_int64(const std::optional<Tensor>& lengths) {

@@ -59,6 +59,18 @@ WAVLM_FAST_INLINE void measure(const PoolColumns<T>& columns, PoolWork& work) {
   }
 }
 
+// Mean and squares of one column as they are defined, in float64: numbers so large that their differences or squares
+// leave the range of float32.
+template <class T>
+void measure_wide(const PoolColumns<T>& columns, std::int64_t c, PoolWork& work) {
+  double total = 0.0, squares = 0.0;
+  const auto value = [&](std::int64_t t) { return static_cast<double>(load(columns.x + t * columns.row_step + c, 1)[0]); };
+  for (std::int64_t t = 0; t < columns.frames; ++t) total += value(t);
+  const double mean = total / static_cast<double>(columns.frames);
+  for (std::int64_t t = 0; t < columns.frames; ++t) squares += (value(t) - mean) * (value(t) - mean);
+  work.mean[c] = mean, work.squares[c] = squares;
+}
+
 // work.pivot becomes the mean, work.rest what float32 leaves of it, work.rest_squares the deviation.
 template <class T>
 WAVLM_FAST_INLINE void finish(const PoolColumns<T>& columns, PoolWork& work) {
@@ -66,6 +78,7 @@ WAVLM_FAST_INLINE void finish(const PoolColumns<T>& columns, PoolWork& work) {
   if (columns.frames > 0) measure(columns, work);
   const double degrees = static_cast<double>(columns.frames - 1);
   for (std::int64_t c = 0; c < columns.channels; ++c) {
+    if (columns.frames > 0 && !((work.mean[c] + work.squares[c]) * 0.0 == 0.0)) measure_wide(columns, c, work);
     const float mean = columns.frames > 0 ? static_cast<float>(work.mean[c]) : nan;
     work.pivot[c] = mean;
     work.rest[c] = static_cast<float>(work.mean[c] - mean);

@@ -99,6 +99,9 @@ WAVLM_FAST_INLINE void store(bf16* to, Floats value) {
   std::memcpy(to, &halves, sizeof(halves));
 }
 
+// Adds zero to `zeros` for finite values, and NaN for others: what tells at the end whether all were finite.
+WAVLM_FAST_INLINE void watch(Floats& zeros, Floats value) { zeros += value * 0.0f; }
+
 // What a load would give after a store as T.
 template <class T>
 WAVLM_FAST_INLINE Floats rounded(Floats value) {
@@ -141,6 +144,9 @@ WAVLM_FAST_INLINE float sum(typename FloatsOf<N>::type value) {
     return sum<N / 2>(low + high);
   }
 }
+
+// Whether all values were finite that were given to `watch`.
+WAVLM_FAST_INLINE bool all_finite(Floats zeros) { return sum(zeros) == 0.0f; }
 
 // All lanes, or the first n: what a sweep hands to its body, so that the body is written once.
 struct All {

@@ -2,13 +2,13 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
+#include "check.h"
 #include "dispatch.h"
 #include "waveform_conv.h"
 #include "waveform_conv_entry.h"
@@ -23,6 +23,8 @@ using at::Tensor;
 
 // Windows are summed in parts of this many, whatever the number of threads: the result does not depend on it.
 constexpr int64_t kPart = 4096;
+// Their products take the square of the taps, for each part.
+constexpr int64_t kMostTaps = 128;
 
 Tensor vector_of(const std::optional<Tensor>& vector) {
   return vector ? vector->to(at::kFloat).contiguous() : Tensor();
@@ -81,14 +83,21 @@ FirstConv::FirstConv(const Tensor& weight, const Tensor& packed, const std::opti
       activation_(activation_number(activation)) {
   TORCH_CHECK(weight.dim() == 3 && weight.size(1) == 1 && weight.scalar_type() == at::kFloat && stride > 0,
               "waveform_conv: expected a float32 weight of [C, 1, K], got ", weight.scalar_type(), " ", weight.sizes());
+  check_positive("waveform_conv", {{"taps", weight.size(2)}});
+  TORCH_CHECK(!group_norm || weight.size(2) <= kMostTaps, "waveform_conv: expected up to ", kMostTaps,
+              " taps before a group norm, got ", weight.size(2));
+  check_vector("waveform_conv", "bias", bias, weight.size(0));
+  check_vector("waveform_conv", "norm_weight", norm_weight, weight.size(0));
+  check_vector("waveform_conv", "norm_bias", norm_bias, weight.size(0));
   filters_ = weight.contiguous().view({weight.size(0), weight.size(2)});
   TORCH_CHECK(packed.is_contiguous() && packed.scalar_type() == at::kFloat &&
                   packed.numel() == packed_size(channels(), 1, filters_.size(1), false),
               "waveform_conv: expected the weight packed by pack_conv");
-  bias_ = group_norm ? at::empty({channels()}, filters_.options()) : vector_of(bias);
+  own_bias_ = vector_of(bias);
+  bias_ = group_norm ? at::empty({channels()}, filters_.options()) : own_bias_;
   if (!group_norm) return;
   gain_ = at::empty_like(bias_);
-  offset_ = norm_bias_.defined() ? norm_bias_ : at::zeros_like(bias_);
+  offset_ = at::empty_like(bias_);
 }
 
 template <class Out>
@@ -110,13 +119,21 @@ void FirstConv::normalise(const float* utterance, int64_t windows) {
   const int64_t K = filters_.size(1);
   const WindowStatistics statistics(utterance, windows, stride_, K);
   const float *w = filters_.const_data_ptr<float>(), *norm_weight = data_of(norm_weight_);
+  const float *norm_bias = data_of(norm_bias_), *own_bias = data_of(own_bias_);
   float *bias = bias_.mutable_data_ptr<float>(), *gain = gain_.mutable_data_ptr<float>();
+  float* offset = offset_.mutable_data_ptr<float>();
   for (int64_t i = 0; i < channels(); ++i, w += K) {
-    // The conv's own bias moves the mean and nothing else, so the norm takes it out again.
-    bias[i] = -statistics.mean_of(w);
+    // The conv's own bias moves the mean and nothing else, so the norm takes it out again, if it is finite.
+    bias[i] = (own_bias ? 0.0f * own_bias[i] : 0.0f) - statistics.mean_of(w);
     gain[i] = (norm_weight ? norm_weight[i] : 1.0) / std::sqrt(statistics.variance_of(w) + eps_);
     // A single frame is its own mean: what is left of it is rounding, which the gain would blow up.
-    if (windows == 1) gain[i] = 0.0f;
+    if (windows == 1) gain[i] *= 0.0f;
+    offset[i] = norm_bias ? norm_bias[i] : 0.0f;
+    // Differences from the mean have both signs; torch multiplies first and subtracts then.
+    if (std::isfinite(gain[i])) continue;
+    const float mean = -bias[i];
+    bias[i] = own_bias ? own_bias[i] : 0.0f;
+    offset[i] -= (mean + bias[i]) * gain[i];
   }
 }
 

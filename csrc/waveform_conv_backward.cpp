@@ -15,6 +15,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "check.h"
 #include "dispatch.h"
 #include "integers.h"
 #include "packed_conv_entry.h"
@@ -140,7 +141,9 @@ void run(const Tensor& grad, const Tensor& waveform, const Tensor& filters, int6
   float* at = vectors.mutable_data_ptr<float>();
   for (int64_t b = 0; b < waveform.size(0); ++b) {
     // The norm takes a constant out; before the sums it costs them fewer digits.
-    const Tensor wide = waveform[b].to(at::kDouble), centred = wide.sub(wide.mean()).to(at::kFloat);
+    const Tensor wide = waveform[b].to(at::kDouble);
+    const double mean = wide.mean().item<double>();  // not finite: for what no window may have seen
+    const Tensor centred = wide.sub(std::isfinite(mean) ? mean : 0.0).to(at::kFloat);
     WaveformGradient<T> call;
     call.x = centred.const_data_ptr<float>();
     call.grad = static_cast<const T*>(grad.const_data_ptr()) + b * frames * channels;
@@ -161,13 +164,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> waveform_conv_backward(const Tensor& 
                                                                   const Tensor& norm_weight, const Tensor& norm_bias,
                                                                   double eps, const std::string& activation,
                                                                   bool wants_waveform) {
-  TORCH_CHECK(weight.dim() == 3 && weight.size(1) == 1 && waveform.dim() == 2 && stride > 0 &&
+  TORCH_CHECK(weight.dim() == 3 && weight.size(1) == 1 && waveform.dim() == 2 && weight.size(2) > 0 &&
                   waveform.size(1) >= weight.size(2) && weight.size(2) <= waveform_backward_kernels().most_taps,
               "waveform_conv_backward: expected a waveform of [B, S] and a weight of [C, 1, K] with K up to ",
               waveform_backward_kernels().most_taps, ", got ", waveform.sizes(), " and ", weight.sizes());
+  check_positive("waveform_conv_backward", {{"stride", stride}});
+  stride = std::min(stride, waveform.size(1));  // one frame either way, and nothing overflows
   const int64_t C = weight.size(0), K = weight.size(2), T = (waveform.size(1) - K) / stride + 1;
-  TORCH_CHECK(grad.sizes() == at::IntArrayRef({waveform.size(0), T, C}) && norm_weight.numel() == C &&
-                  norm_bias.numel() == C,
+  check_vector("waveform_conv_backward", "norm_weight", norm_weight, C);
+  check_vector("waveform_conv_backward", "norm_bias", norm_bias, C);
+  TORCH_CHECK(grad.sizes() == at::IntArrayRef({waveform.size(0), T, C}),
               "waveform_conv_backward: expected grad of [", waveform.size(0), ", ", T, ", ", C, "], got ", grad.sizes());
   for (const Tensor* x : {&waveform, &weight, &norm_weight, &norm_bias}) {
     TORCH_CHECK(x->scalar_type() == at::kFloat, "waveform_conv_backward: expected float32, got ", x->scalar_type());

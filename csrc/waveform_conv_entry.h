@@ -47,7 +47,7 @@ class FirstConv {
  private:
   void normalise(const float* utterance, int64_t windows);
 
-  at::Tensor filters_, packed_, bias_, norm_weight_, norm_bias_, gain_, offset_;
+  at::Tensor filters_, packed_, own_bias_, bias_, norm_weight_, norm_bias_, gain_, offset_;
   int64_t stride_;
   bool group_norm_;
   double eps_;

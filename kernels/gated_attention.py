@@ -47,7 +47,8 @@ def _fwd_step(
     here = tl.max(scores, axis=1)
     # A bias that is one number per row joins the row's numbers, not the scores.
     new_top = tl.maximum(top, here + far if FAR else here)
-    shift = new_top * scale
+    # Where no score is above -inf yet, differences from it would be NaN.
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top) * scale
     weights = tl.exp2(scores * scale - (shift - far * scale if FAR else shift)[:, None])
     decay = tl.exp2(top * scale - shift)
     total = total * decay + tl.sum(weights, axis=1)
@@ -92,7 +93,7 @@ def _gated_attention_fwd_kernel(
     v_base = v_ptr + b.to(tl.int64) * stride_vb + h * stride_vh
     copies = copies_ptr + h * (4 * W)
 
-    length = tl.load(lengths_ptr + b).to(tl.int32) if LENGTHS else T
+    length = tl.minimum(tl.load(lengths_ptr + b), T).to(tl.int32) if LENGTHS else T
     full = length // BLOCK_N
     low, high = tl.load(ends_ptr + h * 2), tl.load(ends_ptr + h * 2 + 1)
     left, right = far_tiles(first, low, high, T, full, BLOCK_M, BLOCK_N)
@@ -122,7 +123,7 @@ def _gated_attention_fwd_kernel(
             D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, False, True, DROPOUT, PRECISION, WARPS, APART,
         )  # fmt: skip
 
-    # A row without keys has total 0: zeros out, and a log-sum-exp of -inf.
+    # A row without keys, or with none above -inf, has total 0: zeros out, and a log-sum-exp of -inf.
     lse = (top * scale + tl.log2(total)) * 0.6931471805599453
     tl.store(lse_ptr + head + query, tl.where(total == 0, float("-inf"), lse), mask=query < T)
     out = acc * (keep_scale / tl.where(total == 0, 1.0, total))[:, None]

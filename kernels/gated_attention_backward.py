@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ._dropout import keep, row_keys
-from ._rows import in_pieces, load_tile, operand, product_of_rows, row_pointers, row_starts
+from ._rows import in_pieces, load_lse, load_tile, operand, product_of_rows, row_pointers, row_starts
 from ._target import target
 from ._toeplitz import biased_scores, far_tiles, fragment_warps, toeplitz
 from ._tuning import Config, tunable
@@ -91,13 +91,13 @@ def _gated_attention_bwd_dq_kernel(
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
     dout = dout_ptr + own if IN_PIECES else dout
     gate = tl.load(gate_ptr + head + row) * gate_scale
-    lse = tl.load(lse_ptr + head + row) * 1.4426950408889634
+    lse = load_lse(lse_ptr + head + row, row, T, False)
     row_key = row_keys(seed_ptr, head + row) if DROPOUT else row
     k_base = k_ptr + b.to(tl.int64) * stride_kb + h * stride_kh
     v_base = v_ptr + b.to(tl.int64) * stride_vb + h * stride_vh
     copies = copies_ptr + h * (4 * W)
 
-    length = tl.load(lengths_ptr + b).to(tl.int32) if LENGTHS else T
+    length = tl.minimum(tl.load(lengths_ptr + b), T).to(tl.int32) if LENGTHS else T
     full = length // BLOCK_N
     low, high = tl.load(ends_ptr + h * 2), tl.load(ends_ptr + h * 2 + 1)
     left, right = far_tiles(first, low, high, T, full, BLOCK_M, BLOCK_N)
@@ -153,13 +153,13 @@ def _dkv_step(
     q = load_tile(q_base + place * stride_qt + column[None, :], query, T, column, EDGE, D, BLOCK_D)
     dout = load_tile(dout_base + place * stride_ot + column[None, :], query, T, column, EDGE, D, BLOCK_D)
     if EDGE:
-        gate = tl.load(gate_base + query, mask=query < T, other=0.0) * gate_scale
-        lse = tl.load(lse_base + query, mask=query < T, other=float("inf")) * 1.4426950408889634
+        # 1 past the end: 0 times a bias of -inf would be NaN.
+        gate = tl.load(gate_base + query, mask=query < T, other=1.0) * gate_scale
         delta = tl.load(delta_base + query, mask=query < T, other=0.0)
     else:
         gate = tl.load(gate_base + query) * gate_scale
-        lse = tl.load(lse_base + query) * 1.4426950408889634
         delta = tl.load(delta_base + query)
+    lse = load_lse(lse_base + query, query, T, EDGE)
     if k.dtype.is_ptr():
         q_rows = row_starts(q_base, start, stride_qt, rows, T, EDGE)
         dout_rows = row_starts(dout_base, start, stride_ot, rows, T, EDGE)
@@ -214,7 +214,7 @@ def _gated_attention_bwd_dkv_kernel(
     dout_base = dout_ptr + (b.to(tl.int64) * T * H + h) * D
     copies = copies_ptr + (H + h) * (4 * W)  # reversed
 
-    length = tl.load(lengths_ptr + b).to(tl.int32) if LENGTHS else T
+    length = tl.minimum(tl.load(lengths_ptr + b), T).to(tl.int32) if LENGTHS else T
     # A tile past the length takes part in nothing.
     full = tl.where(first < length, T // BLOCK_M, 0)
     low, high = tl.load(ends_ptr + h * 2), tl.load(ends_ptr + h * 2 + 1)

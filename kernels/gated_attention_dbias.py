@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ._dropout import keep, row_keys
-from ._rows import operand, product_of_rows
+from ._rows import load_lse, operand, product_of_rows
 from ._target import has_tensor_memory, target
 from ._toeplitz import biased_scores, fragment_warps, row_places
 from ._tuning import Config, tunable
@@ -49,7 +49,7 @@ def _gated_attention_bwd_dbias_kernel(
         first_query = (first_m + item % tiles) * BLOCK_M
         first_key = first_query + diagonal * BLOCK_N
         query, key = first_query + row, first_key + column
-        length = tl.load(lengths_ptr + b).to(tl.int32) if LENGTHS else T
+        length = tl.minimum(tl.load(lengths_ptr + b), T).to(tl.int32) if LENGTHS else T
         head = (b * H + h).to(tl.int64) * T
         wide = b.to(tl.int64)
         q_base = q_ptr + wide * stride_qb + h * stride_qh
@@ -60,9 +60,10 @@ def _gated_attention_bwd_dbias_kernel(
         dout = operand(dout_base, first_query, H * D, row, T, d, True, IN_PIECES, D, BLOCK_D)
         k = operand(k_base, first_key, stride_kt, column, length, d, True, IN_PIECES, D, BLOCK_D)
         v = operand(v_base, first_key, stride_vt, column, length, d, True, IN_PIECES, D, BLOCK_D)
-        gate = tl.load(gate_ptr + head + query, mask=query < T, other=0.0)
+        # 1 past the end: 0 times a bias of -inf would be NaN.
+        gate = tl.load(gate_ptr + head + query, mask=query < T, other=1.0)
         # An infinite log-sum-exp makes the weights of a row 0.
-        lse = tl.load(lse_ptr + head + query, mask=query < T, other=float("inf")) * 1.4426950408889634
+        lse = load_lse(lse_ptr + head + query, query, T, True)
         delta = tl.load(delta_ptr + head + query, mask=query < T, other=0.0)
         if WARPS:
             scores, _ = biased_scores(

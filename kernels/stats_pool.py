@@ -32,7 +32,7 @@ def _stats_pool_piece_kernel(
 ):  # fmt: skip
     piece, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    length = tl.load(lengths_ptr + b).to(tl.int32) if LENGTHS else T
+    length = tl.minimum(tl.load(lengths_ptr + b), T).to(tl.int32) if LENGTHS else T
     count = 0.0
     mean = tl.zeros([BLOCK_C], dtype=tl.float32)
     squares = tl.zeros([BLOCK_C], dtype=tl.float32)
@@ -57,7 +57,7 @@ def _stats_pool_merge_kernel(
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    length = tl.load(lengths_ptr + b).to(tl.int32) if LENGTHS else T
+    length = tl.minimum(tl.load(lengths_ptr + b), T).to(tl.int32) if LENGTHS else T
     count = 0.0
     mean = tl.zeros([BLOCK_C], dtype=tl.float32)
     squares = tl.zeros([BLOCK_C], dtype=tl.float32)
@@ -82,7 +82,7 @@ def _stats_pool_bwd_kernel(
     b = tl.program_id(2).to(tl.int64)
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < C
-    length = tl.load(lengths_ptr + b).to(tl.int32) if LENGTHS else T
+    length = tl.minimum(tl.load(lengths_ptr + b), T).to(tl.int32) if LENGTHS else T
     # The mean again from the pieces: that in `out` is rounded to its dtype.
     count = 0.0
     mean = tl.zeros([BLOCK_C], dtype=tl.float32)

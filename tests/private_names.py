@@ -9,6 +9,7 @@ giving that module a `getattr` of its own.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import importlib.util
 import json
@@ -33,6 +34,7 @@ def main():
     for module in first["modules"]:  # nobody has to import them again
         with contextlib.suppress(Exception):
             importlib.import_module(module)
+    gc.freeze()  # no child has to look through all of torch for garbage
     tasks = Path("/proc/self/task")
     assert not tasks.exists() or len(list(tasks.iterdir())) == 1, "a fork would keep one thread of several"
     print(json.dumps([*NONE, "there"]))

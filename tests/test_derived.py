@@ -408,7 +408,7 @@ def test_nothing_is_kept_of_tensors_without_values():
 
 
 def in_a_fork(work):
-    """Whether `work()` is true in a forked child, within a minute."""
+    """Whether `work()` is true in a forked child, within half a minute."""
     child = os.fork()
     if child == 0:
         status = 2
@@ -416,7 +416,7 @@ def in_a_fork(work):
             status = 0 if work() else 1
         finally:
             os._exit(status)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 30
     while time.monotonic() < end:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import subprocess
@@ -14,7 +13,6 @@ import pytest
 from wavlm_fast import _private
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted((*ROOT.glob("wavlm_fast/**/*.py"), *ROOT.glob("kernels/*.py")))
 NAMES = [(name.owner, name.name) for name in _private.NAMES]
 
 
@@ -22,7 +20,7 @@ NAMES = [(name.owner, name.name) for name in _private.NAMES]
 def lives():
     """(owner, name) -> how life without it went; a process that forks for each, so that nothing is imported twice."""
     if not hasattr(os, "fork"):
-        pytest.skip("this system has no fork, and a process that imports torch and transformers for each name takes long")
+        pytest.skip("this system has no fork, and a process for each name would import transformers each time")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *(p for p in sys.path if p)])
     command = [sys.executable, str(ROOT / "tests" / "private_names.py")]

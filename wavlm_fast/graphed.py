@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import backends, derived
 from ._locks import ForkSafeLock
 from ._private import buffers_of, parameters_of, version
+from .modules._originals import methods_of
 from .modules._plain import has_hooks
 
 logger = logging.getLogger("wavlm_fast")
@@ -259,6 +260,7 @@ def _look_at(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
     return {
         "modules were replaced, or are of another class": [(m, type(m)) for m in modules],
+        "methods were replaced, which a replay would not call": [methods_of(m) for m in modules],
         "the model is in training mode": any(m.training for m in modules),
         "modules have hooks, which a replay would not call": any(map(_hooked, modules)),
         _WEIGHTS: [_identity(t) for m in modules for t in (*parameters_of(m).values(), *buffers_of(m).values())],

@@ -227,3 +227,36 @@ def test_refusals():
     assert refuse(*args) is None
     if DEVICE == "cpu":
         assert "bfloat16" in refuse(*wide(args, torch.bfloat16))
+
+
+@pytest.mark.parametrize("far", [None, 5])
+@pytest.mark.parametrize("of_all", [True, False])
+def test_scores_of_minus_infinity(far, of_all):
+    """Of a whole tile, or of whole rows: weights of 0, where a difference of infinities would be NaN."""
+    T = 150
+    q, k, v, gate, rel_bias, *rest = inputs(1, T, 2, 16, far=far)
+    gate = gate + 0.5
+    # Entry j - i + T - 1 of query i and key j: keys more than 20 frames ahead, or all of them for the first head.
+    rel_bias[:, T + 20 :] = -torch.inf
+    if of_all:
+        rel_bias[0] = -torch.inf
+    args = [q, k, v, gate, rel_bias, *rest]
+    plain, truth = REFERENCE["gated_attention"].fn(*args), REFERENCE["gated_attention"].fn(*wide(args))
+    assert truth[0].isfinite().all()
+    found = kernel("gated_attention")(*args)
+    for f, t, p in zip(found, truth, plain, strict=True):
+        assert_close(f, t, p)
+    grad = randn(*q.shape, seed=3)
+    operands = [grad, *args[:6], *plain, *args[6:]]
+    theirs = REFERENCE["gated_attention_backward"].fn(*operands)
+    ours = kernel("gated_attention_backward")(*operands)
+    for name, a, p in zip(NAMES, ours, theirs, strict=True):
+        if name != "dgate":  # 0 times the bias: NaN in torch as well, and in a few more rows of the last tile
+            assert torch.equal(a.isfinite(), p.isfinite()), name
+
+
+def test_a_length_out_of_range_reads_no_more_than_there_is():
+    args = inputs(2, 40, 2, 16, lengths=[40, 13])
+    beyond = [*args[:5], torch.tensor([10**6, 13]), *args[6:]]
+    for f, t in zip(kernel("gated_attention")(*beyond), kernel("gated_attention")(*args), strict=True):
+        assert torch.equal(f, t)

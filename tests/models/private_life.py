@@ -6,6 +6,7 @@ import copy
 import gc
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
@@ -21,7 +22,6 @@ from wavlm_cases import (
     plain_model,
     ragged_mask,
     small_config,
-    structure,
     to_double,
     truth_of,
     waveforms,
@@ -50,14 +50,15 @@ def live(owner, name):
         trio.compare()
         trio.compare(output_hidden_states=True, **MASK)
         trio.compare_gradients()
-        for kind in KINDS:
-            own_hooks(trio.ours, kind)
-            hooks_of_all_modules(trio.ours, kind)
+    for kind in KINDS:
+        own_hooks(large.ours, kind)
+        hooks_of_all_modules(base.ours, kind)
     with use_backend("reference"):
         base.compare(**MASK)
         base.compare_gradients()
     layers_dropped(large)
-    masked_features(base)
+    masked(base)
+    weights_of_another_class(base)
     other_activations(base)
     changed_weights(base)
     checkpointed_with_a_frozen_front_end(large)
@@ -80,7 +81,7 @@ class Trio:
     def __init__(self, form, ours):
         config = small_config(
             form, num_hidden_layers=2, add_adapter=True, num_adapter_layers=1, apply_spec_augment=False,
-            mask_feature_prob=0.5, mask_feature_length=4,
+            mask_time_prob=0.5, mask_time_length=2, mask_feature_prob=0.5, mask_feature_length=4,
         )  # fmt: skip
         config._attn_implementation = "eager"
         self.plain = plain_model("WavLMForXVector", config)
@@ -153,22 +154,46 @@ def layers_dropped(trio):
     assert not torch.equal(outputs[0], outputs[1]) or not torch.equal(outputs[1], outputs[2])
 
 
-def masked_features(trio):
-    """transformers 5 raises here; ours may do that, or do it right, and nothing else."""
-    found = []
-    for model in trio.all[:2]:
-        model.config.apply_spec_augment = True
-        with training([model]), torch.no_grad():
-            try:
-                found.append(structure(model(waveforms()).logits))
-            except AttributeError as error:
-                found.append("mask_feature_min_masks" in str(error))
-        model.config.apply_spec_augment = False
-    assert False not in found and found[0] in (True, found[1])
+def masked(trio):
+    """transformers 5 raises where features are to be masked; ours may do that, or do it right, and nothing else."""
+    for backend in ("auto", "reference"):
+        for probability in (0.0, 0.5):
+            found = []
+            for model in trio.all[:2]:
+                model.config.apply_spec_augment, model.config.mask_feature_prob = True, probability
+                np.random.seed(0)
+                with training([model]), use_backend(backend):
+                    found.append(logits_or_error(model))
+                model.config.apply_spec_augment = False
+            if isinstance(found[0], torch.Tensor):
+                torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
+            else:
+                assert "mask_feature_min_masks" in found[0]
+                assert isinstance(found[1], torch.Tensor) or found[1] == found[0]
+
+
+def logits_or_error(model):
+    try:
+        return model(waveforms()).logits
+    except AttributeError as error:
+        return str(error)
+
+
+def weights_of_another_class(trio):
+    class Weight(nn.Parameter):
+        pass
+
+    for model in trio.all:
+        dense = model.wavlm.encoder.layers[0].feed_forward.output_dense
+        dense.weight = Weight(dense.weight.detach())
+    trio.compare()
+    for model in trio.all:
+        dense = model.wavlm.encoder.layers[0].feed_forward.output_dense
+        dense.weight = nn.Parameter(dense.weight.detach())
 
 
 def other_activations(trio):
-    for name in ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu"):
+    for name in ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "gelu"):
         for model in trio.all:
             for layer in model.wavlm.encoder.layers:
                 layer.feed_forward.intermediate_act_fn = ACT2FN[name]
@@ -185,7 +210,8 @@ def changed_weights(trio):
         with torch.no_grad():
             for model in trio.all:
                 for parameter in model.wavlm.encoder.layers.parameters():
-                    parameter[..., -1:] *= 1.25
+                    if parameter.dim() > 1:
+                        parameter.view(-1)[1] += 1.0  # not among the values that are sampled
         trio.compare()
     if cpu.EXTENSION_PROBLEM is None:
         derived.use_fingerprint(torch.ops.wavlm_fast_cpu.fingerprint.default)

@@ -45,7 +45,7 @@ for _schema in (
     "bool filtered, str activation) -> Tensor",
     "encoder_layer(Tensor x, Tensor rel_bias, Tensor? key_lengths, Tensor[] packed, Tensor[] biases, Tensor[] gate, "
     "Tensor[] norms, float[] eps, float scale, str activation, bool norm_first) -> Tensor",
-    "matmul(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()",
+    "matmul(Tensor a, Tensor b, Tensor(a!) out, bool add) -> Tensor(a!)",
     "norm_act(Tensor x, Tensor? weight, Tensor? bias, float eps, str activation) -> Tensor",
     "waveform_conv(Tensor waveform, Tensor weight, Tensor packed, Tensor? bias, int stride, bool group_norm, "
     "Tensor? norm_weight, Tensor? norm_bias, float eps, str activation, bool to_bf16) -> Tensor",
@@ -158,7 +158,9 @@ def _of_frames(op: str) -> dict[str, Implementation]:
     """An op of which the dtype of x alone decides, and its backward."""
 
     def why_not(x: torch.Tensor, *rest: object) -> str | None:
-        return None if x.dtype in _DTYPES else f"the C++ {op} takes float32 or bfloat16, x is {x.dtype}"
+        if x.dtype not in _DTYPES:
+            return f"the C++ {op} takes float32 or bfloat16, x is {x.dtype}"
+        return "there is nothing to compute" if x.numel() == 0 else None
 
     return {op: _cpp(op, why_not), f"{op}_backward": _cpp(f"{op}_backward", lambda grad, *args: why_not(*args))}
 
@@ -166,17 +168,15 @@ def _of_frames(op: str) -> dict[str, Implementation]:
 def _why_not_gated_attention(q: torch.Tensor, *rest: object) -> str | None:
     if q.dtype not in _DTYPES:
         return f"the C++ gated_attention takes float32 or bfloat16, q is {q.dtype}"
-    return None
+    return "there is nothing to compute" if q.numel() == 0 else None
 
 
-def _why_not_gated_attention_backward(grad: torch.Tensor, *rest: object) -> str | None:
-    return _why_not_gated_attention(grad)
+def _why_not_gated_attention_backward(grad: torch.Tensor, q: torch.Tensor, *rest: object) -> str | None:
+    return _why_not_gated_attention(q)
 
 
-def _why_not_waveform_conv(waveform: torch.Tensor, *rest: object) -> str | None:
-    if waveform.dtype not in _DTYPES or waveform.numel() == 0:
-        return f"the C++ waveform_conv takes float32 or bfloat16 samples, got {waveform.dtype} {list(waveform.shape)}"
-    return EXTENSION_PROBLEM
+def _why_not_waveform_conv(*args: Any) -> str | None:
+    return front_end.why_not_waveform_conv(EXTENSION_PROBLEM, *args)
 
 
 def _why_not_waveform_conv_backward(*args: Any) -> str | None:

@@ -42,6 +42,8 @@ def why_not(
 ) -> str | None:  # fmt: skip
     """Why a layer cannot run as a whole; None when it can."""
     reason = products.why_not(extension_problem, x, weights[0])
+    if any(weight.numel() == 0 for weight in weights):
+        return "there is nothing to compute"
     if reason is not None or x.dtype == torch.float32:
         return reason
     if products.in_onednn(x):

@@ -11,6 +11,7 @@ from ..ops.feature_encoder import per_layer
 from . import gradients, products
 
 _MOST_TAPS = 16  # of csrc/waveform_conv_backward_kernel.cpp
+_MOST_NORMED_TAPS = 128  # kMostTaps of csrc/waveform_conv.cpp
 
 
 def waveform_conv(
@@ -37,6 +38,20 @@ def waveform_conv(
     return out.to(waveform.dtype)
 
 
+def why_not_waveform_conv(
+    extension_problem: str | None, waveform: Tensor, weight: Tensor, bias: Tensor | None, stride: int, norm: str,
+    *rest: object,
+) -> str | None:  # fmt: skip
+    """Why the first convolution cannot run here; None when it can."""
+    if waveform.dtype not in (torch.float32, torch.bfloat16):
+        return f"the C++ waveform_conv takes float32 or bfloat16 samples, got {waveform.dtype}"
+    if waveform.numel() == 0 or weight.numel() == 0:
+        return "there is nothing to compute"
+    if norm == "group" and weight.shape[2] > _MOST_NORMED_TAPS:
+        return f"the C++ waveform_conv takes up to {_MOST_NORMED_TAPS} taps before a group norm, got {weight.shape[2]}"
+    return extension_problem
+
+
 def waveform_conv_backward(
     grad: Tensor,
     waveform: Tensor,
@@ -59,11 +74,15 @@ def waveform_conv_backward(
         return dx.view(waveform.shape) if wanted[0] else dx, *rest
     gain = torch.ones(weight.shape[0]) if norm_weight is None else norm_weight.float()
     shift = torch.zeros(weight.shape[0]) if norm_bias is None else norm_bias.float()
+    wide = weight.float()
+    if bias is not None:  # the norm takes it out, unless it is not finite
+        wide = wide + (bias.float() * 0)[:, None, None]
     dwaveform, dweight, dgain, dshift = torch.ops.wavlm_fast_cpu.waveform_conv_backward(
-        grad.to(waveform.dtype), waveform.float(), weight.float(), stride, gain, shift, eps, activation, wanted[0]
+        grad.to(waveform.dtype), waveform.float(), wide, stride, gain, shift, eps, activation, wanted[0]
     )
-    # The norm takes the bias out.
-    found = (dwaveform, dweight, None if bias is None else torch.zeros_like(bias), dgain, dshift)
+    # That of the bias is zero where anything is finite.
+    dbias = (dweight * 0).sum((1, 2))
+    found = (dwaveform, dweight, dbias, dgain, dshift)
     likes = (waveform, weight, bias, norm_weight, norm_bias)
     pairs = zip(found, likes, strict=True)
     return only(wanted, *(None if g is None or like is None else g.to(like.dtype) for g, like in pairs), like=waveform)
@@ -85,8 +104,10 @@ def why_not_waveform_conv_backward(
         return "the C++ gradient of a layer-normed waveform_conv needs the norm's weight"
     if norm == "group" and weight.shape[2] > _MOST_TAPS:
         return f"the C++ gradient of waveform_conv takes up to {_MOST_TAPS} taps, weight has {weight.shape[2]}"
-    if waveform.dtype not in (torch.float32, torch.bfloat16) or grad.numel() == 0:
+    if waveform.dtype not in (torch.float32, torch.bfloat16):
         return f"the C++ gradient of waveform_conv takes float32 or bfloat16 samples, got {waveform.dtype}"
+    if grad.numel() == 0 or weight.numel() == 0:
+        return "there is nothing to compute"
     return extension_problem
 
 
@@ -123,14 +144,18 @@ def why_not_feature_encoder(
     weights: list[Tensor],
     biases: list[Tensor],
     strides: list[int],
+    norm: str,
     *rest: object,
 ) -> str | None:
     """Why the front end cannot run as a whole; None when it can."""
     reason = products.why_not(extension_problem, waveform, weights[0])
+    reason = reason or why_not_waveform_conv(None, waveform, weights[0], None, strides[0], norm)
     if reason is not None:
         return reason
     if products.in_onednn(waveform):
         return "bfloat16 convolutions run in oneDNN here, layer by layer"
+    if any(w.numel() == 0 for w in weights):
+        return "there is nothing to compute"
     if len(weights) < 2 or any(w.shape[2] < stride for w, stride in zip(weights[1:], strides[1:], strict=True)):
         return "the C++ feature_encoder takes two layers or more, and no stride beyond the kernel"
     if waveform.dtype == torch.bfloat16 and any(w.shape[1] % 2 for w in weights[1:]):

@@ -44,9 +44,10 @@ def linear_act_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, pre: Tensor, activation: str, wanted: list[bool]
 ) -> tuple[Tensor, ...]:
     """The op of that name."""
-    dpre = _through(activation, grad, pre).reshape(-1, weight.shape[0])
+    dpre = _through(activation, grad, pre).contiguous().view(-1, weight.shape[0])
+    x, weight = x.contiguous(), weight.contiguous()
     dx = _product(dpre, weight).view(x.shape) if wanted[0] else None
-    dweight = _product(dpre.t(), x.reshape(-1, weight.shape[1])) if wanted[1] else None
+    dweight = _product(dpre.t(), x.view(-1, weight.shape[1])) if wanted[1] else None
     return only(wanted, dx, dweight, dpre.sum(0) if wanted[2] else None, like=x)
 
 
@@ -64,11 +65,12 @@ def strided_conv_backward(
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
     """The op of that name."""
+    x, stride = x.contiguous(), min(stride, x.shape[1])  # beyond the frames a stride leaves one, whatever it is
     if norm_weight is None:
         dpre, dnorm_weight, dnorm_bias = _through(activation, grad, pre), None, None
     else:
         dpre, dnorm_weight, dnorm_bias = finish_norm_backward(grad, pre, norm_weight, norm_bias, eps, activation)
-    dpre, taps = dpre.to(x.dtype), weight.permute(2, 0, 1)  # [K, C', C]
+    dpre, taps = dpre.to(x.dtype).contiguous(), weight.permute(2, 0, 1)  # [K, C', C]
     dx = _of_input(dpre, taps, x, stride, 1) if wanted[0] else None
     dweight = None
     if wanted[1]:
@@ -89,7 +91,7 @@ def tdnn_backward(
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
     """The op of that name."""
-    dpre = torch.where(out > 0, grad, 0) if activation == "relu" else grad
+    x, dpre = x.contiguous(), (torch.where(out > 0, grad, 0) if activation == "relu" else grad).contiguous()
     taps = weight.unflatten(1, (kernel_size, -1)).transpose(0, 1)
     dx = _of_input(dpre, taps, x, 1, dilation) if wanted[0] else None
     dweight = _of_filters(dpre, x, kernel_size, 1, dilation).flatten(1) if wanted[1] else None
@@ -149,6 +151,6 @@ def why_not(extension_problem: str | None, grad: Tensor, x: Tensor, weight: Tens
     """Why these gradients cannot be computed here; None when they can."""
     if x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != x.dtype or grad.dtype != x.dtype:
         return f"products of gradients are float32 or bfloat16, x is {x.dtype} and the weight {weight.dtype}"
-    if grad.numel() == 0 or x.numel() == 0:
+    if grad.numel() == 0 or x.numel() == 0 or weight.numel() == 0:
         return "there is nothing to compute"
     return extension_problem if x.dtype == torch.float32 else None

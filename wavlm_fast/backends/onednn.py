@@ -31,7 +31,7 @@ def pack_linear(weight: Tensor) -> Tensor:
 def linear(rows: Tensor, packed: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """`[R, C]` -> `[R, C']` with a weight from `pack_linear`."""
     name, algorithm = _POST_OPERATIONS[activation]
-    return _private.linear_pointwise(rows, packed, bias, name, [], algorithm)
+    return _private.linear_pointwise(rows, packed, _read(bias), name, [], algorithm)
 
 
 def pack_conv(filters: Tensor, stride: int, dilation: int) -> Tensor:
@@ -45,9 +45,14 @@ def convolve(x: Tensor, packed: Tensor, bias: Tensor | None, stride: int, dilati
     image = x.transpose(1, 2).unsqueeze(2)  # of height one: time-major frames are then channels-last
     name, algorithm = _POST_OPERATIONS[activation]
     y = _private.convolution_pointwise(
-        image, packed, bias, [0, 0], [1, stride], [1, dilation], 1, name, [], algorithm
+        image, packed, _read(bias), [0, 0], [1, stride], [1, dilation], 1, name, [], algorithm
     )
     return y.squeeze(2).transpose(1, 2).contiguous()
+
+
+def _read(bias: Tensor | None) -> Tensor | None:
+    # These calls read a vector as if its numbers lay one behind the other, and know of no negated views.
+    return None if bias is None else bias.contiguous().resolve_neg()
 
 
 @cache

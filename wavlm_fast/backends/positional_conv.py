@@ -15,7 +15,8 @@ from ..derived import derived
 from ..ops._define import only
 
 # Each thread keeps the spectra of one group while the weight learns. 256 channels a group with 128 taps come to this.
-_MOST_BYTES = 2**26
+_MOST_BYTES = 2**26  # kMostBytes of csrc/positional_conv.cpp
+_LEAST_CHANNELS = 16  # so many are computed at least
 
 
 def positional_conv(
@@ -55,7 +56,7 @@ def why_not(x: Tensor, weight: Tensor) -> str | None:
     if x.numel() == 0 or weight.numel() == 0:
         return "there is nothing to compute"
     block = max(16, 1 << (weight.shape[2] - 1).bit_length())
-    size = weight.shape[1] ** 2 * block * 8
+    size = weight.shape[1] * max(weight.shape[1], _LEAST_CHANNELS) * block * 8
     if size > _MOST_BYTES:
         return f"the C++ positional_conv would take {size >> 20} MB for the spectra of a group, more than 64 MB"
     return None

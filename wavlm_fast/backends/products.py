@@ -134,6 +134,6 @@ def why_not(extension_problem: str | None, x: Tensor, weight: Tensor) -> str | N
     """Why these ops cannot run on packed weights; None when they can."""
     if x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != x.dtype:
         return f"packed weights are float32 or bfloat16, x is {x.dtype} and the weight {weight.dtype}"
-    if x.numel() == 0:
+    if x.numel() == 0 or weight.numel() == 0:
         return "there is nothing to compute"
     return None if in_onednn(x) else extension_problem

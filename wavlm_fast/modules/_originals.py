@@ -80,6 +80,16 @@ def become_twin(module: StandIn) -> None:
         module.__class__ = twin
 
 
+def methods_of(module: nn.Module) -> tuple[Callable | None, ...]:
+    """All that people may put their own in the place of, as it is now: two answers differ where somebody did."""
+    own = tuple(
+        method
+        for name, *_ in getattr(module, "taken_over", ())
+        for method in (getattr(type(module), name), getattr(module.original, name), module.__dict__.get(name))
+    )
+    return (type(module).forward, module.__dict__.get("forward"), *own)
+
+
 def own_methods(cls: type) -> tuple[tuple[str, Callable | None], ...]:
     """The methods that a class defines, by name; None for one that somebody had put there before this import."""
     return tuple(

@@ -36,7 +36,7 @@ def define(
     *,
     fake: Callable[..., Any],
     kernel: Callable[..., Any],
-    check: Callable[..., None] = lambda *args: None,
+    check: Callable[..., None],
     in_parts: bool = False,
 ) -> Callable[..., Any]:
     """Register an op of the namespace `wavlm_fast`.
@@ -46,8 +46,8 @@ def define(
         signature: schema without the name, no defaults.
         fake: outputs of the right shape, dtype and strides, without values.
         kernel: the reference backend's implementation.
-        check: raises ValueError or TypeError when the arguments break the contract. Runs before any kernel. Ops that
-            only the autograd formulas call need none.
+        check: raises ValueError or TypeError when the arguments break the contract. Runs before any kernel; reads no
+            values. A backward op refuses what its forward does, and what does not fit the forward's outputs.
     """
     schemas[name] = signature
     REFERENCE_TABLE[name] = backends.Implementation(kernel)

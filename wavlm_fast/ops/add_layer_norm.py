@@ -10,6 +10,7 @@ from . import _check as check
 from ._define import accumulation_dtype, autocast_by, define, differentiate, needs_grad, or_empty
 
 NAME = "add_layer_norm"
+BACKWARD = f"{NAME}_backward"
 
 
 def add_layer_norm(
@@ -53,15 +54,25 @@ def _kernel(
 
 
 def _check(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, keep_sum: bool) -> None:
-    check.floating(NAME, "x", x)
-    check.shape(NAME, "residual", residual, tuple(x.shape))
-    check.shape(NAME, "weight", weight, (x.shape[-1] if x.dim() else "C",))
-    check.shape(NAME, "bias", bias, tuple(weight.shape))
-    check.same(NAME, "x", x, residual=residual)
+    check_norm(NAME, "x", x, weight)
+    check.alike(NAME, tuple(x.shape), "x", x, residual=residual)
+    check.alike(NAME, tuple(weight.shape), "weight", weight, bias=bias)
+
+
+def check_norm(op: str, name: str, x: Tensor, weight: Tensor) -> None:
+    """Check that `weight` can be that of a layer norm of `x`, which is called `name`."""
+    check.floating(op, name, x)
+    if x.dim() < 1:
+        raise ValueError(f"{op} wants {name} of shape [..., C], got {list(x.shape)}")
+    check.shape(op, "weight", weight, (x.shape[-1],))
     if weight.dtype != accumulation_dtype(x.dtype):
-        check.same(NAME, "x", x, weight=weight)
-    check.same_device(NAME, "x", x, weight=weight)
-    check.same(NAME, "weight", weight, bias=bias)
+        check.same(op, name, x, weight=weight)
+    check.same_device(op, name, x, weight=weight)
+
+
+def _check_backward(grad_sum: Tensor, grad_normed: Tensor, total: Tensor, weight: Tensor, eps: float) -> None:
+    check_norm(BACKWARD, "sum", total, weight)
+    check.alike(BACKWARD, tuple(total.shape), "sum", total, grad_sum=grad_sum, grad_normed=grad_normed)
 
 
 def _fake(
@@ -96,8 +107,9 @@ _op = define(
     kernel=_kernel,
 )
 _backward_op = define(
-    f"{NAME}_backward",
+    BACKWARD,
     "(Tensor grad_sum, Tensor grad_normed, Tensor sum, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    check=_check_backward,
     fake=_backward_fake,
     kernel=_backward_kernel,
 )

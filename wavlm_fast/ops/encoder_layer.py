@@ -11,7 +11,7 @@ from torch import Tensor
 from ..derived import concatenated
 from . import _check as check
 from ._define import accumulation_dtype, autocast, define, references
-from .add_layer_norm import add_layer_norm
+from .add_layer_norm import add_layer_norm, check_norm
 from .add_layer_norm import reference as add_layer_norm_reference
 from .gated_attention import gated_attention
 from .gated_attention import reference as gated_attention_reference
@@ -159,24 +159,32 @@ def _check(
     for name, (given, wanted) in counts.items():
         if len(given) != wanted:
             raise ValueError(f"{NAME} wants {wanted} {name}, got {len(given)}")
+    check.shape(NAME, "the intermediate weight", weights[4], ("C'", x.shape[2]))
     channels, inner = x.shape[2], weights[4].shape[0]
     shapes = [(channels, channels)] * 4 + [(inner, channels), (channels, inner)]
     for name, weight, bias, shape in zip(LINEARS, weights, biases, shapes, strict=True):
         check.shape(NAME, f"the {name} weight", weight, shape)
         check.shape(NAME, f"the {name} bias", bias, shape[:1])
         check.same(NAME, "x", x, **{f"the {name} weight": weight, f"the {name} bias": bias})
-    for name, vector in zip(("norm weight", "norm bias") * 2, norms, strict=True):
-        check.shape(NAME, f"each {name}", vector, (channels,))
+    for weight, bias in (norms[:2], norms[2:]):
+        check_norm(NAME, "x", x, weight)
+        check.alike(NAME, (channels,), "its weight", weight, **{"each norm bias": bias})
     check.shape(NAME, "gate const", gate[2], ("H",))
     heads = gate[2].shape[0]
-    check.shape(NAME, "gate weight", gate[0], (8, channels // max(heads, 1)))
+    if heads < 1 or channels % heads:
+        raise ValueError(f"{NAME} wants heads that divide the {channels} channels, got {heads}")
+    check.shape(NAME, "gate weight", gate[0], (8, channels // heads))
     check.shape(NAME, "gate bias", gate[1], (8,))
+    for name, parameter in zip(("gate weight", "gate bias", "gate const"), gate, strict=True):
+        check.floating(NAME, name, parameter)
     check.shape(NAME, "rel_bias", rel_bias, (heads, 2 * x.shape[1] - 1))
     if rel_bias.dtype != accumulation_dtype(x.dtype):
         raise TypeError(f"{NAME} wants rel_bias of {accumulation_dtype(x.dtype)}, got {rel_bias.dtype}")
     if key_lengths is not None:
-        check.shape(NAME, "key_lengths", key_lengths, (x.shape[0],))
-    check.same_device(NAME, "x", x, rel_bias=rel_bias, key_lengths=key_lengths, gate=gate[0], norms=norms[0])
+        check.integers(NAME, "key_lengths", key_lengths, (x.shape[0],))
+    check.same_device(NAME, "x", x, rel_bias=rel_bias, key_lengths=key_lengths)
+    for parameter in gate:
+        check.same_device(NAME, "x", x, gate=parameter)
 
 
 def _fake(x: Tensor, *rest: object) -> Tensor:

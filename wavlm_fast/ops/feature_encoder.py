@@ -148,11 +148,11 @@ def _check(
         check.shape(NAME, f"weights[{i}]", weight, ("C'", channels, "K"))
         check.same(NAME, "waveform", waveform, **{f"weights[{i}]": weight})
         channels = weight.shape[0]
-        for name, vectors in (("biases", biases), ("norm_weights", norm_weights), ("norm_biases", norm_biases)):
-            if i < len(vectors):
-                check.shape(NAME, f"{name}[{i}]", vectors[i], (channels,))
-                check.same_device(NAME, "waveform", waveform, **{f"{name}[{i}]": vectors[i]})
+        check.positive(NAME, **{f"strides[{i}]": strides[i], f"taps of weights[{i}]": weight.shape[2]})
+        if i < normed:
+            check.norm(NAME, channels, waveform, norm_weights[i], norm_biases[i])
     for i, bias in enumerate(biases):
+        check.shape(NAME, f"biases[{i}]", bias, (weights[i].shape[0],))
         check.same(NAME, "waveform", waveform, **{f"biases[{i}]": bias})
     check.frames(NAME, waveform.shape[1], _samples(weights, strides), "samples")
 

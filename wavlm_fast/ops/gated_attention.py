@@ -10,6 +10,7 @@ from ._define import accumulation_dtype, autocast, define, differentiate
 from ._dropout import keep_mask
 
 NAME = "gated_attention"
+BACKWARD = f"{NAME}_backward"
 # Scores that the reference holds at a time: 64 MB in float32.
 _CHUNK_SCORES = 2**24
 
@@ -34,7 +35,8 @@ def gated_attention(
         q, k, v: `[B, T, H, D]`, any strides with D contiguous.
         gate: `[B, H, T]` float32 (float64 for float64 q).
         rel_bias: `[H, 2T - 1]`, the dtype of `gate`.
-        key_lengths: `[B]` integers in 0..T, the number of valid frames, or None for all. Length 0 gives zeros.
+        key_lengths: `[B]` integers in 0..T, the number of valid frames, or None for all. Length 0 gives zeros. Keys
+            and values past a length are not read, whatever they are.
         dropout_p: probability of dropping an attention weight, 0 <= p <= 1.
         scale: of the scores; D ** -0.5 when None.
 
@@ -79,6 +81,7 @@ def _kernel(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     queries, keys, values = (x.to(gate.dtype).transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
+    keys, values = _without_padding(key_lengths, keys, values)
     outs, sums = [], []
     for start, stop in _chunks(queries):
         scores = _scores(queries, keys, gate, rel_bias, key_lengths, scale, start, stop)
@@ -92,6 +95,14 @@ def _kernel(
             weights = weights.masked_fill(~keep, 0) / (1 - dropout_p)
         outs.append(weights @ values / total.masked_fill(total == 0, 1))
     return torch.cat(outs, 2).to(q.dtype).transpose(1, 2).contiguous(), torch.cat(sums, 2)
+
+
+def _without_padding(key_lengths: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """`[B, H, T, D]` with zeros past the lengths: times a weight of 0 what is not finite there would be NaN."""
+    if key_lengths is None:
+        return tensors
+    past_end = (torch.arange(tensors[0].shape[2], device=key_lengths.device) >= key_lengths[:, None])[:, None, :, None]
+    return tuple(x.masked_fill(past_end, 0) for x in tensors)
 
 
 def _chunks(queries: Tensor) -> list[tuple[int, int]]:
@@ -156,11 +167,13 @@ def _check(
     check.same(NAME, "gate", gate, rel_bias=rel_bias)
     check.same_device(NAME, "q", q, gate=gate, key_lengths=key_lengths, seed=seed)
     if key_lengths is not None:
-        check.shape(NAME, "key_lengths", key_lengths, (batch,))
-        if key_lengths.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{NAME} wants key_lengths of an integer dtype, got {key_lengths.dtype}")
+        check.integers(NAME, "key_lengths", key_lengths, (batch,))
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{NAME} wants 0 <= dropout_p < 1, got {dropout_p}")
+    if dropout_p > 0:
+        if seed is None:
+            raise ValueError(f"{NAME} wants a seed for dropout_p {dropout_p}, got None")
+        check.integers(NAME, "seed", seed, (1,))
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.shape[-1] > 1 and x.stride(-1) != 1:
             raise ValueError(f"{NAME} wants {name} with its last dimension contiguous, got strides {x.stride()}")
@@ -186,6 +199,7 @@ def _backward_kernel(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = gate.dtype
     queries, keys, values, dout = (x.to(dtype).transpose(1, 2) for x in (q, k, v, grad))  # [B, H, T, D]
+    keys, values = _without_padding(key_lengths, keys, values)
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (queries, keys, values))
     dgate, drel_bias = torch.zeros_like(gate), torch.zeros_like(rel_bias)
     sums = lse.masked_fill(lse == float("-inf"), 0)[..., None]  # rows without keys: weights 0, not NaN
@@ -212,6 +226,7 @@ def _backward_kernel(
         dgate[:, :, rows] = (dscores * bias_rows(rel_bias, start, stop)).sum(-1)
         dbias = (dscores * gate[:, :, rows, None]).sum(0)
         drel_bias[:, frames - stop : 2 * frames - 1 - start] += _diagonal_sums(dbias)
+    dk, dv = _without_padding(key_lengths, dk, dv)
     dq, dk, dv = (g.transpose(1, 2).to(q.dtype).contiguous() for g in (dq, dk, dv))
     return dq, dk, dv, dgate, drel_bias
 
@@ -222,6 +237,15 @@ def _diagonal_sums(x: Tensor) -> Tensor:
     # Rows one longer than the view's shear each row by one place; bottom row first puts the diagonals in columns.
     sheared = torch.nn.functional.pad(x.flip(1), (0, rows)).flatten(1)
     return sheared[:, : rows * (frames + rows - 1)].view(heads, rows, -1).sum(1)
+
+
+def _check_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, rel_bias: Tensor, key_lengths: Tensor | None,
+    out: Tensor, lse: Tensor, dropout_p: float, seed: Tensor | None, scale: float,
+) -> None:  # fmt: skip
+    _check(q, k, v, gate, rel_bias, key_lengths, dropout_p, seed, scale)
+    check.alike(BACKWARD, tuple(q.shape), "q", q, grad=grad, out=out)
+    check.alike(BACKWARD, tuple(gate.shape), "gate", gate, lse=lse)
 
 
 def _backward_fake(
@@ -235,8 +259,9 @@ _OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor gate, Tensor rel_bias, Tensor?
 _TAIL = "float dropout_p, Tensor? seed, float scale"
 _op = define(NAME, f"({_OPERANDS}, {_TAIL}) -> (Tensor, Tensor)", check=_check, fake=_fake, kernel=_kernel)
 _backward_op = define(
-    f"{NAME}_backward",
+    BACKWARD,
     f"(Tensor grad, {_OPERANDS}, Tensor out, Tensor lse, {_TAIL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    check=_check_backward,
     fake=_backward_fake,
     kernel=_backward_kernel,
 )

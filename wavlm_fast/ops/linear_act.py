@@ -12,6 +12,7 @@ from ._activation import activate, activate_backward
 from ._define import autocast, define, differentiate, needs_grad, only, or_empty, or_none
 
 NAME = "linear_act"
+BACKWARD = f"{NAME}_backward"
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
@@ -53,6 +54,15 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save
     check.activation(NAME, activation)
 
 
+def _check_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, pre: Tensor, activation: str, wanted: list[bool]
+) -> None:
+    _check(x, weight, bias, activation, True)
+    out = (*x.shape[:-1], weight.shape[0])
+    check.alike(BACKWARD, out, "x", x, grad=grad, **({} if activation == "none" else {"pre": pre}))
+    check.wanted(BACKWARD, wanted, x=x, weight=weight, bias=bias)
+
+
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool) -> tuple[Tensor, Tensor]:
     out = x.new_empty((*x.shape[:-1], weight.shape[0]))
     return out, torch.empty_like(out) if save and activation != "none" else x.new_empty(0)
@@ -79,7 +89,9 @@ _BACKWARD_SIGNATURE = (
     "-> (Tensor, Tensor, Tensor)"
 )
 _op = define(NAME, _SIGNATURE, check=_check, fake=_fake, kernel=_kernel)
-_backward_op = define(f"{NAME}_backward", _BACKWARD_SIGNATURE, fake=_backward_fake, kernel=_backward_kernel)
+_backward_op = define(
+    BACKWARD, _BACKWARD_SIGNATURE, check=_check_backward, fake=_backward_fake, kernel=_backward_kernel
+)
 
 
 def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:

@@ -10,6 +10,7 @@ from . import _check as check
 from ._define import accumulation_dtype, autocast, define, differentiate
 
 NAME = "position_gate"
+BACKWARD = f"{NAME}_backward"
 
 
 def position_gate(x: Tensor, weight: Tensor, bias: Tensor, const: Tensor) -> Tensor:
@@ -55,6 +56,15 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, const: Tensor) -> None:
     check.shape(NAME, "bias", bias, (8,))
     check.shape(NAME, "x", x, ("B", "T", heads * weight.shape[1]))
     check.same_device(NAME, "x", x, weight=weight, bias=bias, const=const)
+    for name, parameter in (("weight", weight), ("bias", bias), ("const", const)):
+        check.floating(NAME, name, parameter)
+
+
+def _check_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, const: Tensor) -> None:
+    _check(x, weight, bias, const)
+    check.shape(BACKWARD, "grad", grad, (x.shape[0], const.shape[0], x.shape[1]))
+    check.floating(BACKWARD, "grad", grad)
+    check.same_device(BACKWARD, "x", x, grad=grad)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor, const: Tensor) -> Tensor:
@@ -87,8 +97,9 @@ def _backward_fake(
 _OPERANDS = "Tensor x, Tensor weight, Tensor bias, Tensor const"
 _op = define(NAME, f"({_OPERANDS}) -> Tensor", check=_check, fake=_fake, kernel=reference)
 _backward_op = define(
-    f"{NAME}_backward",
+    BACKWARD,
     f"(Tensor grad, {_OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    check=_check_backward,
     fake=_backward_fake,
     kernel=_backward_kernel,
 )

@@ -11,6 +11,7 @@ from ._activation import activate, activate_backward
 from ._define import autocast, define, differentiate, needs_grad, only, or_empty, or_none
 
 NAME = "positional_conv"
+BACKWARD = f"{NAME}_backward"
 
 
 def positional_conv(
@@ -78,7 +79,24 @@ def _check(
         check.shape(NAME, "bias", bias, (channels,))
     check.same(NAME, "x", x, weight=weight, bias=bias)
     check.activation(NAME, activation)
+    check.positive(NAME, taps=weight.shape[2])
     check.frames(NAME, x.shape[1], 1)
+
+
+def _check_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pre: Tensor,
+    groups: int,
+    activation: str,
+    residual: bool,
+    wanted: list[bool],
+) -> None:
+    _check(x, weight, bias, groups, activation, residual, True)
+    check.alike(BACKWARD, tuple(x.shape), "x", x, grad=grad, **({} if activation == "none" else {"pre": pre}))
+    check.wanted(BACKWARD, wanted, x=x, weight=weight, bias=bias)
 
 
 def _fake(
@@ -133,9 +151,10 @@ _op = define(
     kernel=_kernel,
 )
 _backward_op = define(
-    f"{NAME}_backward",
+    BACKWARD,
     "(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor pre, int groups, str activation, bool residual, "
     "bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    check=_check_backward,
     fake=_backward_fake,
     kernel=_backward_kernel,
 )

@@ -9,6 +9,7 @@ from . import _check as check
 from ._define import accumulation_dtype, autocast, define, differentiate
 
 NAME = "stats_pool"
+BACKWARD = f"{NAME}_backward"
 
 
 def stats_pool(x: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -54,10 +55,13 @@ def _check(x: Tensor, lengths: Tensor | None) -> None:
     check.shape(NAME, "x", x, ("B", "T", "C"))
     if lengths is None:
         return
-    check.shape(NAME, "lengths", lengths, (x.shape[0],))
+    check.integers(NAME, "lengths", lengths, (x.shape[0],))
     check.same_device(NAME, "x", x, lengths=lengths)
-    if lengths.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{NAME} wants lengths of an integer dtype, got {lengths.dtype}")
+
+
+def _check_backward(grad: Tensor, x: Tensor, lengths: Tensor | None, out: Tensor) -> None:
+    _check(x, lengths)
+    check.alike(BACKWARD, (x.shape[0], 2 * x.shape[2]), "x", x, grad=grad, out=out)
 
 
 def _fake(x: Tensor, lengths: Tensor | None) -> Tensor:
@@ -77,8 +81,9 @@ def _backward_kernel(grad: Tensor, x: Tensor, lengths: Tensor | None, out: Tenso
 
 _op = define(NAME, "(Tensor x, Tensor? lengths) -> Tensor", check=_check, fake=_fake, kernel=reference)
 _backward_op = define(
-    f"{NAME}_backward",
+    BACKWARD,
     "(Tensor grad, Tensor x, Tensor? lengths, Tensor out) -> Tensor",
+    check=_check_backward,
     fake=lambda grad, x, lengths, out: torch.empty_like(x),
     kernel=_backward_kernel,
 )

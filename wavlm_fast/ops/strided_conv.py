@@ -11,6 +11,7 @@ from ._activation import activate, activate_backward
 from ._define import autocast, define, differentiate, needs_grad, only, or_empty, or_none
 
 NAME = "strided_conv"
+BACKWARD = f"{NAME}_backward"
 
 
 def strided_conv(
@@ -108,12 +109,34 @@ def _check(
     check.shape(NAME, "weight", weight, ("C'", "C", "K"))
     check.shape(NAME, "x", x, ("B", "T", weight.shape[1]))
     check.same(NAME, "x", x, weight=weight, bias=bias)
-    check.same_device(NAME, "x", x, norm_weight=norm_weight, norm_bias=norm_bias)
-    for name, vector in (("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        if vector is not None:
-            check.shape(NAME, name, vector, (weight.shape[0],))
+    if bias is not None:
+        check.shape(NAME, "bias", bias, (weight.shape[0],))
+    check.norm(NAME, weight.shape[0], x, norm_weight, norm_bias)
     check.activation(NAME, activation)
+    check.positive(NAME, stride=stride, taps=weight.shape[2])
     check.frames(NAME, x.shape[1], weight.shape[2])
+
+
+def _check_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pre: Tensor,
+    stride: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    activation: str,
+    wanted: list[bool],
+) -> None:
+    _check(x, weight, bias, stride, norm_weight, norm_bias, eps, activation, True)
+    out = (x.shape[0], (x.shape[1] - weight.shape[2]) // stride + 1, weight.shape[0])
+    unread = norm_weight is None and activation == "none"
+    check.alike(BACKWARD, out, "x", x, grad=grad, **({} if unread else {"pre": pre}))
+    norm_bias = None if norm_weight is None else norm_bias  # the forward ignores it
+    inputs = {"x": x, "weight": weight, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    check.wanted(BACKWARD, wanted, **inputs)
 
 
 def _fake(
@@ -204,9 +227,10 @@ _op = define(
     kernel=_kernel,
 )
 _backward_op = define(
-    f"{NAME}_backward",
+    BACKWARD,
     f"(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor pre, {_TAIL}, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    check=_check_backward,
     fake=_backward_fake,
     kernel=_backward_kernel,
 )
@@ -214,7 +238,7 @@ _backward_op = define(
 
 def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
     x, weight, bias, *tail, _ = inputs
-    wanted = (*wanted[:3], *wanted[4:6])
+    wanted = (*wanted[:3], *(w and tail[1] is not None for w in wanted[4:6]))
     found = _backward_op(grads[0].contiguous(), x, weight, bias, *saved, *tail, wanted)
     dx, dweight, dbias, dnorm_weight, dnorm_bias = or_none(wanted, found)
     return dx, dweight, dbias, None, dnorm_weight, dnorm_bias, None, None

@@ -11,6 +11,7 @@ from ._activation import activate
 from ._define import autocast, define, differentiate, only, or_none
 
 NAME = "tdnn"
+BACKWARD = f"{NAME}_backward"
 ACTIVATIONS = ("none", "relu")
 
 
@@ -61,6 +62,7 @@ def _check(
 ) -> None:
     check.floating(NAME, "x", x)
     check.shape(NAME, "x", x, ("B", "T", "C"))
+    check.positive(NAME, kernel_size=kernel_size, dilation=dilation)
     check.shape(NAME, "weight", weight, ("C'", kernel_size * x.shape[2]))
     if bias is not None:
         check.shape(NAME, "bias", bias, (weight.shape[0],))
@@ -68,6 +70,23 @@ def _check(
     if activation not in ACTIVATIONS:
         raise ValueError(f"{NAME} wants an activation of {ACTIVATIONS}, got {activation!r}")
     check.frames(NAME, x.shape[1], (kernel_size - 1) * dilation + 1)
+
+
+def _check_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    kernel_size: int,
+    dilation: int,
+    activation: str,
+    wanted: list[bool],
+) -> None:
+    _check(x, weight, bias, kernel_size, dilation, activation)
+    shape = (x.shape[0], x.shape[1] - (kernel_size - 1) * dilation, weight.shape[0])
+    check.alike(BACKWARD, shape, "x", x, grad=grad, **({} if activation == "none" else {"out": out}))
+    check.wanted(BACKWARD, wanted, x=x, weight=weight, bias=bias)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, kernel_size: int, dilation: int, activation: str) -> Tensor:
@@ -119,9 +138,10 @@ _op = define(
     kernel=reference,
 )
 _backward_op = define(
-    f"{NAME}_backward",
+    BACKWARD,
     "(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor out, int kernel_size, int dilation, str activation, "
     "bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    check=_check_backward,
     fake=_backward_fake,
     kernel=_backward_kernel,
 )

@@ -11,6 +11,7 @@ from ._activation import activate, activate_backward
 from ._define import autocast, define, differentiate, only, or_none
 
 NAME = "waveform_conv"
+BACKWARD = f"{NAME}_backward"
 NORMS = ("none", "group", "layer")
 
 
@@ -88,14 +89,35 @@ def _check(
     check.shape(NAME, "waveform", waveform, ("B", "S"))
     check.shape(NAME, "weight", weight, ("C", 1, "K"))
     check.same(NAME, "waveform", waveform, weight=weight, bias=bias)
-    check.same_device(NAME, "waveform", waveform, norm_weight=norm_weight, norm_bias=norm_bias)
-    for name, vector in (("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        if vector is not None:
-            check.shape(NAME, name, vector, (weight.shape[0],))
+    if bias is not None:
+        check.shape(NAME, "bias", bias, (weight.shape[0],))
+    check.norm(NAME, weight.shape[0], waveform, norm_weight, norm_bias)
     if norm not in NORMS:
         raise ValueError(f"{NAME} wants a norm of {NORMS}, got {norm!r}")
     check.activation(NAME, activation)
+    check.positive(NAME, stride=stride, taps=weight.shape[2])
     check.frames(NAME, waveform.shape[1], weight.shape[2], "samples")
+
+
+def _check_backward(
+    grad: Tensor,
+    waveform: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    norm: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    activation: str,
+    wanted: list[bool],
+) -> None:
+    _check(waveform, weight, bias, stride, norm, norm_weight, norm_bias, eps, activation)
+    out = (waveform.shape[0], (waveform.shape[1] - weight.shape[2]) // stride + 1, weight.shape[0])
+    check.alike(BACKWARD, out, "waveform", waveform, grad=grad)
+    norms = {} if norm == "none" else {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    inputs = {"waveform": waveform, "weight": weight, "bias": bias, "norm_weight": None, "norm_bias": None, **norms}
+    check.wanted(BACKWARD, wanted, **inputs)
 
 
 def _fake(waveform: Tensor, weight: Tensor, bias: Tensor | None, stride: int, *rest: object) -> Tensor:
@@ -171,8 +193,9 @@ _OPERANDS = (
 )
 _op = define(NAME, f"({_OPERANDS}) -> Tensor", check=_check, fake=_fake, kernel=reference)
 _backward_op = define(
-    f"{NAME}_backward",
+    BACKWARD,
     f"(Tensor grad, {_OPERANDS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    check=_check_backward,
     fake=_backward_fake,
     kernel=_backward_kernel,
 )
