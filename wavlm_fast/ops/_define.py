@@ -71,8 +71,9 @@ def define(
     LIBRARY.impl(name, dispatch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=LIBRARY)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    _lists[name] = tuple(i for i, a in enumerate(op._schema.arguments) if a.type.kind() == "ListType")
-    decomposes(op, kernel)
+    arguments = [argument.split() for argument in signature.split(" -> ")[0].strip("()").split(", ")]  # type, name
+    _lists[name] = tuple(i for i, (kind, _) in enumerate(arguments) if kind.endswith("[]"))
+    decomposes(op, [argument for _, argument in arguments], kernel)
     return op
 
 
