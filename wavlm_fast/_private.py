@@ -281,7 +281,26 @@ def in_forward_mode() -> bool:
 
 # The kernels by which a program is decomposed, and one of those that torch lays over them meanwhile.
 _keys = fetch("torch._C", "DispatchKey", "run_decompositions leaves our ops in a program")
-COMPOSITE, LAID_OVER = (getattr(_keys, key, None) for key in ("CompositeImplicitAutograd", "AutogradCPU"))
+_COMPOSITE, _LAID_OVER = (getattr(_keys, key, None) for key in ("CompositeImplicitAutograd", "AutogradCPU"))
+
+
+def is_decomposed(op: Any) -> bool:
+    """Whether a program that may hold the op is being decomposed."""
+    return _LAID_OVER in op.py_kernels
+
+
+def decompose_by(op: Any, decomposition: Callable[..., Any]) -> None:
+    """Let `decomposition` be asked wherever torch looks for one of an op."""
+    if _COMPOSITE is not None and _LAID_OVER is not None and hasattr(op, "py_impl"):
+        op.py_impl(_COMPOSITE)(decomposition)
+        op._can_decompose = lambda: is_decomposed(op)  # else torch.export warns that it keeps the op
+
+
+def inductor_tables() -> tuple[dict[Any, Any], ...]:
+    """What inductor takes apart, if it is imported."""
+    inductor = sys.modules.get("torch._inductor.decomposition")
+    return () if inductor is None else (inductor.decompositions, inductor.fast_random_decomps())
+
 
 # Ops.
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from leaving_cases import our_ops
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
 from wavlm_cases import (
     SAMPLES,
     assert_close_to_truth,
@@ -12,6 +15,7 @@ from wavlm_cases import (
     gradients,
     main_output,
     make_sensitive,
+    ours_only,
     plain_model,
     ragged_mask,
     small_config,
@@ -40,6 +44,22 @@ def test_compile_traces_the_whole_model(form, masked):
     with torch.no_grad():
         got, expected = compiled(waveforms(), **kwargs), plain(waveforms(), **kwargs)
         assert_close_to_truth(got, expected, truth_of(plain)(waveforms().double(), **kwargs))
+
+
+@ours_only
+@both_forms
+def test_compiled_graphs_hold_our_ops_whole(form):
+    """What a compiler gets after autograd, functionalization and inductor's own decompositions."""
+    ours, graphs = fast_like(plain_model("WavLMModel", small_config(form, num_hidden_layers=1))), []
+
+    def compiler(module, inputs):
+        graphs.append(module.graph)
+        return module.forward
+
+    backend = aot_autograd(fw_compiler=compiler, decompositions=select_decomp_table())
+    with torch.no_grad():
+        torch.compile(ours, backend=backend, fullgraph=True)(waveforms())
+    assert {"wavlm_fast.feature_encoder.default", "wavlm_fast.encoder_layer.default"} <= our_ops(graphs[0])
 
 
 @pytest.mark.parametrize("name", ["WavLMForCTC", "WavLMForSequenceClassification"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
+import zipfile
 
 import pytest
 import torch
@@ -121,4 +123,6 @@ def test_a_package_of_the_fused_graph(tmp_path):
         program = torch.export.export(Main(case.ours), (case.x,), strict=False)
         package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "wavlm.pt2"))
         check(torch._inductor.aoti_load_package(package)(case.x), case.plain, case.x)
-    assert {"wavlm_fast.feature_encoder.default", "wavlm_fast.encoder_layer.default"} <= our_ops(program.graph)
+    with zipfile.ZipFile(package) as files:
+        sources = b"".join(files.read(name) for name in files.namelist() if name.endswith(".cpp")).decode()
+    assert {"feature_encoder", "encoder_layer"} <= set(re.findall(r"wavlm_fast\.(\w+)", sources))

@@ -8,40 +8,22 @@ torch.export itself, AOTInductor) would take such an op apart as well, unasked: 
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .. import _private
 
 
-def decomposes(op: Any, into: Callable[..., Any], names: list[str]) -> None:
-    """Let `op`, with arguments of these names, become `into(*args)`, plain torch, where a program is decomposed, and
-    nowhere else.
-    """
-    if _private.COMPOSITE is None or _private.LAID_OVER is None or not hasattr(op, "py_impl"):
-        return
-
-    def asked() -> bool:
-        return _private.LAID_OVER in op.py_kernels  # torch's own, which it lays over the op for that time
+def decomposes(op: Any, names: Sequence[str], into: Callable[..., Any]) -> None:
+    """Let an op with arguments of these names become `into(*args)` where a program is decomposed, and only there."""
 
     def decomposition(*args: Any, **kwargs: Any) -> Any:
-        if asked():
+        if _private.is_decomposed(op):
             return into(*args, *(kwargs[n] for n in names[len(args) :]))
-        _withdraw(op)
+        # Inductor's tables begin as a copy of the default decompositions. It fails on an op that stands there and yet
+        # reaches it whole; on the way there, every op is asked to come apart.
+        for table in _private.inductor_tables():
+            table.pop(op, None)
         return NotImplemented
 
-    op.py_impl(_private.COMPOSITE)(decomposition)
-    op._can_decompose = asked  # else torch.export warns that it keeps an op which it could take apart
-
-
-def _withdraw(op: Callable[..., Any]) -> None:
-    """Take `op` out of inductor's tables, which begin as a copy of the default decompositions.
-
-    Inductor fails on an op that stands there and yet reaches it whole. On the way there, every op is asked to come
-    apart.
-    """
-    inductor = sys.modules.get("torch._inductor.decomposition")
-    if inductor is not None:
-        for table in (inductor.decompositions, inductor.fast_random_decomps()):
-            table.pop(op, None)
+    _private.decompose_by(op, decomposition)

@@ -72,8 +72,8 @@ def define(
     torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=LIBRARY)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     arguments = arguments_of(signature)
-    _lists[name] = tuple(i for i, kind in enumerate(arguments.values()) if "[" in kind)
-    decomposes(op, kernel, list(arguments))
+    _lists[name] = tuple(i for i, kind in enumerate(arguments.values()) if kind.endswith("[]"))
+    decomposes(op, list(arguments), kernel)
     return op
 
 
