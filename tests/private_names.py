@@ -51,7 +51,8 @@ def in_child(function, *arguments):
             said = function(*arguments)
         except BaseException:
             said = traceback.format_exc()
-        os.write(writer, said.encode()[-60000:])
+        with os.fdopen(writer, "w") as pipe:
+            pipe.write(said)
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as pipe:
@@ -94,12 +95,10 @@ def delete(owner, name):
         delattr(owner, name)
     except (AttributeError, TypeError):  # an instance's, a module's that is imported when asked for, or C's
         return False
-    try:
-        plain_life()
-    except Exception:
-        setattr(owner, name, kept)
-        return False
-    return True
+    if in_child(plain_life) == "well":  # some names end the process
+        return True
+    setattr(owner, name, kept)
+    return False
 
 
 def plain_life():
@@ -118,6 +117,9 @@ def plain_life():
     torch.library.register_fake("wavlm_fast_probe::probe", torch.empty_like, lib=library)
     torch.library.register_autograd("wavlm_fast_probe::probe", lambda ctx, grad: grad, lib=library)
     torch.ops.wavlm_fast_probe.probe(torch.ones(2, requires_grad=True)).sum().backward()
+    with torch._subclasses.FakeTensorMode():
+        torch.nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2)).softmax(-1)
+    return "well"
 
 
 def hide(owner, name):

@@ -24,7 +24,10 @@ DOCUMENTED = {
 # Ops of aten go by documented names, unless these begin with "_".
 OPS = {"wavlm_fast", "wavlm_fast_cpu", "aten", "load_library"}
 # Methods that torch and transformers call and that fast classes override: `super()` of them is what they would call.
-OVERRIDDEN = {"_apply", "_load_from_state_dict", "_get_feature_vector_attention_mask", "_mask_hidden_states"}
+OVERRIDDEN = {
+    "_apply", "_get_name", "_load_from_state_dict",
+    "_get_feature_vector_attention_mask", "_mask_hidden_states",
+}  # fmt: skip
 
 
 def is_private(name):
@@ -56,10 +59,16 @@ def own():
     return found - foreign()
 
 
-def imported_from_here(tree):
-    """Names under which a file knows modules of this package."""
-    relative = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
-    return {alias.asname or alias.name for node in relative for alias in node.names}
+def is_inside(module):
+    return module.split(".")[0] in ("torch", "transformers")
+
+
+def other_modules(tree):
+    """Names under which a file knows modules of this package and of others."""
+    nodes = list(ast.walk(tree))
+    relative = [a for n in nodes if isinstance(n, ast.ImportFrom) and n.level for a in n.names]
+    absolute = [a for n in nodes if isinstance(n, ast.Import) for a in n.names if not is_inside(a.name)]
+    return {alias.asname or alias.name for alias in (*relative, *absolute)}
 
 
 def is_super(node):
@@ -69,7 +78,7 @@ def is_super(node):
 def uses(source):
     """What is private to torch or transformers in a file, as "line: expression"."""
     tree = ast.parse(source)
-    modules = imported_from_here(tree)
+    modules = other_modules(tree)
     for node in ast.walk(tree):
         private = False
         if isinstance(node, ast.Attribute) and is_private(node.attr):
@@ -78,10 +87,10 @@ def uses(source):
         elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch.ops":
             private = node.attr not in OPS
         elif isinstance(node, ast.ImportFrom) and not node.level:
-            inside = node.module.split(".")[0] in ("torch", "transformers")
-            private = inside and (node.module not in DOCUMENTED or any(is_private(a.name) for a in node.names))
+            names = any(is_private(a.name) for a in node.names)
+            private = is_inside(node.module) and (names or node.module not in DOCUMENTED)
         elif isinstance(node, ast.Import):
-            names = [a.name for a in node.names if a.name.split(".")[0] in ("torch", "transformers")]
+            names = [a.name for a in node.names if is_inside(a.name)]
             private = not DOCUMENTED.issuperset(names)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             private = is_private(node.value) and node.value in foreign()
@@ -127,7 +136,7 @@ def test_what_is_private_is_found(source):
 @pytest.mark.parametrize(
     "source",
     ["import torch.nn.functional as F", "super()._apply(fn)", "x.__class__", "torch.ops.aten.gelu_backward(g, x)",
-     "from . import _private\n_private._anything", "self._clone"],
+     "from . import _private\n_private._anything", "self._clone", "import os\nos._exit(0)"],
 )  # fmt: skip
 def test_what_is_not_private_is_let_through(source):
     assert list(uses(source)) == []

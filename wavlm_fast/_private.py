@@ -26,7 +26,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.fx.experimental import proxy_tensor
 from torch.nn.modules import module as for_all_modules
 from transformers import PreTrainedModel
 
@@ -265,13 +264,14 @@ def _tracing() -> bool | None:
 # What a transform of torch.func is, and what torch.jit.trace has traced, just now; None for nothing.
 transform = fetch("torch._C._functorch", "peek_interpreter_stack", "models fail in torch.func", _no_transform)
 jit_state = fetch("torch._C", "_get_tracing_state", "nothing, torch.jit.is_tracing answers", _tracing)
-fetch("torch.fx.experimental.proxy_tensor", "_CURRENT_MAKE_FX_TRACER", "graphs of make_fx hold our ops")
+_PROXY_TENSOR = "torch.fx.experimental.proxy_tensor"
+fetch(_PROXY_TENSOR, "_CURRENT_MAKE_FX_TRACER", "graphs of make_fx hold our ops")
 fetch("torch.autograd.forward_ad", "_current_level", "models fail in forward-mode derivatives")
 
 
 def in_make_fx() -> bool:
     """Whether make_fx, or what is built on it, traces a graph."""
-    return getattr(proxy_tensor, "_CURRENT_MAKE_FX_TRACER", None) is not None
+    return getattr(sys.modules.get(_PROXY_TENSOR), "_CURRENT_MAKE_FX_TRACER", None) is not None
 
 
 def in_forward_mode() -> bool:
@@ -388,6 +388,11 @@ _METHODS = {
     "tdnn_lengths": fetch(f"{_WAVLM}.WavLMForXVector", "_get_tdnn_output_lengths", _lost),
     "buckets": fetch(f"{_WAVLM}.WavLMAttention", "_relative_positions_bucket", _lost),
 }
+
+
+# The method of a model by which transformers makes a mask over frames of one over samples.
+FRAME_MASK = "_get_feature_vector_attention_mask"
+fetch(f"{_WAVLM}.WavLMPreTrainedModel", FRAME_MASK, "GPUs are waited for once where a mask is given")
 
 
 def frame_lengths(model: PreTrainedModel, samples: Tensor, add_adapter: bool | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from transformers import WavLMConfig
 from transformers.modeling_outputs import XVectorOutput
 from transformers.models.wavlm import modeling_wavlm as hf
 
-from ._private import compute_mask_indices, frame_lengths, tdnn_lengths
+from ._private import FRAME_MASK, compute_mask_indices, frame_lengths, tdnn_lengths
 from .freed import MayBeFreed
 from .inputs import check_checkpoint, check_ctc_labels, check_labels, check_lengths, check_mask
 from .leaving import leaving
@@ -42,7 +42,7 @@ _PARAMETERS = {
 }
 
 
-_OWN_MASK = dict(own_methods(hf.WavLMPreTrainedModel))["_get_feature_vector_attention_mask"]
+_OWN_MASK = dict(own_methods(hf.WavLMPreTrainedModel)).get(FRAME_MASK)
 
 
 class _FastModel(StandIn, MayBeFreed):
@@ -91,7 +91,7 @@ class _FastModel(StandIn, MayBeFreed):
         """Whether nobody has put a method of his own in the place of transformers', whose masks have no holes, and no
         graph is to hold what transformers does.
         """
-        return self.original._get_feature_vector_attention_mask is _OWN_MASK and leaving() is None
+        return getattr(self.original, FRAME_MASK, None) is _OWN_MASK and leaving() is None
 
 
 @stands_in_for(hf.WavLMModel, public=True)

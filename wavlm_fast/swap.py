@@ -21,8 +21,8 @@ from .modules._originals import public_class
 
 Module = TypeVar("Module", bound=nn.Module)
 
-# Below transformers itself, where its model classes are offered.
-_NAMESPACES = ("transformers.models.wavlm", "transformers.models.wavlm.modeling_wavlm")
+# Where transformers offers its model classes.
+_NAMESPACES = ("transformers", "transformers.models.wavlm", "transformers.models.wavlm.modeling_wavlm")
 
 
 def accelerate(model: Module, keep_originals: bool = True) -> Module:
@@ -106,8 +106,10 @@ def uninstall() -> None:
 
 def _offer(classes: dict[str, type]) -> None:
     # transformers runs its own __init__ a second time when its processors are imported: who imported it before that
-    # holds another module of that name, which nothing but its type leads to.
-    holders = [m for m in gc.get_objects() if isinstance(m, ModuleType) and vars(m).get("__name__") == "transformers"]
+    # holds another module of that name, which nothing but its type leads to (`isinstance` would ask objects themselves,
+    # and some answer with a warning).
+    modules = [m for m in gc.get_objects() if issubclass(type(m), ModuleType)]
+    holders = [m for m in modules if vars(m).get("__name__") == "transformers"]
     for namespace in (*holders, *map(importlib.import_module, _NAMESPACES)):
         for name, cls in classes.items():
             setattr(namespace, name, cls)

@@ -7,6 +7,8 @@ import threading
 import torch
 from torch import Tensor
 
+from .._private import version
+
 
 class _Made(threading.local):
     """The last mask that a model made of one over samples in this thread. Such a mask is ones followed by zeros.
@@ -15,7 +17,7 @@ class _Made(threading.local):
     """
 
     mask: Tensor | None = None
-    version = 0
+    version: object = 0
 
 
 _made = _Made()
@@ -29,7 +31,7 @@ def made(mask: Tensor) -> Tensor:
     if mask.is_inference():
         with torch.inference_mode(False):
             mask = mask.clone()  # one that counts what is written to it
-    _made.mask, _made.version = mask, mask._version
+    _made.mask, _made.version = mask, version(mask)
     return mask
 
 
@@ -48,7 +50,7 @@ def prefix_lengths(mask: Tensor) -> Tensor | None:
     valid = mask.eq(1)
     in_graph = torch.compiler.is_compiling()
     if mask.device.type != "cpu" or in_graph:
-        if _made.mask is mask and (in_graph or _made.version == mask._version):
+        if _made.mask is mask and (in_graph or _made.version == version(mask)):
             return valid.sum(-1)
         if in_graph:
             return None

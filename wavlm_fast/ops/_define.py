@@ -71,10 +71,16 @@ def define(
     LIBRARY.impl(name, dispatch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=LIBRARY)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    arguments = [argument.split() for argument in signature.split(" -> ")[0].strip("()").split(", ")]  # type, name
-    _lists[name] = tuple(i for i, (kind, _) in enumerate(arguments) if kind.endswith("[]"))
-    decomposes(op, [argument for _, argument in arguments], kernel)
+    arguments = arguments_of(signature)
+    _lists[name] = tuple(i for i, kind in enumerate(arguments.values()) if kind.endswith("[]"))
+    decomposes(op, list(arguments), kernel)
     return op
+
+
+def arguments_of(signature: str) -> dict[str, str]:
+    """The types of an op's arguments by name, in order."""
+    inside, _, _ = signature.removeprefix("(").partition(") ->")
+    return {name: kind for kind, _, name in (argument.rpartition(" ") for argument in inside.split(", "))}
 
 
 def _with_lists(name: str, args: tuple) -> tuple:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import backends, derived
 from ..modules import encoder
-from ..ops import schemas
+from ..ops._define import arguments_of, schemas
 
 _BACKEND = "reference"
 Mutant = Callable[..., Any]
@@ -82,8 +82,7 @@ def _with(**changes: Callable[[Any], Any] | int | float | str | bool | None) -> 
 
 
 def _argument_names(op: str) -> list[str]:
-    arguments, _, _ = schemas[op].partition(") ->")
-    return [argument.split()[-1] for argument in arguments.lstrip("(").split(", ")]
+    return list(arguments_of(schemas[op]))
 
 
 def _output(index: int, change: Callable[[Tensor, dict[str, Any]], Tensor]) -> Callable[[str], Make]:
