@@ -128,7 +128,7 @@ void gradients_of_weights(const Keys& v, std::int64_t first_key, std::int64_t ro
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) {
         if (dropout.threshold) {
-          acc[r][n] = masked(acc[r][n] * dropout.kept_scale, kept(dropout, dropped[n], first_key + first + r));
+          acc[r][n] *= masked(splat(dropout.kept_scale), kept(dropout, dropped[n], first_key + first + r));
         }
         const std::int64_t at = ((first + r) * N + n) * kLanes;
         const Floats weight = load(weights + at);

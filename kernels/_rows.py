@@ -72,12 +72,3 @@ def product_of_rows(a, b, D: tl.constexpr, PRECISION: tl.constexpr):
     else:
         total = tl.dot(a, b.T, input_precision=PRECISION)
     return total
-
-
-@triton.jit
-def load_lse(at, row, length, MASKED: tl.constexpr):
-    """Log-sum-exps in base 2, inf from `length` on, so that weights are 0. 0 for -inf: of a row whose scores all are -inf
-    the weights are 0 as well, and not NaN.
-    """
-    lse = tl.load(at, mask=row < length, other=float("inf")) if MASKED else tl.load(at)
-    return tl.where(lse == float("-inf"), 0.0, lse) * 1.4426950408889634

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ._dropout import keep, row_keys
-from ._rows import in_pieces, load_lse, load_tile, operand, product_of_rows, row_pointers, row_starts
+from ._rows import in_pieces, load_tile, operand, product_of_rows, row_pointers, row_starts
 from ._target import target
 from ._toeplitz import biased_scores, far_tiles, fragment_warps, toeplitz
 from ._tuning import Config, tunable
@@ -91,7 +91,7 @@ def _gated_attention_bwd_dq_kernel(
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
     dout = dout_ptr + own if IN_PIECES else dout
     gate = tl.load(gate_ptr + head + row) * gate_scale
-    lse = load_lse(lse_ptr + head + row, row, T, False)
+    lse = tl.load(lse_ptr + head + row) * 1.4426950408889634
     row_key = row_keys(seed_ptr, head + row) if DROPOUT else row
     k_base = k_ptr + b.to(tl.int64) * stride_kb + h * stride_kh
     v_base = v_ptr + b.to(tl.int64) * stride_vb + h * stride_vh
@@ -155,11 +155,12 @@ def _dkv_step(
     if EDGE:
         # 1 past the end: 0 times a bias of -inf would be NaN.
         gate = tl.load(gate_base + query, mask=query < T, other=1.0) * gate_scale
+        lse = tl.load(lse_base + query, mask=query < T, other=float("inf")) * 1.4426950408889634
         delta = tl.load(delta_base + query, mask=query < T, other=0.0)
     else:
         gate = tl.load(gate_base + query) * gate_scale
+        lse = tl.load(lse_base + query) * 1.4426950408889634
         delta = tl.load(delta_base + query)
-    lse = load_lse(lse_base + query, query, T, EDGE)
     if k.dtype.is_ptr():
         q_rows = row_starts(q_base, start, stride_qt, rows, T, EDGE)
         dout_rows = row_starts(dout_base, start, stride_ot, rows, T, EDGE)
@@ -307,6 +308,8 @@ def gated_attention_backward(
     dgate, delta = torch.empty_like(gate), torch.empty_like(gate)
     if not q.numel():
         return dq, dk, dv, dgate, torch.zeros_like(rel_bias)
+    # A row whose scores all are -inf has weights of 0. Here, not in the kernels: there it would be done for each tile.
+    lse = lse.nan_to_num(float("nan"), float("inf"), 0.0)
     copies, ends = toeplitz(rel_bias, both=True)
     constants = launch_constants(q, key_lengths, dropout_p)
     operands = (q, k, v, gate, rel_bias, copies, ends, key_lengths, seed)

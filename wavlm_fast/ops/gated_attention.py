@@ -97,11 +97,16 @@ def _kernel(
     return torch.cat(outs, 2).to(q.dtype).transpose(1, 2).contiguous(), torch.cat(sums, 2)
 
 
+def _past_end(key_lengths: Tensor, frames: int) -> Tensor:
+    """Which keys are past the length, `[B, T]`."""
+    return torch.arange(frames, device=key_lengths.device) >= key_lengths[:, None]
+
+
 def _without_padding(key_lengths: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
     """`[B, H, T, D]` with zeros past the lengths: times a weight of 0 what is not finite there would be NaN."""
     if key_lengths is None:
         return tensors
-    past_end = (torch.arange(tensors[0].shape[2], device=key_lengths.device) >= key_lengths[:, None])[:, None, :, None]
+    past_end = _past_end(key_lengths, tensors[0].shape[2])[:, None, :, None]
     return tuple(x.masked_fill(past_end, 0) for x in tensors)
 
 
@@ -139,8 +144,7 @@ def _scores(
     scores = torch.addcmul(scores, gate[:, :, start:stop, None], bias_rows(rel_bias, start, stop))
     if key_lengths is None:
         return scores
-    past_end = torch.arange(keys.shape[2], device=keys.device) >= key_lengths[:, None]
-    return scores.masked_fill_(past_end[:, None, None], float("-inf"))
+    return scores.masked_fill_(_past_end(key_lengths, keys.shape[2])[:, None, None], float("-inf"))
 
 
 def _check(
@@ -204,6 +208,10 @@ def _backward_kernel(
     dgate, drel_bias = torch.zeros_like(gate), torch.zeros_like(rel_bias)
     sums = lse.masked_fill(lse == float("-inf"), 0)[..., None]  # rows without keys: weights 0, not NaN
     frames = q.shape[1]
+
+    def valid(x: Tensor) -> Tensor:  # zeros past the lengths, whatever is not finite in a row
+        return x if key_lengths is None else x.masked_fill_(_past_end(key_lengths, frames)[:, None, None], 0)
+
     for start, stop in _chunks(queries):
         rows = slice(start, stop)
         scores = _scores(queries, keys, gate, rel_bias, key_lengths, scale, start, stop)
@@ -220,11 +228,11 @@ def _backward_kernel(
         else:
             dv += weights.mT @ dout[:, :, rows]
         # The row sums could come from `out`, but only like this do the rows of dscores sum to zero beyond rounding.
-        dscores = weights * (dweights - (weights * dweights).sum(-1, keepdim=True))  # [B, H, stop - start, T]
+        dscores = valid(weights * (dweights - (weights * dweights).sum(-1, keepdim=True)))  # [B, H, stop - start, T]
         dq[:, :, rows] = dscores @ keys * scale
         dk += dscores.mT @ queries[:, :, rows] * scale
-        dgate[:, :, rows] = (dscores * bias_rows(rel_bias, start, stop)).sum(-1)
-        dbias = (dscores * gate[:, :, rows, None]).sum(0)
+        dgate[:, :, rows] = valid(dscores * bias_rows(rel_bias, start, stop)).sum(-1)
+        dbias = valid(dscores * gate[:, :, rows, None]).sum(0)
         drel_bias[:, frames - stop : 2 * frames - 1 - start] += _diagonal_sums(dbias)
     dk, dv = _without_padding(key_lengths, dk, dv)
     dq, dk, dv = (g.transpose(1, 2).to(q.dtype).contiguous() for g in (dq, dk, dv))
