@@ -221,7 +221,7 @@ def test_tdnn_tuples_that_disagree(changes):
 )
 def test_tdnn_sizes_of_zero(changes):
     """As transformers: its convolution refuses them when it runs."""
-    plain = plain_model("WavLMForXVector", small_config(**changes))
+    plain = transformers.WavLMForXVector(small_config(**changes)).eval()
     for model in (plain, fast_like(plain)):
         for learns in (False, True):
             with torch.set_grad_enabled(learns), pytest.raises((RuntimeError, ValueError), match="at least 1|dilation"):
@@ -230,7 +230,7 @@ def test_tdnn_sizes_of_zero(changes):
 
 def test_layers_without_width():
     """As transformers: a feed-forward of no width adds its bias."""
-    plain = plain_model("WavLMModel", small_config(intermediate_size=0))
+    plain = transformers.WavLMModel(small_config(intermediate_size=0)).eval()
     with torch.no_grad():
         found, wanted = fast_like(plain)(waveforms()), plain(waveforms())
     torch.testing.assert_close(found.last_hidden_state, wanted.last_hidden_state)
