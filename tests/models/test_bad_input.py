@@ -215,6 +215,27 @@ def test_tdnn_tuples_that_disagree(changes):
     subject.WavLMModel(small_config(**changes))  # of no concern to the others
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"tdnn_dim": [16, 0, 24]}, {"tdnn_dim": [0, 16, 24]}, {"tdnn_dim": [16, 16, 0]}, {"tdnn_dilation": [1, 0, 1]}],
+)
+def test_tdnn_sizes_of_zero(changes):
+    """As transformers: its convolution refuses them when it runs."""
+    plain = transformers.WavLMForXVector(small_config(**changes)).eval()
+    for model in (plain, fast_like(plain)):
+        for learns in (False, True):
+            with torch.set_grad_enabled(learns), pytest.raises((RuntimeError, ValueError), match="at least 1|dilation"):
+                model(waveforms())
+
+
+def test_layers_without_width():
+    """As transformers: a feed-forward of no width adds its bias."""
+    plain = transformers.WavLMModel(small_config(intermediate_size=0)).eval()
+    with torch.no_grad():
+        found, wanted = fast_like(plain)(waveforms()), plain(waveforms())
+    torch.testing.assert_close(found.last_hidden_state, wanted.last_hidden_state)
+
+
 def test_a_head_count_that_does_not_divide():
     with pytest.raises(ValueError, match="32.*5|5.*32"):
         subject.WavLMModel(small_config(num_attention_heads=5))

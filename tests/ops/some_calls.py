@@ -17,9 +17,8 @@ FORWARD = (
 BACKWARD = tuple(f"{op}_backward" for op in FORWARD if op not in ("encoder_layer", "feature_encoder"))
 OPS = FORWARD + BACKWARD
 # Of the same schema as the ops, and others.
-NATIVE_OPS = tuple(
-    name + end for name in ("add_layer_norm", "gated_attention", "position_gate", "stats_pool") for end in ("", "_backward")
-)
+_ALIKE = ("add_layer_norm", "gated_attention", "position_gate", "stats_pool")
+NATIVE_OPS = (*_ALIKE, *(f"{op}_backward" for op in _ALIKE))
 NATIVE = (
     *NATIVE_OPS, "activation_backward", "encoder_layer", "feature_encoder", "fingerprint", "matmul", "norm_act",
     "pack_conv", "packed_conv", "positional_conv", "positional_conv_backward", "positional_spectra", "waveform_conv",

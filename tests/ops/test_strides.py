@@ -122,7 +122,7 @@ def test_projections_of_different_strides():
     weights = list(args[3])
     weights[1] = weights[1].t().contiguous().t()
     weights[5] = weights[5].t().contiguous().t()
-    assert backends.choose("encoder_layer", tuple([*args[:3], weights, *args[4:]])).backend in ("cpu", "reference")
+    assert backends.choose("encoder_layer", (*args[:3], weights, *args[4:])).backend in ("cpu", "reference")
     found = ops.encoder_layer(*args[:3], weights, *args[4:7], **_options(args))
     torch.testing.assert_close(found, wanted)
     if cpu.EXTENSION_PROBLEM is None:

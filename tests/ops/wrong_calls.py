@@ -2,8 +2,8 @@
 
 Each seed takes a call that is right (some_calls.py), changes some of its arguments, and makes it: through
 `torch.ops.wavlm_fast.*` once under "auto" and once on the reference, which must agree on whether it is a call at all;
-through `torch.ops.wavlm_fast_cpu.*`, which must come back. REPORT gets the seed before the call is made, so that a crash
-is known by its last line, and findings as they come.
+through `torch.ops.wavlm_fast_cpu.*`, which must come back. REPORT gets the seed before the call is made, so that a
+crash is known by its last line, and findings as they come.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 import warnings
+from pathlib import Path
 
 import torch
 from some_calls import NATIVE, OPS, Draw, call, native_call
@@ -133,7 +134,7 @@ def mutant(seed: int) -> tuple[str, bool, list]:
 def described(args: object) -> object:
     if isinstance(args, torch.Tensor):
         layout = list(args.stride()) if args.layout == torch.strided else str(args.layout)
-        return f"{args.dtype} {list(args.shape)} {layout} {args.device}{' negated' * args.is_neg()}".removeprefix("torch.")
+        return f"{args.dtype} {list(args.shape)} {layout} {args.device}{' negated' * args.is_neg()}"
     return [described(a) for a in args] if isinstance(args, list) else repr(args)
 
 
@@ -154,10 +155,9 @@ def main(first: int, last: int, report: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     assert set(OPS) == set(REFERENCE)
-    size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() if sys.platform == "linux" else 0
-    if size:
-        resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
-    with open(report, "w", buffering=1) as out:
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+    with Path(report).open("w", buffering=1) as out:
         for seed in range(first, last):
             try:
                 name, native, args = mutant(seed)

@@ -1,9 +1,9 @@
 """The positional convolution of the cpu backend by transforms along time, and its gradient.
 
-Frames are transformed in windows of twice the block length, the least power of two that is no less than the kernel. A
-NaN or an infinity reaches all frames of the blocks whose windows hold it, where the direct sum spreads it over as many
-frames as the kernel has taps; it stays within its utterance and its group. Likewise the rounding error of a frame is
-relative to the loudest frames of its window.
+Frames are transformed in windows of twice the block length, the least power of two that is no less than the kernel. The
+rounding error of a frame is relative to the loudest frames of its window. Where a window holds a NaN or an infinity, or
+numbers so large that transforms leave the range, its block is summed directly, tap by tap: that takes some tens of
+times as long, and spreads them over as many frames as the kernel has taps and no further.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 `references[name]` is the op in differentiable plain torch; run in float64 it is the truth.
 
-What is not finite, NaN or infinite, in the operands reaches the same elements of outputs and gradients on every backend:
-those that the reference in the same dtype makes not finite, wherever the reference in float64 agrees with it. Whether
-such an element is NaN or infinite may differ. Large finite numbers leave the range where the reference's do, save
-within a factor of two of its end, where the order of a sum decides, and where several operands are large at once.
+What is not finite in the operands, NaN or infinite, reaches the same elements of outputs and gradients on the CPU's
+backends: those that the reference in the same dtype makes not finite, wherever the reference in float64 agrees with it.
+Whether such an element is NaN or infinite may differ. Large finite numbers leave the range where the reference's do,
+save within a factor of two of its end, where the order of a sum decides, and where several operands are large at once.
 """
 
 from ._define import references, schemas

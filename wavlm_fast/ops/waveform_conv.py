@@ -115,8 +115,9 @@ def _check_backward(
     _check(waveform, weight, bias, stride, norm, norm_weight, norm_bias, eps, activation)
     out = (waveform.shape[0], (waveform.shape[1] - weight.shape[2]) // stride + 1, weight.shape[0])
     check.alike(BACKWARD, out, "waveform", waveform, grad=grad)
-    norms = {} if norm == "none" else {"norm_weight": norm_weight, "norm_bias": norm_bias}
-    inputs = {"waveform": waveform, "weight": weight, "bias": bias, "norm_weight": None, "norm_bias": None, **norms}
+    if norm == "none":  # its parameters are not looked at, and have empty gradients
+        norm_weight = norm_bias = weight
+    inputs = {"waveform": waveform, "weight": weight, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
     check.wanted(BACKWARD, wanted, **inputs)
 
 
