@@ -17,9 +17,12 @@ from .document import Found, Row, entries, is_ours, median, memory_beside, ours_
 from .providers import BASELINE
 from .table import in_markdown
 
-SOURCE, RESULTS = (Path(__file__).parent / name for name in ("results.json", "RESULTS.md"))
+_HERE = Path(__file__).parent
+SOURCE = _HERE / "results.json"  # the latest full run
+# What was recorded -> the document made of it.
+RECORDS = {SOURCE: _HERE / "RESULTS.md", _HERE / "regimes.json": _HERE / "REGIMES.md"}
 _USER_ERROR = 2
-_FIRST_LINE = "<!-- Written by `python -m benchmarks.results` from benchmarks/results.json. Do not edit. -->"
+_FIRST_LINE = "<!-- Written by `python -m benchmarks.results` from the JSON of a run. Do not edit. -->"
 _MEMORY_SECONDS = 120
 
 
@@ -110,7 +113,7 @@ def _text(path: Path, figures: bool) -> str:
             return "".join(f"{what}: {figure}\n    {command}\n" for what, figure, command in headline(found))
         return markdown(found)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        if path == SOURCE:
+        if path in RECORDS:
             raise
         raise UserError(
             f"the results {path} are not what `wavlm-fast bench --json` writes: {type(error).__name__}, {error}"
@@ -120,17 +123,18 @@ def _text(path: Path, figures: bool) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0, or 2 after a user's error."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=__doc__)
-    default = f"default: write those of {SOURCE.name} to {RESULTS.name}"
-    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help=f"print its tables ({default})")
+    records = " and ".join(f"those of {made_of.name} to {to.name}" for made_of, to in RECORDS.items())
+    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help=f"print its tables; else write {records}")
     parser.add_argument("--headline", action="store_true", help="print the README's figures instead")
     args = parser.parse_args(arguments)
     show_everything()
     try:
-        text = _text(args.file or SOURCE, args.headline)
         if args.file or args.headline:
-            print(text, end="")
-        else:
-            console.write_file(RESULTS, text, "results")
+            print(_text(args.file or SOURCE, args.headline), end="")
+            return 0
+        texts = {to: _text(made_of, False) for made_of, to in RECORDS.items()}
+        for target, text in texts.items():
+            console.write_file(target, text, "results")
     except UserError as error:
         print(f"python -m benchmarks.results: {error}", file=sys.stderr)
         return _USER_ERROR

@@ -156,11 +156,14 @@ def selected(args: argparse.Namespace) -> list[Case | OpCase]:
     else:
         there = dict(CASES)
     of_ops = {case.name: case for case in ops.op_cases("base", 1, _OP_SECONDS)}
-    asked = args.case or (there if own else QUICK if args.quick else [*there, "ops"])
-    unknown = [name for name in asked if name not in there and name not in of_ops and name != "ops"]
+    groups = {"ops": list(of_ops), "regimes": [name for name, case in there.items() if case.regime]}
+    # Regimes are measured by themselves: with them a full run would not fit in half an hour.
+    all_but_regimes = [name for name in there if name not in groups["regimes"]]
+    asked = args.case or (there if own else QUICK if args.quick else [*all_but_regimes, "ops"])
+    unknown = [name for name in asked if name not in there and name not in of_ops and name not in groups]
     if unknown:
-        raise UserError(f"a case of {', '.join(there)}, ops is wanted, got {unknown[0]!r}")
-    names = [name for asking in asked for name in (of_ops if asking == "ops" else [asking])]
+        raise UserError(f"a case of {', '.join((*there, *groups))} is wanted, got {unknown[0]!r}")
+    names = [name for asking in asked for name in groups.get(asking, [asking])]
     names = [name for name in names if args.filter is None or args.filter in name]
     if not names:
         raise UserError(f"no case's name contains {args.filter!r}: there are {', '.join((*there, *of_ops))}")

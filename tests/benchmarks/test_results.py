@@ -99,14 +99,17 @@ def test_a_headline_that_was_not_measured_is_left_out():
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "SOURCE", tmp_path / "results.json")
-    monkeypatch.setattr(results, "RESULTS", tmp_path / "RESULTS.md")
+    records = {tmp_path / name: tmp_path / f"{name}.md" for name in ("results.json", "other")}
+    monkeypatch.setattr(results, "RECORDS", records)
     return tmp_path
 
 
 def test_the_command_writes_the_file(files, capsys):
-    results.SOURCE.write_text(json.dumps(made_up.document()))
+    for source in results.RECORDS:
+        source.write_text(json.dumps(made_up.document()))
     assert results.main([]) == 0
-    assert results.RESULTS.read_text(encoding="utf-8") == results.markdown(made_up.document())
+    for target in results.RECORDS.values():
+        assert target.read_text(encoding="utf-8") == results.markdown(made_up.document())
     assert capsys.readouterr().out == ""
 
 
@@ -115,7 +118,7 @@ def test_the_command_prints_another_file(files, capsys):
     path.write_text(json.dumps(made_up.document()))
     assert results.main([str(path)]) == 0
     assert capsys.readouterr().out == results.markdown(made_up.document())
-    assert not results.RESULTS.exists()
+    assert not any(target.exists() for target in results.RECORDS.values())
 
 
 def test_the_command_prints_the_headline(files, capsys):
@@ -124,7 +127,7 @@ def test_the_command_prints_the_headline(files, capsys):
     out = capsys.readouterr().out
     for figure in results.headline(made_up.document()):
         assert all(part in out for part in figure)
-    assert not results.RESULTS.exists()
+    assert not any(target.exists() for target in results.RECORDS.values())
 
 
 @pytest.mark.parametrize(
@@ -143,4 +146,4 @@ def test_a_file_that_is_none(files, capsys, content, says):
     err = capsys.readouterr().err
     assert says in err
     assert len(err.splitlines()) == 1
-    assert not results.RESULTS.exists()
+    assert not any(target.exists() for target in results.RECORDS.values())
