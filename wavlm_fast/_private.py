@@ -14,13 +14,12 @@ import copy
 import math
 import pkgutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import ref
 
 import torch
 import transformers
@@ -203,31 +202,6 @@ def unaliased(output: Tensor) -> Tensor:
         return output
     return output.clone() if _unsafe_view is None else _unsafe_view(output, output.shape)
 
-
-class _ByIdentity(MutableMapping):
-    """A dict of tensors that does not keep them."""
-
-    def __init__(self) -> None:
-        self._found: dict[int, tuple[ref, Any]] = {}
-
-    def __getitem__(self, tensor: Tensor) -> Any:
-        return self._found[id(tensor)][1]
-
-    def __setitem__(self, tensor: Tensor, value: Any) -> None:
-        key = id(tensor)
-        self._found[key] = ref(tensor, lambda _: self._found.pop(key, None)), value
-
-    def __delitem__(self, tensor: Tensor) -> None:
-        del self._found[id(tensor)]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (tensor for found, _ in list(self._found.values()) if (tensor := found()) is not None)
-
-    def __len__(self) -> int:
-        return len(self._found)
-
-
-WeakTensorKeyDictionary = fetch("torch.utils.weak", "WeakTensorKeyDictionary", "nothing, ours takes over", _ByIdentity)
 
 # Fake tensors, which torch.compile and torch.export trace with.
 
