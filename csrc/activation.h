@@ -69,8 +69,7 @@ WAVLM_FAST_INLINE Floats activate(Floats x) {
 
 // gelu'(-u) = exp(-u^2 / 2) * q(u) and gelu'(u) = 1 - gelu'(-u), u >= 0; absolute error within 1e-7.
 WAVLM_FAST_INLINE Floats gelu_derivative(Floats x) {
-  const Floats u = x < 0.0f ? -x : x;
-  const Floats near = u > 14.0f ? splat(14.0f) : u;
+  const Floats near = minimum(splat(14.0f), magnitude(x));
   // Fitted on [0, 7] for the error in the product, which is 4e-9.
   Floats q = splat(5.85337965e-8f);
   q = q * near + -1.60367767e-6f;
@@ -93,8 +92,7 @@ WAVLM_FAST_INLINE Floats gelu_derivative(Floats x) {
 // cancel where s is near one.
 WAVLM_FAST_INLINE Floats gelu_tanh_derivative(Floats x) {
   const Floats zero = x * 0.0f;  // or NaN at infinity, as torch has it
-  x = x > 14.0f ? splat(14.0f) : x;
-  x = x < -14.0f ? splat(-14.0f) : x;
+  x = maximum(splat(-14.0f), minimum(splat(14.0f), x));
   const Floats z = x * (x * x * 0.0713548163f + 1.59576912f);
   const Floats e = exp_of_negative(z < 0.0f ? z : -z), r = 1.0f / (1.0f + e);
   return (x < 0.0f ? e : splat(1.0f)) * r + x * (e * r * r) * (x * x * 0.214064449f + 1.59576912f) + zero;

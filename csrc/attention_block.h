@@ -78,19 +78,9 @@ struct Softmax {
   WAVLM_FAST_INLINE Floats weight(Floats score) const { return exp2_of(maximum(splat(floor), score - top), slope); }
 };
 
-// The same with a saved log-sum-exp for the top. Scores of 1e20 are further above it than any power of two reaches, by
-// its rounding alone.
-struct SavedSoftmax : Softmax {
-  using Softmax::Softmax;
-
-  WAVLM_FAST_INLINE Floats weight(Floats score) const {
-    return exp2_of(minimum(splat(1.0f), maximum(splat(floor), score - top)), slope);
-  }
-};
-
 // Scores -> weights, in place.
-template <int N, class SoftmaxOf>
-WAVLM_FAST_INLINE void weigh(Single, float* scores, std::int64_t keys, const SoftmaxOf (&softmax)[N],
+template <int N>
+WAVLM_FAST_INLINE void weigh(Single, float* scores, std::int64_t keys, const Softmax (&softmax)[N],
                              Floats (&total)[N]) {
   for (std::int64_t j = 0; j < keys; ++j, scores += N * kLanes) {
 #pragma GCC unroll 4

@@ -146,11 +146,11 @@ void gradients_of_weights(const Keys& v, std::int64_t first_key, std::int64_t ro
 template <int N, class T>
 void weigh_block(const GatedAttentionBackward<T>& call, const float* bias, const Block& block, std::int64_t keys,
                  const Sizes& sizes, const Work& work, Rows<N>& rows) {
-  SavedSoftmax softmax[N];
+  Softmax softmax[N];
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n) {
     const Floats lse = load_some(call.lse + block.row + n * kLanes, block.count - n * kLanes);
-    softmax[n] = SavedSoftmax(lse / call.unit, call.unit);
+    softmax[n] = Softmax(lse / call.unit, call.unit);
   }
   rows.clear();
   for (std::int64_t j = 0; j < keys; j += kKeys) {

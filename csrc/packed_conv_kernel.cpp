@@ -173,9 +173,10 @@ void direct(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t co
 //   y0 = o0 w1 + (e0 - e2) w0 + p + m        p = (e1 + e2) (w0 + w2) / 2
 //   y1 = o1 w1                + p - m        m = (e2 - e1) (w0 - w2) / 2
 //   y2 = o2 w1 + (e3 - e1) w2 + p + m
-// Seven products instead of nine. y0 does not depend on e2, but what is not finite there, or becomes so in a sum, would
-// reach it: such a block is computed again in the direct form, whose taps are among the packed ones. Only neighbouring frames are combined: they are of like magnitude, so that a quiet
-// frame does not inherit the rounding errors of a loud one, and errors grow by a tenth.
+// Seven products instead of nine. Only neighbouring frames are combined: they are of like magnitude, so that a quiet
+// frame does not inherit the rounding errors of a loud one, and errors grow by a tenth. What is not finite in e2, or
+// becomes so in a sum, would reach y0, which does not depend on it: such a block is computed again in the direct form,
+// whose taps are among the packed ones.
 enum Tap { kMiddle, kFirst, kLast, kHalfSum, kHalfDifference, kTaps };
 
 // [triples][C] each.

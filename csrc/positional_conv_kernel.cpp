@@ -169,15 +169,10 @@ void invert_rows(const PositionalConv<T>& call, std::int64_t group, std::int64_t
     const std::int64_t length = least(call.P, call.T_ - place.t);
     each_vector(call.channels, [&](std::int64_t c, auto lanes) {
       float* work = rows.vector(r, c);
-      Floats zeros = {};
       transform.inverse(
           work, [&](std::int64_t f) { return load_complex(work + f * 2 * kLanes); },
-          [&](std::int64_t n, Complex value) {
-            const Floats sum = value.re * scale;
-            watch(zeros, sum);
-            store(frames + n * kLanes, sum);
-          });
-      if (!all_finite(zeros)) sum_directly(call, group, place, length, c, frames, memory);
+          [&](std::int64_t n, Complex value) { store(frames + n * kLanes, value.re * scale); });
+      if (!all_finite(frames, length * kLanes)) sum_directly(call, group, place, length, c, frames, memory);
       const std::int64_t channel = group * call.channels + c;
       finish<activation>(call, frames, length,
                          call.bias ? lanes.load(call.bias + channel) : Floats{},
@@ -250,17 +245,13 @@ void finish_gradient(const PositionalConv<T>& call, std::int64_t group, const fl
   const float scale = 1.0f / static_cast<float>(call.P);
   for (std::int64_t in = 0; in < call.channels; ++in) {
     each_vector_in_panels(call.channels, in, [&](std::int64_t out, std::int64_t offset, std::int64_t im) {
-      Floats zeros = {};
       transform.inverse(
           at.work,
           [&](std::int64_t f) {
             return Complex{load(spectra + f * step + offset), load(spectra + f * step + offset + im)};
           },
-          [&](std::int64_t n, Complex value) {
-            watch(zeros, value.re);
-            store(at.frames + n * kLanes, value.re * scale);
-          });
-      if (!all_finite(zeros)) sum_gradient_directly(call, group, in, out, at.frames);
+          [&](std::int64_t n, Complex value) { store(at.frames + n * kLanes, value.re * scale); });
+      if (!all_finite(at.frames, call.K * kLanes)) sum_gradient_directly(call, group, in, out, at.frames);
       for (std::int64_t lane = 0; lane < least(kLanes, call.channels - out); ++lane) {
         T* taps = call.out + ((group * call.channels + out + lane) * call.channels + in) * call.K;
         for (std::int64_t k = 0; k < call.K; ++k) put(at.frames[k * kLanes + lane], taps + k);

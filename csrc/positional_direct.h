@@ -30,8 +30,9 @@ constexpr std::int64_t frames_met(const PositionalConv<T>& call) {
 // The first `count` frames of a row, [count][kLanes], for the vector of channels of the group that begins with `out`.
 // `memory` has room for a vector of channels in 2P frames.
 template <class T>
-void sum_directly(const PositionalConv<T>& call, std::int64_t group, Place place, std::int64_t count, std::int64_t out,
-                  float* frames, float* memory) {
+__attribute__((noinline, cold)) void sum_directly(const PositionalConv<T>& call, std::int64_t group, Place place,
+                                                  std::int64_t count, std::int64_t out, float* frames,
+                                                  float* memory) {
   float *panel = memory, *window = memory + call.K * kLanes;  // [K][kLanes] taps, and frames that they meet
   const T* x = call.x + place.b * call.T_ * call.C + group * call.channels;
   for (std::int64_t in = 0; in < call.channels; ++in) {
@@ -73,8 +74,8 @@ void sum_directly(const PositionalConv<T>& call, std::int64_t group, Place place
 // The gradient of the taps between channel `in` of a group and the vector of channels that begins with `out`,
 // [K][kLanes].
 template <class T>
-void sum_gradient_directly(const PositionalConv<T>& call, std::int64_t group, std::int64_t in, std::int64_t out,
-                           float* taps) {
+__attribute__((noinline, cold)) void sum_gradient_directly(const PositionalConv<T>& call, std::int64_t group,
+                                                           std::int64_t in, std::int64_t out, float* taps) {
   const int lanes = static_cast<int>(least(kLanes, call.channels - out));
   for (std::int64_t k = 0; k < call.K; ++k) {
     Floats total = {};

@@ -62,7 +62,7 @@ WAVLM_FAST_INLINE void measure(const PoolColumns<T>& columns, PoolWork& work) {
 // Mean and squares of one column as they are defined, in float64: numbers so large that their differences or squares
 // leave the range of float32.
 template <class T>
-void measure_wide(const PoolColumns<T>& columns, std::int64_t c, PoolWork& work) {
+__attribute__((noinline, cold)) void measure_wide(const PoolColumns<T>& columns, std::int64_t c, PoolWork& work) {
   double total = 0.0, squares = 0.0;
   const auto value = [&](std::int64_t t) { return static_cast<double>(load(columns.x + t * columns.row_step + c, 1)[0]); };
   for (std::int64_t t = 0; t < columns.frames; ++t) total += value(t);
@@ -73,18 +73,32 @@ void measure_wide(const PoolColumns<T>& columns, std::int64_t c, PoolWork& work)
 
 // work.pivot becomes the mean, work.rest what float32 leaves of it, work.rest_squares the deviation.
 template <class T>
-WAVLM_FAST_INLINE void finish(const PoolColumns<T>& columns, PoolWork& work) {
+WAVLM_FAST_INLINE void settle(const PoolColumns<T>& columns, PoolWork& work) {
   const float nan = __builtin_nanf("");
-  if (columns.frames > 0) measure(columns, work);
   const double degrees = static_cast<double>(columns.frames - 1);
   for (std::int64_t c = 0; c < columns.channels; ++c) {
-    if (columns.frames > 0 && !((work.mean[c] + work.squares[c]) * 0.0 == 0.0)) measure_wide(columns, c, work);
     const float mean = columns.frames > 0 ? static_cast<float>(work.mean[c]) : nan;
     work.pivot[c] = mean;
     work.rest[c] = static_cast<float>(work.mean[c] - mean);
     const double squares = work.squares[c] < 0.0 ? 0.0 : work.squares[c];
     work.rest_squares[c] = columns.frames > 1 ? static_cast<float>(__builtin_sqrt(squares / degrees)) : nan;
   }
+}
+
+template <class T>
+WAVLM_FAST_INLINE void finish(const PoolColumns<T>& columns, PoolWork& work) {
+  if (columns.frames > 0) measure(columns, work);
+  settle(columns, work);
+  if (columns.frames < 2) return;
+  Floats zeros[kUnroll] = {};
+  sweep(columns.channels, [&](std::int64_t i, auto lanes, int u) {
+    watch(zeros[u], lanes.load(work.pivot + i) + lanes.load(work.rest_squares + i));
+  });
+  if (sum(zeros) == 0.0f) return;
+  for (std::int64_t c = 0; c < columns.channels; ++c) {
+    if (!((work.mean[c] + work.squares[c]) * 0.0 == 0.0)) measure_wide(columns, c, work);
+  }
+  settle(columns, work);
 }
 
 template <class T>

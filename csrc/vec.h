@@ -190,5 +190,12 @@ WAVLM_FAST_INLINE float sum(const Floats (&parts)[kUnroll]) {
   return sum((parts[0] + parts[1]) + (parts[2] + parts[3]));
 }
 
+// Whether the numbers from `at` are finite, `size` being whole vectors.
+WAVLM_FAST_INLINE bool all_finite(const float* at, std::int64_t size) {
+  Floats zeros[kUnroll] = {};
+  sweep(size, [&](std::int64_t i, auto, int u) { watch(zeros[u], load(at + i)); });
+  return sum(zeros) == 0.0f;
+}
+
 }  // namespace WAVLM_FAST_ISA
 }  // namespace wavlm_fast

@@ -63,7 +63,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, const: Tensor) -> None:
 def _check_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, const: Tensor) -> None:
     _check(x, weight, bias, const)
     check.shape(BACKWARD, "grad", grad, (x.shape[0], const.shape[0], x.shape[1]))
-    check.floating(BACKWARD, "grad", grad)
+    if grad.dtype != accumulation_dtype(x.dtype):
+        raise TypeError(f"{BACKWARD} wants grad of {accumulation_dtype(x.dtype)} for x of {x.dtype}, got {grad.dtype}")
     check.same_device(BACKWARD, "x", x, grad=grad)
 
 

@@ -152,9 +152,12 @@ def _backward_kernel(
         sizes = (batch, channels, frames, channels)
         normed, mean, rstd = aten.native_group_norm(y, norm_weight, norm_bias, *sizes, eps)
         dnormed = activate_backward(activation, grad, normed)
+        mask[2] &= mask[1]  # torch has no gradient of the bias alone
         dy, dnorm_weight, dnorm_bias = aten.native_group_norm_backward(
             dnormed, y, mean, rstd, norm_weight, *sizes, mask
         )
+        if norm_weight is None and norm_bias is not None:
+            dnorm_bias = dnormed.sum((0, 2))
     else:
         y = y.transpose(1, 2).contiguous()
         normed, mean, rstd = aten.native_layer_norm(y, [channels], norm_weight, norm_bias, eps)
