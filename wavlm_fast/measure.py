@@ -67,7 +67,7 @@ def errors(theirs: torch.Tensor, ours: torch.Tensor, truth: torch.Tensor) -> Err
 
 def max_error(value: torch.Tensor, truth: torch.Tensor) -> float:
     """max |value - truth| in float64; NaN when any value is NaN or the shape is another."""
-    return float((value.double() - truth).abs().max()) if value.shape == truth.shape else math.nan
+    return float((value.detach().double() - truth).abs().max()) if value.shape == truth.shape else math.nan
 
 
 def layers(model: nn.Module, waveform: torch.Tensor) -> dict[str, torch.Tensor]:
