@@ -22,7 +22,7 @@ SOURCE = _HERE / "results.json"  # the latest full run
 # What was recorded -> the document made of it.
 RECORDS = {SOURCE: _HERE / "RESULTS.md", _HERE / "regimes.json": _HERE / "REGIMES.md"}
 _USER_ERROR = 2
-_FIRST_LINE = "<!-- Written by `python -m benchmarks.results` from benchmarks/results.json or regimes.json. Do not edit. -->"
+_FIRST_LINE = "<!-- By `python -m benchmarks.results` from benchmarks/results.json or regimes.json. Do not edit. -->"
 _MEMORY_SECONDS = 120
 
 
