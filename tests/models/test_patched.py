@@ -30,7 +30,8 @@ from wavlm_fast.modules._plain import _ARITHMETIC
 pytestmark = ours_only
 
 # Not a part of any forward.
-_ASIDE = {"freeze_feature_encoder", "freeze_base_model", "_freeze_parameters", "tie_weights"}
+_FREEZING = {"freeze_feature_encoder", "freeze_feature_extractor", "freeze_base_model", "_freeze_parameters"}
+_ASIDE = {*_FREEZING, "tie_weights"}
 METHODS = [
     (cls, name) for cls in (*TWINS, hf.WavLMPreTrainedModel) for name, _ in own_methods(cls) if name not in _ASIDE
 ]
