@@ -3,45 +3,16 @@
 from __future__ import annotations
 
 import gc
-import os
-import re
-import signal
 import threading
-import time
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
+from doubles import Double, fingerprint  # noqa: F401 (a fixture of every test here)
 from torch import nn
 
 import wavlm_fast.derived
-from wavlm_fast._locks import ForkSafeLock
-from wavlm_fast.backends import cpu
-from wavlm_fast.derived import derived, forget, linked, nbytes, values
-
-
-@pytest.fixture(autouse=True, params=["C++", "Python"])
-def fingerprint(request, monkeypatch):
-    """Changes are seen in two ways, with the extension and without."""
-    if request.param == "Python":
-        monkeypatch.setattr(wavlm_fast.derived, "_fingerprint", None)
-    elif cpu.EXTENSION_PROBLEM is not None:
-        pytest.skip(cpu.EXTENSION_PROBLEM)
-
-
-class Double:
-    """Twice the parameters, side by side; counts how often they are computed."""
-
-    def __init__(self, *sources, kind="double"):
-        self.sources, self.kind, self.built = sources, kind, 0
-
-    def __call__(self):
-        return derived(self.kind, self.sources, self._build)
-
-    def _build(self):
-        self.built += 1
-        return torch.cat([s.flatten() for s in self.sources]) * 2
+from wavlm_fast.derived import derived, forget, nbytes, values
 
 
 @pytest.fixture
@@ -405,135 +376,6 @@ def test_nothing_is_kept_of_tensors_without_values():
         mixed()
     assert double.built == 2
     assert nbytes([*double.sources, *mixed.sources]) == 0
-
-
-def in_a_fork(work):
-    """Whether `work()` is true in a forked child, within half a minute."""
-    child = os.fork()
-    if child == 0:
-        status = 2
-        try:
-            status = 0 if work() else 1
-        finally:
-            os._exit(status)
-    end = time.monotonic() + 30
-    while time.monotonic() < end:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            return os.waitstatus_to_exitcode(status) == 0
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return False
-
-
-forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-
-
-@forks
-def test_a_fork_while_another_thread_builds(weight, double):
-    building, ends = threading.Event(), threading.Event()
-    kept = double()
-
-    def build():
-        building.set()
-        assert ends.wait(90)
-        return torch.ones(1)
-
-    def work():
-        weight.mul_(2)
-        return (
-            torch.equal(double(), kept * 2)
-            and derived("slow", (weight,), lambda: torch.zeros(1)).item() == 0
-            and len(values([weight])) == 2
-        )
-
-    slow = threading.Thread(target=derived, args=("slow", (weight,), build))
-    slow.start()
-    try:
-        assert building.wait(60)
-        assert in_a_fork(work)
-    finally:
-        ends.set()
-        slow.join()
-    assert double() is kept
-    assert derived("slow", (weight,), lambda: None).item() == 1
-
-
-@forks
-def test_a_fork_by_the_thread_that_holds_the_lock():
-    lock = ForkSafeLock()
-
-    def others_wait():
-        got = []
-        other = threading.Thread(target=lambda: got.append(lock._lock.acquire(blocking=False)))
-        other.start()
-        other.join()
-        return got == [False]
-
-    with lock:
-        assert in_a_fork(others_wait)
-        assert others_wait()
-    assert not others_wait()
-
-
-def test_every_lock_is_open_in_a_fork():
-    root = Path(__file__).parents[1]
-    files = [f for name in ("wavlm_fast", "kernels") for f in root.joinpath(name).rglob("*.py")]
-    files = [f for f in files if f.name != "_locks.py"]
-    assert {"graphed.py", "_tuning.py"} <= {f.name for f in files}
-    names = r"\b(R?Lock|Condition|Semaphore|BoundedSemaphore)\b"
-    assert not [f for f in files if re.search(names, re.sub(r'""".*?"""|#.*', "", f.read_text(), flags=re.DOTALL))]
-
-
-class TestLinked:
-    """Remembered, though a gradient is wanted."""
-
-    @pytest.fixture
-    def pair(self):
-        return tuple(nn.Parameter(torch.randn(3, 4, dtype=torch.float64)) for _ in range(2))
-
-    def times(self, pair):
-        return linked("times", pair, lambda a, b: a * b.sin())
-
-    def test_value_and_gradients(self, pair):
-        a, b = pair
-        for _ in range(2):
-            assert torch.equal(self.times(pair), a * b.sin())
-            assert torch.autograd.gradcheck(lambda *given: linked("times", given, lambda a, b: a * b.sin()), pair)
-            assert torch.autograd.gradgradcheck(lambda *given: linked("times", given, lambda a, b: a * b.sin()), pair)
-        b.requires_grad_(False)
-        (grad,) = torch.autograd.grad(self.times(pair).sum(), a)
-        assert torch.equal(grad, b.sin())
-
-    def test_is_computed_once_and_what_is_derived_from_it_too(self, pair):
-        first, again = self.times(pair), self.times(pair)
-        assert first is not again
-        assert first.data_ptr() == again.data_ptr()
-        assert first.requires_grad
-        with torch.no_grad():
-            outer = [Double(value)() for value in (first, again, self.times(pair))]
-        assert outer[0] is outer[1] is outer[2]
-        assert Double(first)().requires_grad
-        assert len(values(pair)) == 2
-
-    def test_follows(self, pair):
-        before = self.times(pair)
-        with torch.no_grad():
-            pair[1].mul_(2)
-        after = self.times(pair)
-        assert torch.equal(after, pair[0] * pair[1].sin())
-        assert not torch.equal(after, before)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            before.sum().backward()
-        pair[0].data.mul_(3)
-        assert torch.equal(self.times(pair), pair[0] * pair[1].sin())
-
-    def test_holds_no_graph(self, pair):
-        value = weakref.ref(self.times(pair))
-        gc.collect()
-        assert value() is None
-        assert not values(pair)[0].requires_grad
 
 
 def test_what_does_not_pay_at_once_is_built_when_it_is_met_again(weight):
