@@ -70,7 +70,17 @@ def positional_conv(C, dtype):
 
 def tdnn(K, dtype):
     x, weight = randn(1, 30, 512, dtype=dtype), randn(200, K * 512, dtype=dtype, scale=(K * 512) ** -0.5)
-    return lambda: compare_product("tdnn", [x, weight, randn(200, dtype=dtype), K, 2, "relu"], save=False)
+    bias = randn(200, dtype=dtype)
+
+    def run():
+        windows = x.unfold(1, 2 * K - 1, 1)[..., ::2].transpose(2, 3).flatten(2)  # [B, T', K·C]
+        total = torch.zeros(*windows.shape[:2], 200)
+        for frame, row in zip(windows.float().unbind(2), weight.float().unbind(1), strict=True):
+            total += frame[..., None] * row
+        in_order = (total + bias).relu().to(dtype)
+        compare_product("tdnn", [x, weight, bias, K, 2, "relu"], save=False, in_order=in_order)
+
+    return run
 
 
 def linear_act(C):
