@@ -197,3 +197,16 @@ def test_training_with_a_patch(monkeypatch):
         for model in (ours, plain, truth_of(plain))
     ]
     assert_gradients_close(*found, plain)
+
+
+def test_a_subclass_that_calls_our_forward_gets_ours():
+    """Its checks, and for x-vectors its pooling."""
+
+    class Probe(subject.WavLMForXVector):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    model = Probe(small_config()).eval()
+    assert "replaced" not in str(subject.report(model))
+    with pytest.raises(ValueError, match="labels must lie in 0..4"):
+        model(waveforms(), labels=torch.tensor([0, 7]))

@@ -119,16 +119,14 @@ def why_original(module: StandIn) -> str | None:
     return why_patched(module) or leaving()
 
 
-def why_patched(module: StandIn) -> str | None:
+def why_patched(module: StandIn, but_forward: bool = True) -> str | None:
     """A sentence naming a method that somebody replaced on transformers' class, on ours or on this module, or None.
 
-    A module's own `forward` does not count: torch calls it instead of ours, and accelerate's hooks call ours from it.
+    With `but_forward` one of the module's or its class's own does not count: torch calls it instead of ours, and where
+    ours runs, it was called from there, by a subclass or by accelerate's hooks.
     """
     for name, ours, theirs in module.taken_over:
-        if (
-            getattr(type(module), name) is not ours
-            or getattr(module.original, name) is not theirs
-            or (name in module.__dict__ and name != "forward")
-        ):
+        own = getattr(type(module), name) is not ours or name in module.__dict__
+        if getattr(module.original, name) is not theirs or (own and not (but_forward and name == "forward")):
             return f"{module.original.__name__}.{name} was replaced"
     return None

@@ -70,7 +70,7 @@ class FastModule(StandIn, MayBeFreed):
         """Why who contains this module must call it instead of doing its work: it has hooks, or a method of somebody
         else's; None when it need not. Hooks by which transformers captures outputs may not count.
         """
-        return "it has hooks" if has_hooks(self, but_captures) else why_patched(self)
+        return "it has hooks" if has_hooks(self, but_captures) else why_patched(self, but_forward=False)
 
     def plan(self) -> Iterator[Plan]:
         """The ops of one forward."""
