@@ -62,7 +62,7 @@ for _schema in (
 ):
     _library.define(_schema)
 for _name in _KERNELS:
-    _library.define(_name + schemas[_name])
+    _library.define(_name + schemas[_name].replace(", Tensor? offsets=None", ""))
 _native = torch.ops.wavlm_fast_cpu
 _FOLDER = Path(__file__).parent.parent
 

@@ -19,7 +19,7 @@ def decomposes(op: Any, names: Sequence[str], into: Callable[..., Any]) -> None:
 
     def decomposition(*args: Any, **kwargs: Any) -> Any:
         if _private.is_decomposed(op):
-            return into(*args, *(kwargs[n] for n in names[len(args) :]))
+            return into(*args, *(kwargs.get(n) for n in names[len(args) :]))
         # Inductor's tables begin as a copy of the default decompositions. It fails on an op that stands there and yet
         # reaches it whole; on the way there, every op is asked to come apart.
         for table in _private.inductor_tables():

@@ -6,6 +6,7 @@ asks the chooser (`wavlm_fast.backends`) at each call.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,7 +27,8 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 references: dict[str, Callable[..., Any]] = {}
 # Op name -> schema text without the name, for backends that implement the same schema in their own namespace.
 schemas: dict[str, str] = {}
-# Op name -> the positions of its arguments that are lists.
+# Op name -> the names of its arguments, and the positions of those that are lists.
+_names: dict[str, list[str]] = {}
 _lists: dict[str, tuple[int, ...]] = {}
 
 
@@ -43,17 +45,17 @@ def define(
 
     Args:
         name: op name.
-        signature: schema without the name, no defaults.
+        signature: schema without the name; the last arguments may have a default of None.
         fake: outputs of the right shape, dtype and strides, without values.
         kernel: the reference backend's implementation.
         check: raises ValueError or TypeError when the arguments break the contract. Runs before any kernel; reads no
             values. A backward op refuses what its forward does, and what does not fit the forward's outputs.
     """
     schemas[name] = signature
-    REFERENCE_TABLE[name] = backends.Implementation(kernel)
+    REFERENCE_TABLE[name] = backends.Implementation(kernel, packed=True)
 
     def dispatch(*args: Any) -> Any:
-        args = _with_lists(name, args)
+        args = _completed(name, args)
         check(*args)
         choice = backends.choose(name, args)
         if choice.backend == "reference" and not in_parts:
@@ -63,7 +65,7 @@ def define(
         return tuple(map(unaliased, outputs)) if isinstance(outputs, tuple) else unaliased(outputs)
 
     def checked_fake(*args: Any) -> Any:
-        args = _with_lists(name, args)
+        args = _completed(name, args)
         check(*args)
         return fake(*args)
 
@@ -72,6 +74,9 @@ def define(
     torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=LIBRARY)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     arguments = arguments_of(signature)
+    _names[name] = list(arguments)
+    if "offsets" in arguments:
+        backends.offsets_at[name] = _names[name].index("offsets")
     _lists[name] = tuple(i for i, kind in enumerate(arguments.values()) if kind.endswith("[]"))
     decomposes(op, list(arguments), kernel)
     return op
@@ -80,11 +85,15 @@ def define(
 def arguments_of(signature: str) -> dict[str, str]:
     """The types of an op's arguments by name, in order."""
     inside, _, _ = signature.removeprefix("(").partition(") ->")
-    return {name: kind for kind, _, name in (argument.rpartition(" ") for argument in inside.split(", "))}
+    pairs = (argument.removesuffix("=None").rpartition(" ") for argument in inside.split(", "))
+    return {name: kind for kind, _, name in pairs}
 
 
-def _with_lists(name: str, args: tuple) -> tuple:
-    """The arguments of an op as its schema has them: packages of AOTInductor hand on None for an empty list."""
+def _completed(name: str, args: tuple) -> tuple:
+    """All arguments of an op as its schema has them: the dispatcher leaves out defaults, and packages of AOTInductor
+    hand on None for an empty list.
+    """
+    args = (*args, *[None] * (len(_names[name]) - len(args)))
     if not any(args[i] is None for i in _lists[name]):
         return args
     return tuple([] if a is None and i in _lists[name] else a for i, a in enumerate(args))
@@ -102,14 +111,14 @@ def differentiate(
     Args:
         name: op name.
         reference: the op in differentiable plain torch, for the parity harness and for gradients of gradients. Takes
-            the op's inputs, less the trailing ones that it has no use for.
+            the op's inputs by their names, less those that it has no use for.
         backward: from (gradients of the outputs, inputs of the op, saved outputs, which inputs want a gradient) to one
             gradient per input of `reference`; those of inputs that want none are not looked at.
         save: which of the outputs the backward pass needs.
         flowing: number of outputs, the first ones, from which a gradient may flow; the others are there to be saved.
     """
     references[name] = reference
-    arity = reference.__code__.co_argcount
+    takes = [_names[name].index(argument) for argument in inspect.signature(reference).parameters]
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         refuse(f"the gradient of {name}", inputs)
@@ -128,7 +137,7 @@ def differentiate(
         pairs = zip(grads, ctx.likes, strict=False)
         grads = tuple(torch.zeros(shape, **options) if g is None else g for g, (shape, options) in pairs)
         if torch.is_grad_enabled():
-            found = _reference_gradients(reference, inputs[:arity], grads)
+            found = _reference_gradients(reference, inputs, takes, grads)
         else:
             with backends.resumed(ctx.backend):
                 found = backward(grads, inputs, tuple(saved), ctx.needs_input_grad)
@@ -137,13 +146,15 @@ def differentiate(
     torch.library.register_autograd(f"{NAMESPACE}::{name}", run_backward, setup_context=setup_context, lib=LIBRARY)
 
 
-def _reference_gradients(reference: Callable[..., Any], inputs: list, grads: tuple) -> list[Tensor | None]:
-    """Gradients that can be differentiated again, through plain torch."""
+def _reference_gradients(
+    reference: Callable[..., Any], inputs: list, takes: list[int], grads: tuple
+) -> list[Tensor | None]:
+    """Gradients that can be differentiated again, through plain torch, which takes the inputs at some positions."""
     wanted = [i for i, a in enumerate(inputs) if isinstance(a, Tensor) and a.requires_grad]
     # Aliases keep one input's gradient from flowing on into another input that it was computed from.
     for i in wanted:
         inputs[i] = inputs[i].view_as(inputs[i])
-    outputs = reference(*inputs)
+    outputs = reference(*(inputs[i] for i in takes))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=False) if g is not None]
     found = torch.autograd.grad(
@@ -176,7 +187,7 @@ def autocast_by(name: str, rule: Callable[..., Any]) -> None:
     def on(device_type: str) -> Callable[..., Any]:
         def kernel(*args: Any) -> Any:
             with torch.autocast(device_type, enabled=False):
-                return rule(device_type, *_with_lists(name, args))
+                return rule(device_type, *_completed(name, args))
 
         return kernel
 

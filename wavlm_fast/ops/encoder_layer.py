@@ -11,6 +11,7 @@ from torch import Tensor
 from ..derived import concatenated
 from . import _check as check
 from ._define import accumulation_dtype, autocast, define, references
+from ._packed import check_packed
 from .add_layer_norm import add_layer_norm, check_norm
 from .add_layer_norm import reference as add_layer_norm_reference
 from .gated_attention import gated_attention
@@ -37,6 +38,7 @@ def encoder_layer(
     scale: float,
     activation: str,
     norm_first: bool,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """`linear_act`, `position_gate`, `gated_attention` and `add_layer_norm` in the order of a WavLM layer.
 
@@ -55,6 +57,8 @@ def encoder_layer(
         scale: of the attention's scores.
         activation: of the feed-forward: "none", "gelu" (erf), "gelu_tanh" or "relu".
         norm_first: whether the norms stand before attention and feed-forward, instead of after the sums.
+        offsets: of packed frames `[1, N, C]` (`_packed.py`), instead of lengths; rel_bias is then `[H, 2L - 1]` of the
+            longest utterance or more.
 
     Returns:
         `[B, T, C]`, the dtype of `x`.
@@ -68,7 +72,7 @@ def encoder_layer(
         raise RuntimeError(f"{NAME} has no gradient; run the ops that it is made of, or under torch.no_grad()")
     return _op(
         x.contiguous(), rel_bias, key_lengths, list(weights), list(biases), list(gate), list(norms), list(eps), scale,
-        activation, norm_first,
+        activation, norm_first, offsets,
     )  # fmt: skip
 
 
@@ -85,6 +89,7 @@ def _layer(
     scale: float,
     activation: str,
     norm_first: bool,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     linear, position, attention, add_norm = ops
     heads = gate[2].numel()
@@ -92,7 +97,7 @@ def _layer(
     weight = concatenated("qkv weight", weights[:3])
     bias = concatenated("qkv bias", biases[:3])
     q, k, v = linear(normed, weight, bias, "none").unflatten(-1, (3, heads, -1)).unbind(2)
-    attended = attention(q, k, v, position(normed, *gate), rel_bias, key_lengths, scale).flatten(2)
+    attended = attention(q, k, v, position(normed, *gate), rel_bias, key_lengths, scale, offsets).flatten(2)
     attended = linear(attended, weights[3], biases[3], "none")
     first, second = (norms[:2], eps[0]), (norms[2:], eps[1])
     (norm_weight, norm_bias), norm_eps = second if norm_first else first
@@ -106,13 +111,13 @@ def _layer(
 _OPS = (
     linear_act,
     position_gate,
-    lambda q, k, v, gate, rel_bias, lengths, scale: gated_attention(q, k, v, gate, rel_bias, lengths, 0.0, scale),
+    lambda *args: gated_attention(*args[:6], 0.0, *args[6:]),
     add_layer_norm,
 )
 _REFERENCES = (
     linear_act_reference,
     position_gate_reference,
-    lambda *args: gated_attention_reference(*args[:6], 0.0, None, args[6]),
+    lambda *args: gated_attention_reference(*args[:6], 0.0, None, *args[6:]),
     add_layer_norm_reference,
 )
 
@@ -129,9 +134,10 @@ def reference(
     scale: float,
     activation: str,
     norm_first: bool,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     parameters = (weights, biases, gate, norms)
-    return _layer(_REFERENCES, x, rel_bias, key_lengths, *parameters, eps, scale, activation, norm_first)
+    return _layer(_REFERENCES, x, rel_bias, key_lengths, *parameters, eps, scale, activation, norm_first, offsets)
 
 
 def _kernel(*args: object) -> Tensor:
@@ -151,6 +157,7 @@ def _check(
     scale: float,
     activation: str,
     norm_first: bool,
+    offsets: Tensor | None = None,
 ) -> None:
     check.floating(NAME, "x", x)
     check.shape(NAME, "x", x, ("B", "T", "C"))
@@ -177,7 +184,12 @@ def _check(
     check.shape(NAME, "gate bias", gate[1], (8,))
     for name, parameter in zip(("gate weight", "gate bias", "gate const"), gate, strict=True):
         check.floating(NAME, name, parameter)
-    check.shape(NAME, "rel_bias", rel_bias, (heads, 2 * x.shape[1] - 1))
+    check_packed(NAME, "x", x, offsets)
+    check.shape(NAME, "rel_bias", rel_bias, (heads, 2 * x.shape[1] - 1 if offsets is None else "2L - 1"))
+    if offsets is not None and rel_bias.shape[1] % 2 == 0:
+        raise ValueError(f"{NAME} wants an odd number of rel_bias entries, 2L - 1, got {rel_bias.shape[1]}")
+    if offsets is not None and key_lengths is not None:
+        raise ValueError(f"{NAME} wants key_lengths or offsets, got both")
     if rel_bias.dtype != accumulation_dtype(x.dtype):
         raise TypeError(f"{NAME} wants rel_bias of {accumulation_dtype(x.dtype)}, got {rel_bias.dtype}")
     if key_lengths is not None:
@@ -194,7 +206,7 @@ def _fake(x: Tensor, *rest: object) -> Tensor:
 _op = define(
     NAME,
     "(Tensor x, Tensor rel_bias, Tensor? key_lengths, Tensor[] weights, Tensor[] biases, Tensor[] gate, "
-    "Tensor[] norms, float[] eps, float scale, str activation, bool norm_first) -> Tensor",
+    "Tensor[] norms, float[] eps, float scale, str activation, bool norm_first, Tensor? offsets=None) -> Tensor",
     check=_check,
     fake=_fake,
     kernel=_kernel,

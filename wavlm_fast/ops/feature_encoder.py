@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
+import torch
 from torch import Tensor
 
 from . import _check as check
 from ._define import autocast, define, needs_grad, references
+from ._packed import RESIZED, bounds, check_resized
 from .strided_conv import reference as further_reference
 from .strided_conv import strided_conv
 from .waveform_conv import NORMS, waveform_conv
@@ -27,6 +30,9 @@ def feature_encoder(
     norm_biases: Sequence[Tensor],
     eps: float = 1e-5,
     activation: str = "gelu",
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> Tensor:
     """`waveform_conv`, then one `strided_conv` after the other; what lies between need never exist as a whole.
 
@@ -42,6 +48,9 @@ def feature_encoder(
         norm_weights, norm_biases: `[C']` of every layer that has a norm.
         eps: added to the variances.
         activation: "none", "gelu" (erf), "gelu_tanh" or "relu".
+        offsets, out_offsets: of packed samples `[1, S]` and of the last layer's frames (`_packed.py`). Run as the
+            layers' ops, it reads the values of `offsets`, for which a GPU has to be waited.
+        out_frames: the last layer's frames in all.
 
     Returns:
         `[B, T, C']`, the dtype of `waveform`.
@@ -50,7 +59,7 @@ def feature_encoder(
         ValueError, TypeError: shapes, devices, dtypes or names do not fit; fewer samples than one frame needs.
     """
     args = (waveform.contiguous(), list(weights), list(biases), list(strides), norm, list(norm_weights),
-            list(norm_biases), eps, activation)  # fmt: skip
+            list(norm_biases), eps, activation, offsets, out_offsets, out_frames)  # fmt: skip
     if needs_grad(waveform, *weights, *biases, *norm_weights, *norm_biases):
         return _kernel(*args)
     return _op(*args)
@@ -73,14 +82,43 @@ def _in_turn(
     norm_biases: list[Tensor],
     eps: float,
     activation: str,
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> Tensor:
+    taps = [weight.shape[2] for weight in weights]
+    places = _places(offsets, out_offsets, out_frames, waveform.shape[1], taps, strides)
     vectors = (per_layer(v, len(weights)) for v in (biases, norm_weights, norm_biases))
-    layers = list(zip(weights, strides, *vectors, strict=True))
-    weight, stride, bias, norm_weight, norm_bias = layers[0]
-    x = first(waveform, weight, bias, stride, norm, norm_weight, norm_bias, eps, activation)
-    for weight, stride, bias, norm_weight, norm_bias in layers[1:]:
-        x = further(x, weight, bias, stride, norm_weight, norm_bias, eps, activation)
+    layers = list(zip(weights, strides, *vectors, places, strict=True))
+    weight, stride, bias, norm_weight, norm_bias, packed = layers[0]
+    x = first(waveform, weight, bias, stride, norm, norm_weight, norm_bias, eps, activation, packed)
+    for weight, stride, bias, norm_weight, norm_bias, packed in layers[1:]:
+        x = further(x, weight, bias, stride, norm_weight, norm_bias, eps, activation, packed)
     return x
+
+
+def _places(
+    offsets: Tensor | None,
+    out_offsets: Tensor | None,
+    out_frames: int | None,
+    samples: int,
+    taps: list[int],
+    strides: list[int],
+) -> list[tuple]:
+    """`offsets`, `out_offsets` and `out_frames` of every layer."""
+    if offsets is None:
+        return [(None, None, None)] * len(taps)
+    lengths = [end - first for first, end in bounds(NAME, offsets, samples)]
+    places = []
+    for size, stride in zip(taps, strides, strict=True):
+        lengths = [(length - size) // stride + 1 for length in lengths]
+        if min(lengths) < 1:
+            raise ValueError(f"{NAME} wants utterances long enough for a frame, got {offsets.diff().tolist()} samples")
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=offsets.device)
+        places.append((offsets, ends, sum(lengths)))
+        offsets = ends
+    # The last layer's, which it checks.
+    return [*places[:-1], (places[-1][0], out_offsets, out_frames)]
 
 
 def reference(
@@ -93,24 +131,36 @@ def reference(
     norm_biases: list[Tensor],
     eps: float,
     activation: str,
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> Tensor:
     layers = (waveform, weights, biases, strides, norm, norm_weights, norm_biases)
-    return _in_turn(first_reference, further_reference, *layers, eps, activation)
+    return _in_turn(
+        lambda *args: first_reference(*args[:-1], *args[-1]),
+        lambda *args: further_reference(*args[:-1], *args[-1]),
+        *layers, eps, activation, offsets, out_offsets, out_frames,
+    )  # fmt: skip
 
 
 def _first(waveform: Tensor, weight: Tensor, bias: Tensor | None, stride: int, norm: str, *rest: object) -> Tensor:
-    norm_weight, norm_bias, eps, activation = rest
+    norm_weight, norm_bias, eps, activation, packed = rest
     return waveform_conv(
         waveform, weight, bias, stride=stride, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps,
-        activation=activation,
+        activation=activation, **_named(packed),
     )  # fmt: skip
 
 
 def _further(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, *rest: object) -> Tensor:
-    norm_weight, norm_bias, eps, activation = rest
+    norm_weight, norm_bias, eps, activation, packed = rest
     return strided_conv(
-        x, weight, bias, stride=stride, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, activation=activation
-    )
+        x, weight, bias, stride=stride, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, activation=activation,
+        **_named(packed),
+    )  # fmt: skip
+
+
+def _named(packed: tuple) -> dict[str, object]:
+    return dict(zip(("offsets", "out_offsets", "out_frames"), packed, strict=True))
 
 
 def _kernel(*args: object) -> Tensor:
@@ -128,6 +178,9 @@ def _check(
     norm_biases: list[Tensor],
     eps: float,
     activation: str,
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> None:
     check.floating(NAME, "waveform", waveform)
     check.shape(NAME, "waveform", waveform, ("B", "S"))
@@ -155,6 +208,7 @@ def _check(
         check.shape(NAME, f"biases[{i}]", bias, (weights[i].shape[0],))
         check.same(NAME, "waveform", waveform, **{f"biases[{i}]": bias})
     check.frames(NAME, waveform.shape[1], _samples(weights, strides), "samples")
+    check_resized(NAME, "waveform", waveform, offsets, out_offsets, out_frames)
 
 
 def _samples(weights: list[Tensor], strides: list[int]) -> int:
@@ -167,16 +221,17 @@ def _samples(weights: list[Tensor], strides: list[int]) -> int:
 def _fake(
     waveform: Tensor, weights: list[Tensor], biases: list[Tensor], strides: list[int], *rest: object
 ) -> Tensor:
-    frames = waveform.shape[1]
+    frames, out_frames = waveform.shape[1], rest[-1]
     for weight, stride in zip(weights, strides, strict=True):
         frames = (frames - weight.shape[2]) // stride + 1
+    frames = frames if out_frames is None else out_frames
     return waveform.new_empty((waveform.shape[0], frames, weights[-1].shape[0]))
 
 
 _op = define(
     NAME,
     "(Tensor waveform, Tensor[] weights, Tensor[] biases, int[] strides, str norm, Tensor[] norm_weights, "
-    "Tensor[] norm_biases, float eps, str activation) -> Tensor",
+    f"Tensor[] norm_biases, float eps, str activation, {RESIZED}) -> Tensor",
     check=_check,
     fake=_fake,
     kernel=_kernel,

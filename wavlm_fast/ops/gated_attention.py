@@ -8,6 +8,7 @@ from torch import Tensor
 from . import _check as check
 from ._define import accumulation_dtype, autocast, define, differentiate
 from ._dropout import keep_mask
+from ._packed import bounds, check_packed
 
 NAME = "gated_attention"
 BACKWARD = f"{NAME}_backward"
@@ -24,6 +25,7 @@ def gated_attention(
     key_lengths: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """Multi-head self-attention whose scores carry a relative position bias, gated per query frame.
 
@@ -39,6 +41,9 @@ def gated_attention(
             and values past a length are not read, whatever they are.
         dropout_p: probability of dropping an attention weight, 0 <= p <= 1.
         scale: of the scores; D ** -0.5 when None.
+        offsets: of packed frames (`_packed.py`), instead of lengths: q, k and v are `[1, N, H, D]`, gate `[1, H, N]`,
+            and rel_bias `[H, 2L - 1]` of the longest utterance or more, entry `j - i + L - 1`. A frame's keys are those
+            of its utterance.
 
     Returns:
         `[B, T, H, D]`, contiguous, the dtype of `q`.
@@ -47,12 +52,12 @@ def gated_attention(
         ValueError, TypeError: shapes, strides, devices or dtypes do not fit, or dropout_p is out of range.
     """
     if dropout_p == 1:
-        return 0 * gated_attention(q, k, v, gate, rel_bias, key_lengths, 0.0, scale)
+        return 0 * gated_attention(q, k, v, gate, rel_bias, key_lengths, 0.0, scale, offsets)
     seed = None
     if dropout_p > 0:
         seed = torch.randint(2**31 - 1, (1,), device=q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _op(q, k, v, gate, rel_bias, key_lengths, dropout_p, seed, scale)[0]
+    return _op(q, k, v, gate, rel_bias, key_lengths, dropout_p, seed, scale, offsets)[0]
 
 
 def reference(
@@ -65,8 +70,9 @@ def reference(
     dropout_p: float,
     seed: Tensor | None,
     scale: float,
+    offsets: Tensor | None = None,
 ) -> Tensor:
-    return _kernel(q, k, v, gate, rel_bias, key_lengths, dropout_p, seed, scale)[0]
+    return _kernel(q, k, v, gate, rel_bias, key_lengths, dropout_p, seed, scale, offsets)[0]
 
 
 def _kernel(
@@ -79,6 +85,39 @@ def _kernel(
     dropout_p: float,
     seed: Tensor | None,
     scale: float,
+    offsets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    if offsets is None:
+        return _attend(q, k, v, gate, rel_bias, key_lengths, dropout_p, seed, scale)
+    outs, sums, frames = [], [], q.shape[1]
+    for first, end in bounds(NAME, offsets, frames):
+        own = (x[:, first:end] for x in (q, k, v))
+        bias = rel_bias[:, _entries(rel_bias, end - first)]
+        out, lse = _attend(*own, gate[..., first:end], bias, None, dropout_p, seed, scale, (first, frames))
+        outs.append(out)
+        sums.append(lse)
+    return torch.cat(outs, 1), torch.cat(sums, 2)
+
+
+def _entries(rel_bias: Tensor, frames: int) -> slice:
+    """Which entries of the bias `[H, 2L - 1]` an utterance of so many frames has."""
+    longest = (rel_bias.shape[1] + 1) // 2
+    if frames > longest:
+        raise ValueError(f"{NAME} wants rel_bias for {frames} frames, that of its longest utterance, got {longest}")
+    return slice(longest - frames, longest + frames - 1)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    rel_bias: Tensor,
+    key_lengths: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    scale: float,
+    packed: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     queries, keys, values = (x.to(gate.dtype).transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
     keys, values = _without_padding(key_lengths, keys, values)
@@ -91,7 +130,7 @@ def _kernel(
         total = weights.sum(-1, keepdim=True)  # [B, H, stop - start, 1]
         sums.append((highest + total.log()).squeeze(-1))
         if dropout_p > 0:
-            keep = keep_mask(seed, queries.shape[:3], start, stop, dropout_p)
+            keep = keep_mask(seed, queries.shape[:3], start, stop, dropout_p, packed)
             weights = weights.masked_fill(~keep, 0) / (1 - dropout_p)
         outs.append(weights @ values / total.masked_fill(total == 0, 1))
     return torch.cat(outs, 2).to(q.dtype).transpose(1, 2).contiguous(), torch.cat(sums, 2)
@@ -157,6 +196,7 @@ def _check(
     dropout_p: float,
     seed: Tensor | None,
     scale: float,
+    offsets: Tensor | None = None,
 ) -> None:
     check.floating(NAME, "q", q)
     check.shape(NAME, "q", q, ("B", "T", "H", "D"))
@@ -165,7 +205,12 @@ def _check(
     check.shape(NAME, "v", v, tuple(q.shape))
     check.same(NAME, "q", q, k=k, v=v)
     check.shape(NAME, "gate", gate, (batch, heads, frames))
-    check.shape(NAME, "rel_bias", rel_bias, (heads, 2 * frames - 1))
+    check_packed(NAME, "q", q, offsets)
+    check.shape(NAME, "rel_bias", rel_bias, (heads, 2 * frames - 1 if offsets is None else "2L - 1"))
+    if offsets is not None and rel_bias.shape[1] % 2 == 0:
+        raise ValueError(f"{NAME} wants an odd number of rel_bias entries, 2L - 1, got {rel_bias.shape[1]}")
+    if offsets is not None and key_lengths is not None:
+        raise ValueError(f"{NAME} wants key_lengths or offsets, got both")
     if gate.dtype != accumulation_dtype(q.dtype):
         raise TypeError(f"{NAME} wants a gate of {accumulation_dtype(q.dtype)} for q of {q.dtype}, got {gate.dtype}")
     check.same(NAME, "gate", gate, rel_bias=rel_bias)
@@ -200,6 +245,35 @@ def _backward_kernel(
     dropout_p: float,
     seed: Tensor | None,
     scale: float,
+    offsets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if offsets is None:
+        return _gradients(grad, q, k, v, gate, rel_bias, key_lengths, lse, dropout_p, seed, scale)
+    found, drel_bias, frames = [], torch.zeros_like(rel_bias), q.shape[1]
+    for first, end in bounds(NAME, offsets, frames):
+        own = (x[:, first:end] for x in (grad, q, k, v))
+        within, entries = (..., slice(first, end)), _entries(rel_bias, end - first)
+        tail = (None, lse[within], dropout_p, seed, scale, (first, frames))
+        *gradients, dbias = _gradients(*own, gate[within], rel_bias[:, entries], *tail)
+        found.append(gradients)
+        drel_bias[:, entries] += dbias
+    dq, dk, dv, dgate = zip(*found, strict=True)
+    return *(torch.cat(parts, 1) for parts in (dq, dk, dv)), torch.cat(dgate, 2), drel_bias
+
+
+def _gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    rel_bias: Tensor,
+    key_lengths: Tensor | None,
+    lse: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    scale: float,
+    packed: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = gate.dtype
     queries, keys, values, dout = (x.to(dtype).transpose(1, 2) for x in (q, k, v, grad))  # [B, H, T, D]
@@ -222,7 +296,7 @@ def _backward_kernel(
         weights.div_(total.masked_fill_(total == 0, 1))
         dweights = dout[:, :, rows] @ values.mT
         if dropout_p > 0:
-            keep = keep_mask(seed, queries.shape[:3], start, stop, dropout_p).to(dtype) / (1 - dropout_p)
+            keep = keep_mask(seed, queries.shape[:3], start, stop, dropout_p, packed).to(dtype) / (1 - dropout_p)
             dv += (weights * keep).mT @ dout[:, :, rows]
             dweights = dweights * keep
         else:
@@ -249,9 +323,9 @@ def _diagonal_sums(x: Tensor) -> Tensor:
 
 def _check_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, rel_bias: Tensor, key_lengths: Tensor | None,
-    out: Tensor, lse: Tensor, dropout_p: float, seed: Tensor | None, scale: float,
+    out: Tensor, lse: Tensor, dropout_p: float, seed: Tensor | None, scale: float, offsets: Tensor | None = None,
 ) -> None:  # fmt: skip
-    _check(q, k, v, gate, rel_bias, key_lengths, dropout_p, seed, scale)
+    _check(q, k, v, gate, rel_bias, key_lengths, dropout_p, seed, scale, offsets)
     check.alike(BACKWARD, tuple(q.shape), "q", q, grad=grad, out=out)
     check.alike(BACKWARD, tuple(gate.shape), "gate", gate, lse=lse)
 
@@ -264,7 +338,7 @@ def _backward_fake(
 
 
 _OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor gate, Tensor rel_bias, Tensor? key_lengths"
-_TAIL = "float dropout_p, Tensor? seed, float scale"
+_TAIL = "float dropout_p, Tensor? seed, float scale, Tensor? offsets=None"
 _op = define(NAME, f"({_OPERANDS}, {_TAIL}) -> (Tensor, Tensor)", check=_check, fake=_fake, kernel=_kernel)
 _backward_op = define(
     BACKWARD,
@@ -276,8 +350,8 @@ _backward_op = define(
 
 
 def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
-    *operands, dropout_p, seed, scale = inputs
-    return _backward_op(grads[0].contiguous(), *operands, *saved, dropout_p, seed, scale)
+    operands, tail = inputs[:6], inputs[6:]
+    return _backward_op(grads[0].contiguous(), *operands, *saved, *tail)
 
 
 differentiate(NAME, reference, _backward, save=lambda outputs: outputs)

@@ -9,6 +9,7 @@ from torch import Tensor
 from . import _check as check
 from ._activation import activate, activate_backward
 from ._define import autocast, define, differentiate, needs_grad, only, or_empty, or_none
+from ._packed import check_packed, each, each_backward
 
 NAME = "positional_conv"
 BACKWARD = f"{NAME}_backward"
@@ -22,6 +23,7 @@ def positional_conv(
     groups: int,
     activation: str = "gelu",
     residual: bool = True,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """Grouped convolution over time that keeps the length, activation, and the input added on top.
 
@@ -35,6 +37,7 @@ def positional_conv(
         groups: number of channel groups.
         activation: "none", "gelu" (erf), "gelu_tanh" or "relu".
         residual: whether `x` is added.
+        offsets: of packed frames `[1, N, C]` (`_packed.py`): there are zeros beyond both ends of each utterance.
 
     Returns:
         `[B, T, C]`, the dtype of `x`.
@@ -43,31 +46,55 @@ def positional_conv(
         ValueError, TypeError: shapes, devices, dtypes or the activation do not fit.
     """
     save = activation != "none" and needs_grad(x, weight, bias)
-    return _op(x.contiguous(), weight, bias, groups, activation, residual, save)[0]
+    return _op(x.contiguous(), weight, bias, groups, activation, residual, save, offsets)[0]
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, offsets: Tensor | None = None
+) -> Tensor:
+    if offsets is not None:
+        return each(NAME, lambda own: _convolve(own, weight, bias, groups), offsets, x)
     y = F.conv1d(x.transpose(1, 2), weight, bias, padding=weight.shape[2] // 2, groups=groups)
     return y[..., : x.shape[1]].transpose(1, 2).contiguous()  # an even kernel gives one frame more
 
 
 def reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, activation: str, residual: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    activation: str,
+    residual: bool,
+    offsets: Tensor | None = None,
 ) -> Tensor:
-    y = activate(activation, _convolve(x, weight, bias, groups))
+    y = activate(activation, _convolve(x, weight, bias, groups, offsets))
     return x + y if residual else y
 
 
 def _kernel(
-    x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, activation: str, residual: bool, save: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    activation: str,
+    residual: bool,
+    save: bool,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    pre = _convolve(x, weight, bias, groups)
+    pre = _convolve(x, weight, bias, groups, offsets)
     y = activate(activation, pre)
     return x + y if residual else y, or_empty(pre if save and activation != "none" else None, x)
 
 
 def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, activation: str, residual: bool, save: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    activation: str,
+    residual: bool,
+    save: bool,
+    offsets: Tensor | None = None,
 ) -> None:
     check.floating(NAME, "x", x)
     check.shape(NAME, "x", x, ("B", "T", "C"))
@@ -81,6 +108,7 @@ def _check(
     check.activation(NAME, activation)
     check.positive(NAME, taps=weight.shape[2])
     check.frames(NAME, x.shape[1], 1)
+    check_packed(NAME, "x", x, offsets)
 
 
 def _check_backward(
@@ -93,14 +121,22 @@ def _check_backward(
     activation: str,
     residual: bool,
     wanted: list[bool],
+    offsets: Tensor | None = None,
 ) -> None:
-    _check(x, weight, bias, groups, activation, residual, True)
+    _check(x, weight, bias, groups, activation, residual, True, offsets)
     check.alike(BACKWARD, tuple(x.shape), "x", x, grad=grad, **({} if activation == "none" else {"pre": pre}))
     check.wanted(BACKWARD, wanted, x=x, weight=weight, bias=bias)
 
 
 def _fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, activation: str, residual: bool, save: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    activation: str,
+    residual: bool,
+    save: bool,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x) if save and activation != "none" else x.new_empty(0)
 
@@ -115,7 +151,14 @@ def _backward_kernel(
     activation: str,
     residual: bool,
     wanted: list[bool],
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
+    if offsets is not None:
+
+        def alone(x: Tensor, grad: Tensor, pre: Tensor) -> tuple[Tensor, ...]:
+            return _backward_kernel(grad, x, weight, bias, pre, groups, activation, residual, wanted)
+
+        return each_backward(NAME, alone, offsets, offsets, (x,), (grad, pre))
     kernel = weight.shape[2]
     dy = activate_backward(activation, grad, pre).transpose(1, 2)
     dy = F.pad(dy, (0, (kernel + 1) % 2))  # the dropped frame has no gradient
@@ -139,13 +182,15 @@ def _backward_fake(
     activation: str,
     residual: bool,
     wanted: list[bool],
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     return only(wanted, *(None if t is None else torch.empty_like(t) for t in (x, weight, bias)), like=x)
 
 
 _op = define(
     NAME,
-    "(Tensor x, Tensor weight, Tensor? bias, int groups, str activation, bool residual, bool save) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor weight, Tensor? bias, int groups, str activation, bool residual, bool save, "
+    "Tensor? offsets=None) -> (Tensor, Tensor)",
     check=_check,
     fake=_fake,
     kernel=_kernel,
@@ -153,7 +198,7 @@ _op = define(
 _backward_op = define(
     BACKWARD,
     "(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor pre, int groups, str activation, bool residual, "
-    "bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    "bool[] wanted, Tensor? offsets=None) -> (Tensor, Tensor, Tensor)",
     check=_check_backward,
     fake=_backward_fake,
     kernel=_backward_kernel,
@@ -161,10 +206,11 @@ _backward_op = define(
 
 
 def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
-    x, weight, bias, groups, activation, residual, _ = inputs
+    x, weight, bias, groups, activation, residual, _, offsets = inputs
     wanted = wanted[:3]
     grad = grads[0].contiguous()
-    return or_none(wanted, _backward_op(grad, x, weight, bias, *saved, groups, activation, residual, wanted))
+    found = _backward_op(grad, x, weight, bias, *saved, groups, activation, residual, wanted, offsets)
+    return or_none(wanted, found)
 
 
 differentiate(NAME, reference, _backward, save=lambda outputs: outputs[1:])

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from . import _check as check
 from ._define import accumulation_dtype, autocast, define, differentiate
+from ._packed import check_packed, joined, utterances
 
 NAME = "stats_pool"
 BACKWARD = f"{NAME}_backward"
 
 
-def stats_pool(x: Tensor, lengths: Tensor | None = None) -> Tensor:
+def stats_pool(x: Tensor, lengths: Tensor | None = None, offsets: Tensor | None = None) -> Tensor:
     """Mean and unbiased standard deviation over the valid frames of each utterance.
 
     Equivalent to `torch.cat([x[b, :lengths[b]].mean(0), x[b, :lengths[b]].std(0)])` for each utterance b, as
@@ -21,6 +22,7 @@ def stats_pool(x: Tensor, lengths: Tensor | None = None) -> Tensor:
     Args:
         x: `[B, T, C]` frames.
         lengths: `[B]` integers in 0..T, valid frames, or None for all. One frame has no deviation: NaN.
+        offsets: of packed frames `[1, N, C]` (`_packed.py`), instead of lengths.
 
     Returns:
         `[B, 2C]`: means, then deviations, the dtype of `x`.
@@ -28,7 +30,7 @@ def stats_pool(x: Tensor, lengths: Tensor | None = None) -> Tensor:
     Raises:
         ValueError, TypeError: shapes, devices or dtypes do not fit.
     """
-    return _op(x.contiguous(), lengths)
+    return _op(x.contiguous(), lengths, offsets)
 
 
 def _moments(x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,32 +45,49 @@ def _moments(x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]
     return torch.where(valid, x - mean, 0), mean, count
 
 
-def reference(x: Tensor, lengths: Tensor | None) -> Tensor:
+def reference(x: Tensor, lengths: Tensor | None, offsets: Tensor | None = None) -> Tensor:
+    if offsets is not None:
+        return torch.cat([reference(own, None) for (own,) in utterances(NAME, offsets, x)])
     centred, mean, count = _moments(x, lengths)
     variance = centred.square().sum(1, keepdim=True) / (count - 1)
     std = torch.where(count > 1, variance, float("nan")).sqrt()
     return torch.cat((mean, std), -1).squeeze(1).to(x.dtype)
 
 
-def _check(x: Tensor, lengths: Tensor | None) -> None:
+def _check(x: Tensor, lengths: Tensor | None, offsets: Tensor | None = None) -> None:
     check.floating(NAME, "x", x)
     check.shape(NAME, "x", x, ("B", "T", "C"))
+    check_packed(NAME, "x", x, offsets)
     if lengths is None:
         return
+    if offsets is not None:
+        raise ValueError(f"{NAME} wants lengths or offsets, got both")
     check.integers(NAME, "lengths", lengths, (x.shape[0],))
     check.same_device(NAME, "x", x, lengths=lengths)
 
 
-def _check_backward(grad: Tensor, x: Tensor, lengths: Tensor | None, out: Tensor) -> None:
-    _check(x, lengths)
-    check.alike(BACKWARD, (x.shape[0], 2 * x.shape[2]), "x", x, grad=grad, out=out)
+def _check_backward(
+    grad: Tensor, x: Tensor, lengths: Tensor | None, out: Tensor, offsets: Tensor | None = None
+) -> None:
+    _check(x, lengths, offsets)
+    check.alike(BACKWARD, (_batch(x, offsets), 2 * x.shape[2]), "x", x, grad=grad, out=out)
 
 
-def _fake(x: Tensor, lengths: Tensor | None) -> Tensor:
-    return x.new_empty((x.shape[0], 2 * x.shape[2]))
+def _batch(x: Tensor, offsets: Tensor | None) -> int:
+    return x.shape[0] if offsets is None else offsets.shape[0] - 1
 
 
-def _backward_kernel(grad: Tensor, x: Tensor, lengths: Tensor | None, out: Tensor) -> Tensor:
+def _fake(x: Tensor, lengths: Tensor | None, offsets: Tensor | None = None) -> Tensor:
+    return x.new_empty((_batch(x, offsets), 2 * x.shape[2]))
+
+
+def _backward_kernel(
+    grad: Tensor, x: Tensor, lengths: Tensor | None, out: Tensor, offsets: Tensor | None = None
+) -> Tensor:
+    if offsets is not None:
+        own = utterances(NAME, offsets, x)
+        parts = zip(grad.split(1), (frames for (frames,) in own), out.split(1), strict=True)
+        return joined([_backward_kernel(g, frames, None, o) for g, frames, o in parts])
     centred, _, count = _moments(x, lengths)
     dmean, dstd = grad.to(centred.dtype)[:, None].chunk(2, -1)  # [B, 1, C] each
     std = out.to(centred.dtype)[:, None, x.shape[2] :]
@@ -79,18 +98,21 @@ def _backward_kernel(grad: Tensor, x: Tensor, lengths: Tensor | None, out: Tenso
     return (dx + torch.where(frames < count, dmean / count, 0)).to(x.dtype)
 
 
-_op = define(NAME, "(Tensor x, Tensor? lengths) -> Tensor", check=_check, fake=_fake, kernel=reference)
+_op = define(
+    NAME, "(Tensor x, Tensor? lengths, Tensor? offsets=None) -> Tensor", check=_check, fake=_fake, kernel=reference
+)
 _backward_op = define(
     BACKWARD,
-    "(Tensor grad, Tensor x, Tensor? lengths, Tensor out) -> Tensor",
+    "(Tensor grad, Tensor x, Tensor? lengths, Tensor out, Tensor? offsets=None) -> Tensor",
     check=_check_backward,
-    fake=lambda grad, x, lengths, out: torch.empty_like(x),
+    fake=lambda grad, x, *rest: torch.empty_like(x),
     kernel=_backward_kernel,
 )
 
 
 def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
-    return _backward_op(grads[0].contiguous(), *inputs, *saved), None
+    x, lengths, offsets = inputs
+    return (_backward_op(grads[0].contiguous(), x, lengths, *saved, offsets),)
 
 
 differentiate(NAME, reference, _backward, save=lambda outputs: outputs)

@@ -9,6 +9,7 @@ from torch import Tensor
 from . import _check as check
 from ._activation import activate, activate_backward
 from ._define import autocast, define, differentiate, needs_grad, only, or_empty, or_none
+from ._packed import RESIZED, check_resized, each_backward, each_resized
 
 NAME = "strided_conv"
 BACKWARD = f"{NAME}_backward"
@@ -24,6 +25,9 @@ def strided_conv(
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
     activation: str = "none",
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> Tensor:
     """Strided convolution over time-major frames, layer norm over channels when it has a weight, activation.
 
@@ -39,6 +43,9 @@ def strided_conv(
         norm_bias: `[C']` or None.
         eps: added to the variance.
         activation: "none", "gelu" (erf), "gelu_tanh" or "relu".
+        offsets, out_offsets: of packed frames `[1, N, C]` and of the output's (`_packed.py`): no window spans a
+            boundary.
+        out_frames: the output's frames in all.
 
     Returns:
         `[B, T', C']` with T' = (T - K) // stride + 1, the dtype of `x`.
@@ -47,10 +54,21 @@ def strided_conv(
         ValueError, TypeError: shapes, devices, dtypes or the activation do not fit; fewer than K frames.
     """
     save = needs_grad(x, weight, bias, norm_weight, norm_bias)
-    return _op(x.contiguous(), weight, bias, stride, norm_weight, norm_bias, eps, activation, save)[0]
+    tail = (norm_weight, norm_bias, eps, activation, save, offsets, out_offsets, out_frames)
+    return _op(x.contiguous(), weight, bias, stride, *tail)[0]
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
+) -> Tensor:
+    if offsets is not None:
+        return each_resized(NAME, lambda own: _convolve(own, weight, bias, stride), offsets, out_offsets, out_frames, x)
     # conv2d over channels-last frames would be faster on a CPU, and more than twice as far from float64.
     return F.conv1d(x.transpose(1, 2), weight, bias, stride).transpose(1, 2).contiguous()
 
@@ -74,8 +92,12 @@ def reference(
     norm_bias: Tensor | None,
     eps: float,
     activation: str,
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> Tensor:
-    return _finish(_convolve(x, weight, bias, stride), norm_weight, norm_bias, eps, activation)
+    pre = _convolve(x, weight, bias, stride, offsets, out_offsets, out_frames)
+    return _finish(pre, norm_weight, norm_bias, eps, activation)
 
 
 def _kernel(
@@ -88,8 +110,11 @@ def _kernel(
     eps: float,
     activation: str,
     save: bool,
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    pre = _convolve(x, weight, bias, stride)
+    pre = _convolve(x, weight, bias, stride, offsets, out_offsets, out_frames)
     out = _finish(pre, norm_weight, norm_bias, eps, activation)
     return out, or_empty(pre if save and out is not pre else None, x)
 
@@ -104,6 +129,9 @@ def _check(
     eps: float,
     activation: str,
     save: bool,
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> None:
     check.floating(NAME, "x", x)
     check.shape(NAME, "weight", weight, ("C'", "C", "K"))
@@ -115,6 +143,7 @@ def _check(
     check.activation(NAME, activation)
     check.positive(NAME, stride=stride, taps=weight.shape[2])
     check.frames(NAME, x.shape[1], weight.shape[2])
+    check_resized(NAME, "x", x, offsets, out_offsets, out_frames)
 
 
 def _check_backward(
@@ -129,14 +158,23 @@ def _check_backward(
     eps: float,
     activation: str,
     wanted: list[bool],
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> None:
-    _check(x, weight, bias, stride, norm_weight, norm_bias, eps, activation, True)
-    out = (x.shape[0], (x.shape[1] - weight.shape[2]) // stride + 1, weight.shape[0])
+    packed = (offsets, out_offsets, out_frames)
+    _check(x, weight, bias, stride, norm_weight, norm_bias, eps, activation, True, *packed)
+    out = _shape(x, weight, stride, out_frames)
     unread = norm_weight is None and activation == "none"
     check.alike(BACKWARD, out, "x", x, grad=grad, **({} if unread else {"pre": pre}))
     norm_bias = None if norm_weight is None else norm_bias  # the forward ignores it
     inputs = {"x": x, "weight": weight, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
     check.wanted(BACKWARD, wanted, **inputs)
+
+
+def _shape(x: Tensor, weight: Tensor, stride: int, out_frames: int | None) -> tuple[int, int, int]:
+    frames = (x.shape[1] - weight.shape[2]) // stride + 1 if out_frames is None else out_frames
+    return x.shape[0], frames, weight.shape[0]
 
 
 def _fake(
@@ -149,8 +187,11 @@ def _fake(
     eps: float,
     activation: str,
     save: bool,
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    out = x.new_empty((x.shape[0], (x.shape[1] - weight.shape[2]) // stride + 1, weight.shape[0]))
+    out = x.new_empty(_shape(x, weight, stride, out_frames))
     distinct = norm_weight is not None or activation != "none"
     return out, torch.empty_like(out) if save and distinct else x.new_empty(0)
 
@@ -167,7 +208,17 @@ def _backward_kernel(
     eps: float,
     activation: str,
     wanted: list[bool],
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> tuple[Tensor, ...]:
+    if offsets is not None:
+
+        def alone(x: Tensor, grad: Tensor, pre: Tensor) -> tuple[Tensor, ...]:
+            tail = (stride, norm_weight, norm_bias, eps, activation, wanted)
+            return _backward_kernel(grad, x, weight, bias, pre, *tail)
+
+        return each_backward(NAME, alone, offsets, out_offsets, (x,), (grad, pre))
     dpre, dnorm_weight, dnorm_bias = finish_backward(grad, pre, norm_weight, norm_bias, eps, activation)
     dx, dweight, dbias = torch.ops.aten.convolution_backward(
         dpre.to(x.dtype).transpose(1, 2), x.transpose(1, 2), weight,
@@ -213,6 +264,9 @@ def _backward_fake(
     eps: float,
     activation: str,
     wanted: list[bool],
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> tuple[Tensor, ...]:
     vectors = (None if v is None else torch.empty_like(v) for v in (bias, norm_weight, norm_bias))
     return only(wanted, torch.empty_like(x), weight.new_empty(weight.shape), *vectors, like=x)
@@ -221,14 +275,14 @@ def _backward_fake(
 _TAIL = "int stride, Tensor? norm_weight, Tensor? norm_bias, float eps, str activation"
 _op = define(
     NAME,
-    f"(Tensor x, Tensor weight, Tensor? bias, {_TAIL}, bool save) -> (Tensor, Tensor)",
+    f"(Tensor x, Tensor weight, Tensor? bias, {_TAIL}, bool save, {RESIZED}) -> (Tensor, Tensor)",
     check=_check,
     fake=_fake,
     kernel=_kernel,
 )
 _backward_op = define(
     BACKWARD,
-    f"(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor pre, {_TAIL}, bool[] wanted) "
+    f"(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor pre, {_TAIL}, bool[] wanted, {RESIZED}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     check=_check_backward,
     fake=_backward_fake,
@@ -237,11 +291,12 @@ _backward_op = define(
 
 
 def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
-    x, weight, bias, *tail, _ = inputs
+    x, weight, bias, *tail, _, offsets, out_offsets, out_frames = inputs
     wanted = (*wanted[:3], *(w and tail[1] is not None for w in wanted[4:6]))
-    found = _backward_op(grads[0].contiguous(), x, weight, bias, *saved, *tail, wanted)
+    packed = (offsets, out_offsets, out_frames)
+    found = _backward_op(grads[0].contiguous(), x, weight, bias, *saved, *tail, wanted, *packed)
     dx, dweight, dbias, dnorm_weight, dnorm_bias = or_none(wanted, found)
-    return dx, dweight, dbias, None, dnorm_weight, dnorm_bias, None, None
+    return dx, dweight, dbias, None, dnorm_weight, dnorm_bias
 
 
 differentiate(NAME, reference, _backward, save=lambda outputs: outputs[1:])

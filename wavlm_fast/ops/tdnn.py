@@ -9,6 +9,7 @@ from torch import Tensor
 from . import _check as check
 from ._activation import activate
 from ._define import autocast, define, differentiate, only, or_none
+from ._packed import RESIZED, check_resized, each_backward, each_resized
 
 NAME = "tdnn"
 BACKWARD = f"{NAME}_backward"
@@ -23,6 +24,9 @@ def tdnn(
     kernel_size: int,
     dilation: int = 1,
     activation: str = "relu",
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> Tensor:
     """Dilated convolution over time-major frames with its weight stored as a linear layer's.
 
@@ -36,6 +40,9 @@ def tdnn(
         kernel_size: K, taps.
         dilation: frames between taps.
         activation: "relu" or "none".
+        offsets, out_offsets: of packed frames `[1, N, C]` and of the output's (`_packed.py`): no window spans a
+            boundary.
+        out_frames: the output's frames in all.
 
     Returns:
         `[B, T', C']` with T' = T - (K - 1)·dilation, the dtype of `x`.
@@ -43,7 +50,7 @@ def tdnn(
     Raises:
         ValueError, TypeError: shapes, devices, dtypes or the activation do not fit; too few frames.
     """
-    return _op(x.contiguous(), weight, bias, kernel_size, dilation, activation)
+    return _op(x.contiguous(), weight, bias, kernel_size, dilation, activation, offsets, out_offsets, out_frames)
 
 
 def _filter(weight: Tensor, kernel_size: int) -> Tensor:
@@ -51,14 +58,33 @@ def _filter(weight: Tensor, kernel_size: int) -> Tensor:
 
 
 def reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, kernel_size: int, dilation: int, activation: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel_size: int,
+    dilation: int,
+    activation: str,
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> Tensor:
+    if offsets is not None:
+        tail = (weight, bias, kernel_size, dilation, activation)
+        return each_resized(NAME, lambda own: reference(own, *tail), offsets, out_offsets, out_frames, x)
     y = F.conv1d(x.transpose(1, 2), _filter(weight, kernel_size), bias, dilation=dilation)
     return activate(activation, y.transpose(1, 2).contiguous())
 
 
 def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, kernel_size: int, dilation: int, activation: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel_size: int,
+    dilation: int,
+    activation: str,
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> None:
     check.floating(NAME, "x", x)
     check.shape(NAME, "x", x, ("B", "T", "C"))
@@ -70,6 +96,7 @@ def _check(
     if activation not in ACTIVATIONS:
         raise ValueError(f"{NAME} wants an activation of {ACTIVATIONS}, got {activation!r}")
     check.frames(NAME, x.shape[1], (kernel_size - 1) * dilation + 1)
+    check_resized(NAME, "x", x, offsets, out_offsets, out_frames)
 
 
 def _check_backward(
@@ -82,15 +109,35 @@ def _check_backward(
     dilation: int,
     activation: str,
     wanted: list[bool],
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> None:
-    _check(x, weight, bias, kernel_size, dilation, activation)
-    shape = (x.shape[0], x.shape[1] - (kernel_size - 1) * dilation, weight.shape[0])
+    _check(x, weight, bias, kernel_size, dilation, activation, offsets, out_offsets, out_frames)
+    shape = _shape(x, weight, kernel_size, dilation, out_frames)
     check.alike(BACKWARD, shape, "x", x, grad=grad, **({} if activation == "none" else {"out": out}))
     check.wanted(BACKWARD, wanted, x=x, weight=weight, bias=bias)
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, kernel_size: int, dilation: int, activation: str) -> Tensor:
-    return x.new_empty((x.shape[0], x.shape[1] - (kernel_size - 1) * dilation, weight.shape[0]))
+def _shape(
+    x: Tensor, weight: Tensor, kernel_size: int, dilation: int, out_frames: int | None
+) -> tuple[int, int, int]:
+    frames = x.shape[1] - (kernel_size - 1) * dilation if out_frames is None else out_frames
+    return x.shape[0], frames, weight.shape[0]
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel_size: int,
+    dilation: int,
+    activation: str,
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
+) -> Tensor:
+    return x.new_empty(_shape(x, weight, kernel_size, dilation, out_frames))
 
 
 def _backward_kernel(
@@ -103,7 +150,16 @@ def _backward_kernel(
     dilation: int,
     activation: str,
     wanted: list[bool],
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> tuple[Tensor, ...]:
+    if offsets is not None:
+
+        def alone(x: Tensor, grad: Tensor, out: Tensor) -> tuple[Tensor, ...]:
+            return _backward_kernel(grad, x, weight, bias, out, kernel_size, dilation, activation, wanted)
+
+        return each_backward(NAME, alone, offsets, out_offsets, (x,), (grad, out))
     if activation == "relu":
         grad = torch.where(out > 0, grad, 0)
     dx, dfilter, dbias = torch.ops.aten.convolution_backward(
@@ -125,6 +181,9 @@ def _backward_fake(
     dilation: int,
     activation: str,
     wanted: list[bool],
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> tuple[Tensor, ...]:
     dbias = None if bias is None else torch.empty_like(bias)
     return only(wanted, torch.empty_like(x), weight.new_empty(weight.shape), dbias, like=x)
@@ -132,7 +191,7 @@ def _backward_fake(
 
 _op = define(
     NAME,
-    "(Tensor x, Tensor weight, Tensor? bias, int kernel_size, int dilation, str activation) -> Tensor",
+    f"(Tensor x, Tensor weight, Tensor? bias, int kernel_size, int dilation, str activation, {RESIZED}) -> Tensor",
     check=_check,
     fake=_fake,
     kernel=reference,
@@ -140,7 +199,7 @@ _op = define(
 _backward_op = define(
     BACKWARD,
     "(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor out, int kernel_size, int dilation, str activation, "
-    "bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    f"bool[] wanted, {RESIZED}) -> (Tensor, Tensor, Tensor)",
     check=_check_backward,
     fake=_backward_fake,
     kernel=_backward_kernel,
@@ -148,11 +207,11 @@ _backward_op = define(
 
 
 def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
-    x, weight, bias, kernel_size, dilation, activation = inputs
+    x, weight, bias, kernel_size, dilation, activation, *packed = inputs
     wanted = wanted[:3]
     grad = grads[0].contiguous()
-    found = _backward_op(grad, x, weight, bias, *saved, kernel_size, dilation, activation, wanted)
-    return *or_none(wanted, found), None, None, None
+    found = _backward_op(grad, x, weight, bias, *saved, kernel_size, dilation, activation, wanted, *packed)
+    return or_none(wanted, found)
 
 
 differentiate(NAME, reference, _backward, save=lambda outputs: outputs)

@@ -9,6 +9,7 @@ from torch import Tensor
 from . import _check as check
 from ._activation import activate, activate_backward
 from ._define import autocast, define, differentiate, only, or_none
+from ._packed import RESIZED, check_resized, each_backward, each_resized
 
 NAME = "waveform_conv"
 BACKWARD = f"{NAME}_backward"
@@ -26,6 +27,9 @@ def waveform_conv(
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
     activation: str = "none",
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> Tensor:
     """Convolution of a waveform (one input channel), norm and activation, written time-major.
 
@@ -42,6 +46,9 @@ def waveform_conv(
         norm_bias: `[C]` or None.
         eps: added to the variance.
         activation: "none", "gelu" (erf), "gelu_tanh" or "relu".
+        offsets, out_offsets: of packed samples `[1, S]` and of the output's frames (`_packed.py`): statistics are each
+            utterance's own, and no window spans a boundary.
+        out_frames: the output's frames in all.
 
     Returns:
         `[B, T, C]` with T = (S - K) // stride + 1, the dtype of `waveform`.
@@ -49,7 +56,8 @@ def waveform_conv(
     Raises:
         ValueError, TypeError: shapes, devices, dtypes or names do not fit; fewer than K samples.
     """
-    return _op(waveform.contiguous(), weight, bias, stride, norm, norm_weight, norm_bias, eps, activation)
+    packed = (offsets, out_offsets, out_frames)
+    return _op(waveform.contiguous(), weight, bias, stride, norm, norm_weight, norm_bias, eps, activation, *packed)
 
 
 def reference(
@@ -62,7 +70,13 @@ def reference(
     norm_bias: Tensor | None,
     eps: float,
     activation: str,
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> Tensor:
+    if offsets is not None:
+        tail = (weight, bias, stride, norm, norm_weight, norm_bias, eps, activation)
+        return each_resized(NAME, lambda own: reference(own, *tail), offsets, out_offsets, out_frames, waveform)
     y = F.conv1d(waveform[:, None], weight, bias, stride)  # [B, C, T]
     # Norm parameters may be wider than the product under autocast.
     wide = y if norm_weight is None else y.to(norm_weight.dtype)
@@ -84,6 +98,9 @@ def _check(
     norm_bias: Tensor | None,
     eps: float,
     activation: str,
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> None:
     check.floating(NAME, "waveform", waveform)
     check.shape(NAME, "waveform", waveform, ("B", "S"))
@@ -97,6 +114,7 @@ def _check(
     check.activation(NAME, activation)
     check.positive(NAME, stride=stride, taps=weight.shape[2])
     check.frames(NAME, waveform.shape[1], weight.shape[2], "samples")
+    check_resized(NAME, "waveform", waveform, offsets, out_offsets, out_frames)
 
 
 def _check_backward(
@@ -111,9 +129,13 @@ def _check_backward(
     eps: float,
     activation: str,
     wanted: list[bool],
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> None:
-    _check(waveform, weight, bias, stride, norm, norm_weight, norm_bias, eps, activation)
-    out = (waveform.shape[0], (waveform.shape[1] - weight.shape[2]) // stride + 1, weight.shape[0])
+    packed = (offsets, out_offsets, out_frames)
+    _check(waveform, weight, bias, stride, norm, norm_weight, norm_bias, eps, activation, *packed)
+    out = _shape(waveform, weight, stride, out_frames)
     check.alike(BACKWARD, out, "waveform", waveform, grad=grad)
     if norm == "none":  # its parameters are not looked at, and have empty gradients
         norm_weight = norm_bias = weight
@@ -121,9 +143,13 @@ def _check_backward(
     check.wanted(BACKWARD, wanted, **inputs)
 
 
+def _shape(waveform: Tensor, weight: Tensor, stride: int, out_frames: int | None) -> tuple[int, int, int]:
+    frames = (waveform.shape[1] - weight.shape[2]) // stride + 1 if out_frames is None else out_frames
+    return waveform.shape[0], frames, weight.shape[0]
+
+
 def _fake(waveform: Tensor, weight: Tensor, bias: Tensor | None, stride: int, *rest: object) -> Tensor:
-    channels, _, kernel = weight.shape
-    return waveform.new_empty((waveform.shape[0], (waveform.shape[1] - kernel) // stride + 1, channels))
+    return waveform.new_empty(_shape(waveform, weight, stride, rest[-1]))
 
 
 def _backward_kernel(
@@ -138,7 +164,17 @@ def _backward_kernel(
     eps: float,
     activation: str,
     wanted: list[bool],
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> tuple[Tensor, ...]:
+    if offsets is not None:
+
+        def alone(waveform: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+            tail = (stride, norm, norm_weight, norm_bias, eps, activation, wanted)
+            return _backward_kernel(grad, waveform, weight, bias, *tail)
+
+        return each_backward(NAME, alone, offsets, out_offsets, (waveform,), (grad,))
     aten = torch.ops.aten
     y = F.conv1d(waveform[:, None], weight, bias, stride)  # [B, C, T], recomputed: one channel in makes it cheap
     dtype = y.dtype if norm_weight is None else norm_weight.dtype
@@ -186,6 +222,9 @@ def _backward_fake(
     eps: float,
     activation: str,
     wanted: list[bool],
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> tuple[Tensor, ...]:
     tensors = (waveform, weight, bias, *((None, None) if norm == "none" else (norm_weight, norm_bias)))
     return only(wanted, *(None if t is None else torch.empty_like(t) for t in tensors), like=waveform)
@@ -195,10 +234,10 @@ _OPERANDS = (
     "Tensor waveform, Tensor weight, Tensor? bias, int stride, str norm, Tensor? norm_weight, Tensor? norm_bias, "
     "float eps, str activation"
 )
-_op = define(NAME, f"({_OPERANDS}) -> Tensor", check=_check, fake=_fake, kernel=reference)
+_op = define(NAME, f"({_OPERANDS}, {RESIZED}) -> Tensor", check=_check, fake=_fake, kernel=reference)
 _backward_op = define(
     BACKWARD,
-    f"(Tensor grad, {_OPERANDS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad, {_OPERANDS}, bool[] wanted, {RESIZED}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     check=_check_backward,
     fake=_backward_fake,
     kernel=_backward_kernel,
@@ -206,11 +245,12 @@ _backward_op = define(
 
 
 def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
-    norm = inputs[4]
+    *operands, offsets, out_offsets, out_frames = inputs
+    norm = operands[4]
     wanted = (*wanted[:3], *(w and norm != "none" for w in wanted[5:7]))
-    found = _backward_op(grads[0].contiguous(), *inputs, wanted)
+    found = _backward_op(grads[0].contiguous(), *operands, wanted, offsets, out_offsets, out_frames)
     dwaveform, dweight, dbias, dnorm_weight, dnorm_bias = or_none(wanted, found)
-    return dwaveform, dweight, dbias, None, None, dnorm_weight, dnorm_bias, None, None
+    return dwaveform, dweight, dbias, None, None, dnorm_weight, dnorm_bias
 
 
 differentiate(NAME, reference, _backward)

@@ -1,0 +1,125 @@
+"""Packed frames: the utterances of a batch one behind the other, `[1, N, ...]`, beside `offsets`.
+
+`offsets` is `[B + 1]` int32 on the device of the frames: utterance b is the frames `offsets[b]` to `offsets[b + 1]`. It
+begins with 0, rises, and ends with N. What an op gives for packed frames is, utterance by utterance, what it gives for
+the utterance alone. An op that changes the number of frames takes the offsets of its output and their last entry, a
+Python int, as well: they are the caller's to compute once, and nothing waits for a device.
+
+What is here are the references: one utterance after the other through the op's own form for a dense batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _check as check
+
+
+def bounds(op: str, offsets: Tensor, frames: int, name: str = "offsets") -> list[tuple[int, int]]:
+    """First frame and end of every utterance.
+
+    Raises:
+        ValueError: the offsets do not begin with 0, rise, and end with `frames`.
+    """
+    ends = offsets.tolist()
+    if ends[0] != 0 or ends[-1] != frames or any(b <= a for a, b in pairwise(ends)):
+        raise ValueError(f"{op} wants {name} that rise from 0 to the {frames} frames, got {ends}")
+    return list(pairwise(ends))
+
+
+def utterances(op: str, offsets: Tensor, *frames: Tensor, dim: int = 1) -> list[tuple[Tensor, ...]]:
+    """Each utterance's part of every tensor; views. Tensors without elements, which stand for none, stay."""
+    within = bounds(op, offsets, next(x for x in frames if x.numel()).shape[dim])
+    return [tuple(x.narrow(dim, a, b - a) if x.numel() else x for x in frames) for a, b in within]
+
+
+def joined(parts: Sequence[Any], dim: int = 1) -> Any:
+    """The utterances' outputs one behind the other: tensors, or tuples of tensors."""
+    if isinstance(parts[0], tuple):
+        return tuple(joined(column, dim) for column in zip(*parts, strict=True))
+    return torch.cat(parts, dim) if parts[0].numel() else parts[0]
+
+
+def summed(parts: Sequence[Tensor]) -> Tensor:
+    """What the utterances add to the gradient of something that all of them share."""
+    wide = torch.stack([p.to(torch.promote_types(p.dtype, torch.float32)) for p in parts])
+    return wide.sum(0).to(parts[0].dtype)
+
+
+def each(op: str, function: Callable[..., Any], offsets: Tensor, *frames: Tensor) -> Any:
+    """`function` of every utterance's frames, its outputs joined."""
+    return joined([function(*own) for own in utterances(op, offsets, *frames)])
+
+
+def each_resized(
+    op: str, function: Callable[..., Tensor], offsets: Tensor, out_offsets: Tensor, out_frames: int, frames: Tensor
+) -> Tensor:
+    """The same where `function` changes the number of frames.
+
+    Raises:
+        ValueError: the offsets or the number of its outputs are not those that were given.
+    """
+    parts = [function(own) for (own,) in utterances(op, offsets, frames)]
+    lengths = [part.shape[1] for part in parts]
+    if lengths != [end - first for first, end in bounds(op, out_offsets, out_frames, "out_offsets")]:
+        raise ValueError(f"{op} wants out_offsets of {lengths} frames for these offsets, got {out_offsets.tolist()}")
+    return joined(parts)
+
+
+def each_backward(
+    op: str,
+    function: Callable[..., tuple[Tensor, ...]],
+    offsets: Tensor,
+    out_offsets: Tensor,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """A backward utterance by utterance: `function(*inputs, *outputs)` of the frames of each gives the gradient of the
+    first input, whose utterances are joined, and others, which are added up.
+    """
+    pairs = zip(utterances(op, offsets, *inputs), utterances(op, out_offsets, *outputs), strict=True)
+    first, *others = zip(*(function(*own, *made) for own, made in pairs), strict=True)
+    return joined(first), *map(summed, others)
+
+
+def check_packed(op: str, name: str, x: Tensor, offsets: Tensor | None) -> None:
+    """Refuse what cannot be the offsets of packed frames `x`; reads no values."""
+    if offsets is None:
+        return
+    if x.shape[0] != 1:
+        raise ValueError(f"{op} wants {name} packed, [1, N, ...], beside offsets, got {list(x.shape)}")
+    check_offsets(op, "offsets", x, offsets)
+
+
+def check_offsets(op: str, name: str, x: Tensor, offsets: Tensor) -> None:
+    check.shape(op, name, offsets, ("B + 1",))
+    if offsets.dtype != torch.int32:
+        raise TypeError(f"{op} wants {name} of torch.int32, got {offsets.dtype}")
+    if offsets.shape[0] < 2:
+        raise ValueError(f"{op} wants {name} of one utterance or more, got {list(offsets.shape)}")
+    check.same_device(op, "the frames", x, **{name: offsets})
+
+
+def check_resized(
+    op: str, name: str, x: Tensor, offsets: Tensor | None, out_offsets: Tensor | None, out_frames: int | None
+) -> None:
+    """The same of an op that changes the number of frames."""
+    check_packed(op, name, x, offsets)
+    given = [v is not None for v in (offsets, out_offsets, out_frames)]
+    if any(given) and not all(given):
+        raise ValueError(f"{op} wants offsets, out_offsets and out_frames together, or none of them")
+    if offsets is None:
+        return
+    check_offsets(op, "out_offsets", x, out_offsets)
+    if out_offsets.shape != offsets.shape:
+        raise ValueError(f"{op} wants out_offsets of shape {list(offsets.shape)}, got {list(out_offsets.shape)}")
+    if out_frames < offsets.shape[0] - 1:
+        raise ValueError(f"{op} wants one out frame of each utterance or more, got {out_frames} in all")
+
+
+RESIZED = "Tensor? offsets=None, Tensor? out_offsets=None, SymInt? out_frames=None"
