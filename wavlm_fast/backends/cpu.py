@@ -61,8 +61,16 @@ for _schema in (
     "-> (Tensor, Tensor)",
 ):
     _library.define(_schema)
+# Those that do not take packed frames yet.
+_DENSE = (
+    "gated_attention",
+    "gated_attention_backward",
+    "stats_pool",
+    "stats_pool_backward",
+)
 for _name in _KERNELS:
-    _library.define(_name + schemas[_name].replace(", Tensor? offsets=None", ""))
+    _schema = schemas[_name]
+    _library.define(_name + (_schema.replace(", Tensor? offsets=None", "") if _name in _DENSE else _schema))
 _native = torch.ops.wavlm_fast_cpu
 _FOLDER = Path(__file__).parent.parent
 
