@@ -25,10 +25,10 @@ from .leaving import leaving
 from .modules import FastWavLMFeatureEncoder, pool_statistics
 from .modules._masks import forget_made, made
 from .modules._originals import StandIn, become_twin, or_original, own_methods, stands_in_for
-from .modules._packing import Packing, in_front_end, packings
+from .modules._packing import Packing, in_front_end, packings, valid_samples
 from .modules._versions import ENCODER_COLLECTS
 from .packed_batch import PackedBatch
-from .padding import check_mode, mode_of, set_mode, with_padding
+from .padding import check_mode, set_mode, with_padding
 from .swap import accelerate_new
 
 
@@ -290,10 +290,17 @@ class WavLMForXVector(_FastModel, hf.WavLMForXVector):
     def check_labels(self, labels: Tensor, utterances: int) -> None:
         check_labels(labels, self.config.num_labels, utterances)
 
+    def run_original(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' forward; in a graph of rows that are to be as if alone ours, as theirs pools padding."""
+        return super().run_original(*args, **kwargs) if valid_samples() is None else self._forward(*args, **kwargs)
+
     @with_padding
     @or_original
     @functools.wraps(hf.WavLMForXVector.forward)
     def forward(self, *args: Any, **kwargs: Any) -> XVectorOutput | tuple:
+        return self._forward(*args, **kwargs)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> XVectorOutput | tuple:
         arguments = _named(WavLMForXVector, args, kwargs)
         labels, in_dict = arguments.pop("labels", None), arguments.pop("return_dict", None)
         if labels is not None:
@@ -320,8 +327,10 @@ class WavLMForXVector(_FastModel, hf.WavLMForXVector):
         lengths = None
         if attention_mask is not None:
             frames = frame_lengths(self, attention_mask.sum(dim=1))
-            exact = mode_of(self) == "exact"
-            lengths = frames - sum(layer.span - 1 for layer in self.tdnn) if exact else tdnn_lengths(self, frames)
+            if valid_samples() is None:
+                lengths = tdnn_lengths(self, frames)
+            else:
+                lengths = frames - sum((layer.kernel_size - 1) * layer.dilation for layer in self.tdnn)
         return pool_statistics(hidden_states, lengths)
 
     def _pooled_packed(self, hidden_states: Tensor, packing: Packing) -> Tensor:

@@ -79,8 +79,9 @@ def resized(packing: Packing, after: Packing) -> dict[str, object]:
 
 
 class _Present(threading.local):
-    stages: list[Packing] | None = None
-    valid_samples: Tensor | None = None
+    def __init__(self) -> None:  # once in every thread
+        self.stages: list[Packing] | None = None
+        self.valid_samples: Tensor | None = None
 
 
 _present = _Present()

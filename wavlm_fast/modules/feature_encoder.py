@@ -228,7 +228,7 @@ class FastWavLMFeatureEncoder(FastModule, hf.WavLMFeatureEncoder):
         wants_gradient = needs_grad(input_values, *parameters)
         stages = stages_of(input_values)
         # Off the CPU the op runs as its layers, and would have to look at the offsets to make theirs.
-        whole = stages is None or input_values.device.type == "cpu"
+        whole = valid_samples() is None and (stages is None or input_values.device.type == "cpu")
         if whole and not wants_gradient and self._why_not_whole() is None and same_dtype(input_values, *parameters):
             packed = {} if stages is None else resized(stages[0], stages[-1])
             return ops.feature_encoder(input_values, **self._options(), **packed).transpose(1, 2)

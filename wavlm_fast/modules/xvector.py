@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.models.wavlm import modeling_wavlm as hf
 
 from .. import ops
+from ..leaving import leaving
 from ._originals import or_original, stands_in_for
 from ._packing import Packing, resized
 from ._plain import fused_activation, same_dtype, why_not_plain
@@ -68,4 +69,5 @@ def pool_statistics(hidden_states: Tensor, lengths: Tensor | None) -> Tensor:
     if lengths is not None:
         frames = hidden_states.shape[1]
         lengths = torch.where(lengths < 0, lengths + frames, lengths).clamp(0, frames)
-    return ops.stats_pool(hidden_states, lengths)
+    pool = ops.stats_pool if leaving() is None else ops.references["stats_pool"]
+    return pool(hidden_states, lengths)
