@@ -40,24 +40,31 @@ def frames_of(offsets_ptr, b, N, L):
 
 @triton.jit
 def own_tile(offsets_ptr, utterances, L, T, H, BLOCK: tl.constexpr, PACKED: tl.constexpr):
-    """The tile of a program of `grid`, whose frames are those of one utterance and one head.
+    """What a program of `grid` has: utterance, head, its first frame, the utterance's frames, and the bias's L.
 
-    Returns:
-        The utterance, the head, the tile's first frame, the utterance's first frame among all of a contiguous
-        `[B, T, H, D]` and of a contiguous `[B, H, T]`, its number of frames, and the bias's L. PACKED, T comes as N,
-        the utterance is its first frame, as `strides` wants it, and a tile past its frames is to be left out.
+    PACKED, T comes as N, the utterance goes by its first frame, as `strides` wants it, and a tile past its frames is
+    to be left out.
     """
-    h = tl.program_id(1) % H
     if PACKED:
+        h = tl.program_id(1)
         b = utterance_at(offsets_ptr, utterances, tl.program_id(0), BLOCK)
         begin, frames = frames_of(offsets_ptr, b, T, L)
-        first = tl.maximum(tl.program_id(0) - begin // BLOCK - b, 0) * BLOCK
-        frame = begin.to(tl.int64)
-        return begin, h, first, frame, h.to(tl.int64) * T + frame, frames, L
+        return begin, h, tl.maximum(tl.program_id(0) - begin // BLOCK - b, 0) * BLOCK, frames, L
     else:
-        b = tl.program_id(1) // H
-        head = tl.program_id(1).to(tl.int64) * T
-        return b, h, tl.program_id(0) * BLOCK, b.to(tl.int64) * T, head, T, T
+        first = tl.program_id(0) * BLOCK
+        return tl.program_id(1) // H, tl.program_id(1) % H, first, T, T
+
+
+@triton.jit
+def frames_before(b, T, PACKED: tl.constexpr):
+    """Frames in front of utterance b of a contiguous `[B, T, H, D]`; PACKED it goes by them."""
+    return b.to(tl.int64) if PACKED else b.to(tl.int64) * T
+
+
+@triton.jit
+def numbers_before(b, h, N, PACKED: tl.constexpr):
+    """The numbers in front of a program's utterance and head in a contiguous `[B, H, N]`."""
+    return h.to(tl.int64) * N + b if PACKED else tl.program_id(1).to(tl.int64) * N
 
 
 def places(frames: int, utterances: int, block: int) -> int:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ._dropout import keep, row_keys
-from ._packed_tiles import arguments, grid, own_tile, sizes, strides
+from ._packed_tiles import arguments, frames_before, grid, numbers_before, own_tile, sizes, strides
 from ._precision import dot_precision
 from ._rows import in_pieces, load_tile, operand, product_of_rows, row_pointers
 from ._target import has_tensor_memory, target
@@ -80,13 +80,15 @@ def _gated_attention_fwd_kernel(
     WARPS: tl.constexpr,  # of biased_scores
     APART: tl.constexpr,  # products with values are added to the sum of those before, not summed up in place
 ):  # fmt: skip
-    b, h, first, frame, head, T, L = own_tile(offsets_ptr, utterances, L, T, H, BLOCK_M, PACKED)
+    N = T
+    b, h, first, T, L = own_tile(offsets_ptr, utterances, L, N, H, BLOCK_M, PACKED)
     if PACKED and first >= T:
         return
     query = first + tl.arange(0, BLOCK_M)
     # Rows past the end repeat the last one: loads need no masks, and only stores leave them out.
     row = tl.minimum(query, T - 1)
     column = tl.arange(0, BLOCK_D)
+    head = numbers_before(b, h, N, PACKED)
     q_base = q_ptr + b.to(tl.int64) * stride_qb + h * stride_qh
     q_at = q_base + row[:, None].to(tl.int64) * stride_qt
     q = q_at if IN_PIECES else load_tile(q_at + column[None, :], row, T, column, False, D, BLOCK_D)
@@ -130,7 +132,7 @@ def _gated_attention_fwd_kernel(
     lse = (top * scale + tl.log2(total)) * 0.6931471805599453
     tl.store(lse_ptr + head + query, tl.where(total == 0, float("-inf"), lse), mask=query < T)
     out = acc * (keep_scale / tl.where(total == 0, 1.0, total))[:, None]
-    out_at = ((frame + query[:, None]) * H + h) * D + column[None, :]
+    out_at = ((frames_before(b, T, PACKED) + query[:, None]) * H + h) * D + column[None, :]
     tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=(query < T)[:, None] & (column < D)[None, :])
 
 

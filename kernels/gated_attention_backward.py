@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ._dropout import keep, row_keys
-from ._packed_tiles import arguments, grid, own_tile, sizes, strides
+from ._packed_tiles import arguments, frames_before, grid, numbers_before, own_tile, sizes, strides
 from ._rows import in_pieces, load_tile, operand, product_of_rows, row_pointers, row_starts
 from ._target import target
 from ._toeplitz import biased_scores, far_tiles, fragment_warps, toeplitz
@@ -77,17 +77,19 @@ def _gated_attention_bwd_dq_kernel(
     IN_PIECES: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     WIDE: tl.constexpr = D > 64  # the last tile is one of the loop: see above
-    b, h, first, frame, head, T, L = own_tile(offsets_ptr, utterances, L, T, H, BLOCK_M, PACKED)
+    N = T
+    b, h, first, T, L = own_tile(offsets_ptr, utterances, L, N, H, BLOCK_M, PACKED)
     if PACKED and first >= T:
         return
     query = first + tl.arange(0, BLOCK_M)
     # Rows past the end repeat the last one: loads need no masks, and only stores leave them out.
     row = tl.minimum(query, T - 1)
     column = tl.arange(0, BLOCK_D)
+    head = numbers_before(b, h, N, PACKED)
     q_base = q_ptr + b.to(tl.int64) * stride_qb + h * stride_qh
     q_at = q_base + row[:, None].to(tl.int64) * stride_qt
     q = q_at if IN_PIECES else load_tile(q_at + column[None, :], row, T, column, False, D, BLOCK_D)
-    own = ((frame + row[:, None]) * H + h) * D  # of the contiguous tensors
+    own = ((frames_before(b, T, PACKED) + row[:, None]) * H + h) * D  # of the contiguous tensors
     dout = load_tile(dout_ptr + own + column[None, :], row, T, column, False, D, BLOCK_D)
     out = load_tile(out_ptr + own + column[None, :], row, T, column, False, D, BLOCK_D)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
@@ -134,7 +136,7 @@ def _gated_attention_bwd_dq_kernel(
     inside = query < T
     tl.store(dgate_ptr + head + query, dgate - rest * mean_bias, mask=inside)
     tl.store(delta_ptr + head + query, delta + rest, mask=inside)
-    dq_at = ((frame + query[:, None]) * H + h) * D + column[None, :]
+    dq_at = ((frames_before(b, T, PACKED) + query[:, None]) * H + h) * D + column[None, :]
     dq = (dq * dot_scale).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptr + dq_at, dq, mask=inside[:, None] & (column < D)[None, :])
 
@@ -200,13 +202,15 @@ def _gated_attention_bwd_dkv_kernel(
     IN_PIECES: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     WIDE: tl.constexpr = D > 64  # the last tile is one of the loop: see above
-    b, h, first, frame, head, T, L = own_tile(offsets_ptr, utterances, L, T, H, BLOCK_N, PACKED)
+    N = T
+    b, h, first, T, L = own_tile(offsets_ptr, utterances, L, N, H, BLOCK_N, PACKED)
     if PACKED and first >= T:
         return
     key = first + tl.arange(0, BLOCK_N)
     # Keys past the end compute on the last one; a row of a product depends on no other row, and stores leave them out.
     row = tl.minimum(key, T - 1)
     column = tl.arange(0, BLOCK_D)
+    head = numbers_before(b, h, N, PACKED)
     k_base = k_ptr + b.to(tl.int64) * stride_kb + h * stride_kh
     v_base = v_ptr + b.to(tl.int64) * stride_vb + h * stride_vh
     place = row[:, None].to(tl.int64)
@@ -215,7 +219,7 @@ def _gated_attention_bwd_dkv_kernel(
         k = load_tile(k + column[None, :], row, T, column, False, D, BLOCK_D)
         v = load_tile(v + column[None, :], row, T, column, False, D, BLOCK_D)
     q_base = q_ptr + b.to(tl.int64) * stride_qb + h * stride_qh
-    dout_base = dout_ptr + (frame * H + h) * D
+    dout_base = dout_ptr + (frames_before(b, T, PACKED) * H + h) * D
     copies = copies_ptr + (H + h) * (4 * W)  # reversed
 
     length = tl.minimum(tl.load(lengths_ptr + b), T).to(tl.int32) if LENGTHS else T
@@ -252,7 +256,7 @@ def _gated_attention_bwd_dkv_kernel(
             D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, False, True, DROPOUT, PRECISION, WARPS,
         )  # fmt: skip
 
-    at = ((frame + key[:, None]) * H + h) * D + column[None, :]
+    at = ((frames_before(b, T, PACKED) + key[:, None]) * H + h) * D + column[None, :]
     inside = (key < T)[:, None] & (column < D)[None, :]
     valid = (key < length)[:, None]
     dk = tl.where(valid, dk * dot_scale, 0.0).to(dk_ptr.dtype.element_ty)

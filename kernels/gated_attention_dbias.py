@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ._dropout import keep, row_keys
-from ._packed_tiles import frames_of, places, sizes, utterance_at
+from ._packed_tiles import frames_before, frames_of, places, sizes, utterance_at
 from ._rows import operand, product_of_rows
 from ._target import has_tensor_memory, target
 from ._toeplitz import biased_scores, fragment_warps, row_places
@@ -55,35 +55,32 @@ def _gated_attention_bwd_dbias_kernel(
         bias = tl.load(bias_rows[:, None] + (diagonal * BLOCK_N + start + column)[None, :])
 
     sums = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    first_utterance, stop_utterance = 0, 1  # all at once in a dense batch
     first_item, stop_item, step = split, tiles * batch, splits
     if PACKED:
-        first_utterance = utterance_at(offsets_ptr, utterances, split * EACH, BLOCK_M)
-        stop_utterance = utterance_at(offsets_ptr, utterances, split * EACH + EACH - 1, BLOCK_M) + 1
+        first_item, step = split * EACH, 1
+        stop_item = tl.minimum(first_item + EACH, T // BLOCK_M + utterances)
+        utterance = utterance_at(offsets_ptr, utterances, first_item, BLOCK_M)
         found = tl.full([], 0, tl.int32)
-    for utterance in range(first_utterance, stop_utterance):
+    for item in range(first_item, stop_item, step):
         if PACKED:
-            begin, frames = frames_of(offsets_ptr, utterance, T, L)
-            own_place = split * EACH - (begin // BLOCK_M + utterance)
+            # Every utterance has a place: from one place to the next it is the same one or its neighbour.
+            utterance += (item >= tl.load(offsets_ptr + utterance + 1) // BLOCK_M + utterance + 1).to(tl.int32)
+            b, frames = frames_of(offsets_ptr, utterance, T, L)
+            tile = item - b // BLOCK_M - utterance
             tiles = tl.minimum(tl.cdiv(frames, BLOCK_M), tl.cdiv(tl.cdiv(frames, BLOCK_N) - diagonal, RATIO))
-            first_item, stop_item, step = tl.maximum(first_m, own_place), tl.minimum(tiles, own_place + EACH), 1
-            found += tl.maximum(stop_item - first_item, 0)
-        for item in range(first_item, stop_item, step):
-            if PACKED:
-                b, tile = begin, item
-                frame = b.to(tl.int64)
-                head = h.to(tl.int64) * T + frame
-            else:
-                b, tile, frames = item // tiles, first_m + item % tiles, T
-                frame = b.to(tl.int64) * T
-                head = (b * H + h).to(tl.int64) * T
+            meets = (tile >= first_m) & (tile < tiles)
+            found += meets.to(tl.int32)
+        else:
+            b, tile, frames, meets = item // tiles, first_m + item % tiles, T, True
+        if meets:
             first_query = tile * BLOCK_M
             first_key = first_query + diagonal * BLOCK_N
             query, key = first_query + row, first_key + column
             length = tl.minimum(tl.load(lengths_ptr + b), T).to(tl.int32) if LENGTHS else frames
+            head = h.to(tl.int64) * T + b if PACKED else (b * H + h).to(tl.int64) * T
             wide = b.to(tl.int64)
             q_base = q_ptr + wide * stride_qb + h * stride_qh
-            dout_base = dout_ptr + (frame * H + h) * D
+            dout_base = dout_ptr + (frames_before(b, T, PACKED) * H + h) * D
             k_base = k_ptr + wide * stride_kb + h * stride_kh
             v_base = v_ptr + wide * stride_vb + h * stride_vh
             q = operand(q_base, first_query, stride_qt, row, frames, d, True, IN_PIECES, D, BLOCK_D)
