@@ -110,8 +110,8 @@ def _multiplying(dtype: str) -> Iterator[None]:
 def launches(
     architecture: Architecture, dtype: str, indices: Iterable[int] = range(MOST)
 ) -> Iterator[tuple[str, Launch, int]]:
-    """Every distinct launch of both models, of attention with wide heads and of packed frames: its op, itself, and the index of its
-    configuration in the kernel's list.
+    """Every distinct launch of both models, of attention with wide heads and of packed frames: its op, itself, and the
+    index of its configuration in the kernel's list.
 
     Defaults have index 0 and come first; kernels without a list have only that.
     """
