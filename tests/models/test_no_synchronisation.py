@@ -11,7 +11,9 @@ triton = pytest.importorskip("triton")
 from wavlm_fast.kernels._target import pretend  # noqa: E402
 
 from benchmarks.gpu_compile import recording  # noqa: E402
+from wavlm_fast import forward_ragged  # noqa: E402
 from wavlm_fast.backends.triton import TABLE  # noqa: E402
+from wavlm_fast.modules import _packing  # noqa: E402
 
 
 def forward(model, dtype=torch.float32, masked=False, **options):
@@ -49,6 +51,25 @@ def test_every_output_asked_for(name):
     with torch.no_grad():
         forward(fast_model(name, config), masked=True, output_hidden_states=True)
         forward(fast_model(name, config), masked=True, output_attentions=True)
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["inference", "with gradients"])
+@pytest.mark.parametrize("form", ["base", "large"])
+@pytest.mark.parametrize("name", MODELS)
+def test_utterances_of_any_lengths(name, form, gradients, monkeypatch):
+    """Lengths are known on the host. What is uploaded of them is pinned, which a device that is not there cannot do."""
+
+    def upload(values, device):
+        return torch.empty(values.shape, dtype=values.dtype, device=device)
+
+    monkeypatch.setattr(_packing, "upload", upload)
+    model = fast_model(name, small_config(form))
+    with torch.set_grad_enabled(gradients), no_gpu_needed(TABLE) as mode, pretend("hopper"), recording():
+        waveforms = [torch.empty(n, device="cuda") for n in (600, 337, 250)]
+        outputs = forward_ragged(to_device(model), waveforms, output_hidden_states=True)
+        assert [out[0].shape[0] for out in outputs] == [1, 1, 1]
+    assert {"waveform_conv", "strided_conv", "gated_attention", "position_gate", "positional_conv"} <= mode.ran
+    assert ("stats_pool" in mode.ran) == (name == "WavLMForXVector")
 
 
 def test_an_adapter_on_top():
