@@ -17,8 +17,9 @@ _WAVEFORMS = ("waveform_conv", "feature_encoder")
 
 
 def ragged(
-    op: str, name: str, lengths: Sequence[int], *sizes: Any, quick: bool = False, differentiate: bool = True, **options: Any
-) -> Case:
+    op: str, name: str, lengths: Sequence[int], *sizes: Any,
+    quick: bool = False, differentiate: bool = True, **options: Any,
+) -> Case:  # fmt: skip
     """A case of packed frames.
 
     Args:
