@@ -187,6 +187,8 @@ def _backward_kernel(
     if norm == "none":
         dy = activate_backward(activation, grad, y)
     elif norm == "group":
+        # torch's own group norm makes them contiguous before it calls what reads them as such.
+        norm_weight, norm_bias = (None if v is None else v.contiguous() for v in (norm_weight, norm_bias))
         sizes = (batch, channels, frames, channels)
         normed, mean, rstd = aten.native_group_norm(y, norm_weight, norm_bias, *sizes, eps)
         dnormed = activate_backward(activation, grad, normed)
