@@ -32,10 +32,14 @@ def bounds(op: str, offsets: Tensor, frames: int, name: str = "offsets") -> list
     return list(pairwise(ends))
 
 
-def utterances(op: str, offsets: Tensor, *frames: Tensor, dim: int = 1) -> list[tuple[Tensor, ...]]:
-    """Each utterance's part of every tensor; views. Vectors without elements, which stand for none, stay."""
+def utterances(op: str, offsets: Tensor, *frames: Tensor | None, dim: int = 1) -> list[tuple[Tensor | None, ...]]:
+    """Each utterance's part of every tensor; views. Vectors without elements and None, which are not read, stay."""
+
+    def own(x: Tensor | None, first: int, end: int) -> Tensor | None:
+        return x if x is None or x.dim() <= dim else x.narrow(dim, first, end - first)
+
     within = bounds(op, offsets, frames[0].shape[dim])
-    return [tuple(x.narrow(dim, a, b - a) if x.dim() > dim else x for x in frames) for a, b in within]
+    return [tuple(own(x, first, end) for x in frames) for first, end in within]
 
 
 def joined(parts: Sequence[Any], dim: int = 1) -> Any:
