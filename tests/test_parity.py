@@ -15,7 +15,8 @@ import torch
 from wavlm_fast import backends, parity
 from wavlm_fast.cli import main
 from wavlm_fast.errors import UserError
-from wavlm_fast.parity import mutation_check, mutations, rule, run_checkpoint, run_models, run_ops
+from wavlm_fast.ops._define import arguments_of, schemas
+from wavlm_fast.parity import alone, mutation_check, mutations, rule, run_checkpoint, run_models, run_ops
 from wavlm_fast.parity.cases import CASES, OPS, cases_of
 
 CPU = torch.device("cpu")
@@ -71,7 +72,7 @@ def test_models(case, backend, dtype):
     judge(run_models.run_case(case, backend, rule.DTYPES[dtype], CPU))
 
 
-@pytest.mark.parametrize("mutation", mutations.MUTATIONS, ids=lambda m: f"{m.op}-{m.name}")
+@pytest.mark.parametrize("mutation", mutation_check.MUTATIONS, ids=lambda m: f"{m.op}-{m.name}")
 def test_mistakes_are_noticed(mutation):
     assert mutation_check.check(mutation).caught
 
@@ -83,8 +84,21 @@ def test_without_a_mistake_nothing_is_noticed(op):
 
 
 def test_every_op_has_mistakes():
-    touched = {m.op for m in mutations.MUTATIONS}
+    touched = {m.op for m in mutation_check.MUTATIONS}
     assert touched == {*OPS, None}
+
+
+def test_every_op_that_takes_packed_frames_has_ragged_cases_and_mistakes():
+    packed = {op for op in OPS if "offsets" in arguments_of(schemas[op])}
+    assert set(alone.PACKED) == packed
+    assert {c.op for c in CASES if c.ragged and c.quick} == packed
+    assert {m.op for m in mutation_check.MUTATIONS if m.ragged} == packed
+    for op in packed:
+        lengths = [c.leaves()["offsets"].diff() for c in cases_of(op) if c.ragged]
+        assert {1, 64} <= {len(n) for n in lengths}
+        assert any(len(n) > 1 and (n == n[0]).all() for n in lengths)
+        assert any(len(n) > 2 and not (n.diff() >= 0).all() for n in lengths)
+        assert max(int(n.max()) for n in lengths) > 1000
 
 
 def test_the_table_is_whole_after_a_mistake():

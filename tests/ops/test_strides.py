@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from some_calls import BACKWARD, FORWARD, OPS, Draw, call
+from some_calls import BACKWARD, FORWARD, OPS, SAVING, Draw, any_call, call, with_option
 
 from wavlm_fast import backends, ops, use_backend
 from wavlm_fast.backends import cpu, onednn, products
 
-SEEDS = range(12)
+SEEDS = range(15)
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -53,9 +53,11 @@ def arguments(op: str, seed: int, dtype: torch.dtype) -> list:
     def change(a):
         if isinstance(a, list):
             return [change(x) for x in a]
-        return laid_out(a, draw) if isinstance(a, torch.Tensor) else a
+        if isinstance(a, torch.Tensor):  # other numbers in offsets are no offsets
+            return _gaps(a, draw) if a.dtype == torch.int32 else laid_out(a, draw)
+        return a
 
-    args = [change(a) for a in call(op, seed, dtype)]
+    args = [change(a) for a in any_call(op, seed, dtype)]
     if op.startswith("gated_attention"):  # the op itself asks for this one
         first = 1 if op.endswith("backward") else 0
         args[first : first + 3] = [x if x.stride(-1) == 1 else x.contiguous() for x in args[first : first + 3]]
@@ -108,11 +110,25 @@ def _gradients(op, args, count):
     args = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
     inputs = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
     assert len(inputs) == count
-    if op in ("linear_act", "positional_conv", "strided_conv", "add_layer_norm"):
-        args[-1] = True  # save, as the public functions ask for where gradients are
+    if op in SAVING:  # as the public functions ask for where gradients are
+        args = with_option(op, args, SAVING[op], True)
     # Of the first output, and of none that was only saved; of add_layer_norm of both.
     flowing = outputs(op, args)[: 2 if op == "add_layer_norm" else 1]
     return torch.autograd.grad([o.float().sum() for o in flowing], inputs, allow_unused=True)
+
+
+@pytest.mark.parametrize("packed_frames", [False, True])
+def test_the_reference_takes_norms_of_any_layout(packed_frames):
+    """What is behind torch's group norm reads its parameters as if they were contiguous."""
+    args = call("waveform_conv_backward", 1, packed=packed_frames)
+    assert args[5] == "group"
+    args[10] = [True, True, False, True, True]
+    with use_backend("reference"):
+        wanted = outputs("waveform_conv_backward", args)
+        args[6:8] = (v.repeat_interleave(2)[::2] for v in args[6:8])
+        found = outputs("waveform_conv_backward", args)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_projections_of_different_strides():

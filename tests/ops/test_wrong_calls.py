@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from some_calls import BACKWARD, OPS, call
+from some_calls import BACKWARD, OPS, any_call, call
 
 from wavlm_fast import use_backend
 from wavlm_fast.backends import cpu
@@ -37,9 +37,9 @@ def test_wrong_calls_are_refused(tmp_path):
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("op", OPS)
 def test_right_calls_are_no_wrong_calls(op, backend):
-    for seed in range(5):
+    for seed in range(8):
         with use_backend(backend):
-            getattr(torch.ops.wavlm_fast, op)(*call(op, seed))
+            getattr(torch.ops.wavlm_fast, op)(*any_call(op, seed))
 
 
 @pytest.mark.parametrize("op", BACKWARD)

@@ -32,17 +32,21 @@ def bounds(op: str, offsets: Tensor, frames: int, name: str = "offsets") -> list
     return list(pairwise(ends))
 
 
-def utterances(op: str, offsets: Tensor, *frames: Tensor, dim: int = 1) -> list[tuple[Tensor, ...]]:
-    """Each utterance's part of every tensor; views. Tensors without elements, which stand for none, stay."""
-    within = bounds(op, offsets, next(x for x in frames if x.numel()).shape[dim])
-    return [tuple(x.narrow(dim, a, b - a) if x.numel() else x for x in frames) for a, b in within]
+def utterances(op: str, offsets: Tensor, *frames: Tensor | None, dim: int = 1) -> list[tuple[Tensor | None, ...]]:
+    """Each utterance's part of every tensor; views. Vectors without elements and None, which are not read, stay."""
+
+    def own(x: Tensor | None, first: int, end: int) -> Tensor | None:
+        return x if x is None or x.dim() <= dim else x.narrow(dim, first, end - first)
+
+    within = bounds(op, offsets, frames[0].shape[dim])
+    return [tuple(own(x, first, end) for x in frames) for first, end in within]
 
 
 def joined(parts: Sequence[Any], dim: int = 1) -> Any:
     """The utterances' outputs one behind the other: tensors, or tuples of tensors."""
     if isinstance(parts[0], tuple):
         return tuple(joined(column, dim) for column in zip(*parts, strict=True))
-    return torch.cat(parts, dim) if parts[0].numel() else parts[0]
+    return torch.cat(parts, dim) if parts[0].dim() > dim else parts[0]
 
 
 def summed(parts: Sequence[Tensor]) -> Tensor:
@@ -56,24 +60,49 @@ def each(op: str, function: Callable[..., Any], offsets: Tensor, *frames: Tensor
     return joined([function(*own) for own in utterances(op, offsets, *frames)])
 
 
-def each_resized(
-    op: str, function: Callable[..., Tensor], offsets: Tensor, out_offsets: Tensor, out_frames: int, frames: Tensor
-) -> Tensor:
-    """The same where `function` changes the number of frames.
+def windows(size: int, stride: int = 1) -> Callable[[int], int]:
+    """How many frames are made of so many by windows of `size`: none or less of too few."""
+    return lambda frames: (frames - size) // stride + 1
+
+
+def check_lengths(
+    op: str, after: Callable[[int], int], offsets: Tensor, out_offsets: Tensor, frames: int, out_frames: int
+) -> None:
+    """Refuse offsets of an output that are not those of `after` so many frames; reads values.
 
     Raises:
-        ValueError: the offsets or the number of its outputs are not those that were given.
+        ValueError: they are not, or an utterance is too short for a frame.
     """
-    parts = [function(own) for (own,) in utterances(op, offsets, frames)]
-    lengths = [part.shape[1] for part in parts]
-    if lengths != [end - first for first, end in bounds(op, out_offsets, out_frames, "out_offsets")]:
-        raise ValueError(f"{op} wants out_offsets of {lengths} frames for these offsets, got {out_offsets.tolist()}")
-    return joined(parts)
+    lengths = [end - first for first, end in bounds(op, offsets, frames)]
+    wanted = [after(length) for length in lengths]
+    if min(wanted) < 1:
+        raise ValueError(f"{op} wants offsets of utterances long enough for a frame, got lengths {lengths}")
+    if [end - first for first, end in bounds(op, out_offsets, out_frames, "out_offsets")] != wanted:
+        raise ValueError(f"{op} wants out_offsets of {wanted} frames for these offsets, got {out_offsets.tolist()}")
+
+
+def each_resized(
+    op: str,
+    function: Callable[..., Tensor],
+    after: Callable[[int], int],
+    offsets: Tensor,
+    out_offsets: Tensor,
+    out_frames: int,
+    frames: Tensor,
+) -> Tensor:
+    """The same where `function` makes `after(T)` frames of T.
+
+    Raises:
+        ValueError: the offsets do not fit the frames, or each other.
+    """
+    check_lengths(op, after, offsets, out_offsets, frames.shape[1], out_frames)
+    return each(op, function, offsets, frames)
 
 
 def each_backward(
     op: str,
     function: Callable[..., tuple[Tensor, ...]],
+    after: Callable[[int], int],
     offsets: Tensor,
     out_offsets: Tensor,
     inputs: Sequence[Tensor],
@@ -82,6 +111,7 @@ def each_backward(
     """A backward utterance by utterance: `function(*inputs, *outputs)` of the frames of each gives the gradient of the
     first input, whose utterances are joined, and others, which are added up.
     """
+    check_lengths(op, after, offsets, out_offsets, inputs[0].shape[1], outputs[0].shape[1])
     pairs = zip(utterances(op, offsets, *inputs), utterances(op, out_offsets, *outputs), strict=True)
     first, *others = zip(*(function(*own, *made) for own, made in pairs), strict=True)
     return joined(first), *map(summed, others)
@@ -119,7 +149,9 @@ def check_resized(
     if out_offsets.shape != offsets.shape:
         raise ValueError(f"{op} wants out_offsets of shape {list(offsets.shape)}, got {list(out_offsets.shape)}")
     if out_frames < offsets.shape[0] - 1:
-        raise ValueError(f"{op} wants one out frame of each utterance or more, got {out_frames} in all")
+        raise ValueError(f"{op} wants out_frames of one in each utterance or more, got {out_frames} in all")
+    if out_frames > x.shape[1]:  # whatever the op: what it takes memory for is bounded by what it is given
+        raise ValueError(f"{op} wants out_frames of {x.shape[1]}, the frames it is given, or less, got {out_frames}")
 
 
 RESIZED = "Tensor? offsets=None, Tensor? out_offsets=None, SymInt? out_frames=None"

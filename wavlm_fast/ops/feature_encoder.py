@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _check as check
 from ._define import autocast, define, needs_grad, references
-from ._packed import RESIZED, bounds, check_resized
+from ._packed import RESIZED, bounds, check_resized, windows
 from .strided_conv import reference as further_reference
 from .strided_conv import strided_conv
 from .waveform_conv import NORMS, waveform_conv
@@ -61,6 +61,7 @@ def feature_encoder(
     args = (waveform.contiguous(), list(weights), list(biases), list(strides), norm, list(norm_weights),
             list(norm_biases), eps, activation, offsets, out_offsets, out_frames)  # fmt: skip
     if needs_grad(waveform, *weights, *biases, *norm_weights, *norm_biases):
+        check_resized(NAME, "waveform", waveform, offsets, out_offsets, out_frames)
         return _kernel(*args)
     return _op(*args)
 
@@ -108,17 +109,18 @@ def _places(
     """`offsets`, `out_offsets` and `out_frames` of every layer."""
     if offsets is None:
         return [(None, None, None)] * len(taps)
-    lengths = [end - first for first, end in bounds(NAME, offsets, samples)]
+    lengths = given = [end - first for first, end in bounds(NAME, offsets, samples)]
     places = []
     for size, stride in zip(taps, strides, strict=True):
-        lengths = [(length - size) // stride + 1 for length in lengths]
+        lengths = [windows(size, stride)(length) for length in lengths]
         if min(lengths) < 1:
-            raise ValueError(f"{NAME} wants utterances long enough for a frame, got {offsets.diff().tolist()} samples")
+            raise ValueError(f"{NAME} wants offsets of utterances long enough for a frame, got lengths {given}")
         ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=offsets.device)
         places.append((offsets, ends, sum(lengths)))
         offsets = ends
-    # The last layer's, which it checks.
-    return [*places[:-1], (places[-1][0], out_offsets, out_frames)]
+    if lengths != [end - first for first, end in bounds(NAME, out_offsets, out_frames, "out_offsets")]:
+        raise ValueError(f"{NAME} wants out_offsets of {lengths} frames for these offsets, got {out_offsets.tolist()}")
+    return places
 
 
 def reference(

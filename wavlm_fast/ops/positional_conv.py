@@ -9,7 +9,7 @@ from torch import Tensor
 from . import _check as check
 from ._activation import activate, activate_backward
 from ._define import autocast, define, differentiate, needs_grad, only, or_empty, or_none
-from ._packed import check_packed, each, each_backward
+from ._packed import check_packed, each, each_backward, windows
 
 NAME = "positional_conv"
 BACKWARD = f"{NAME}_backward"
@@ -158,7 +158,7 @@ def _backward_kernel(
         def alone(x: Tensor, grad: Tensor, pre: Tensor) -> tuple[Tensor, ...]:
             return _backward_kernel(grad, x, weight, bias, pre, groups, activation, residual, wanted)
 
-        return each_backward(NAME, alone, offsets, offsets, (x,), (grad, pre))
+        return each_backward(NAME, alone, windows(1), offsets, offsets, (x,), (grad, pre))
     kernel = weight.shape[2]
     dy = activate_backward(activation, grad, pre).transpose(1, 2)
     dy = F.pad(dy, (0, (kernel + 1) % 2))  # the dropped frame has no gradient

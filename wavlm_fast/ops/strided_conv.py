@@ -9,7 +9,7 @@ from torch import Tensor
 from . import _check as check
 from ._activation import activate, activate_backward
 from ._define import autocast, define, differentiate, needs_grad, only, or_empty, or_none
-from ._packed import RESIZED, check_resized, each_backward, each_resized
+from ._packed import RESIZED, check_resized, each_backward, each_resized, windows
 
 NAME = "strided_conv"
 BACKWARD = f"{NAME}_backward"
@@ -68,7 +68,8 @@ def _convolve(
     out_frames: int | None = None,
 ) -> Tensor:
     if offsets is not None:
-        return each_resized(NAME, lambda own: _convolve(own, weight, bias, stride), offsets, out_offsets, out_frames, x)
+        packed = (windows(weight.shape[2], stride), offsets, out_offsets, out_frames)
+        return each_resized(NAME, lambda own: _convolve(own, weight, bias, stride), *packed, x)
     # conv2d over channels-last frames would be faster on a CPU, and more than twice as far from float64.
     return F.conv1d(x.transpose(1, 2), weight, bias, stride).transpose(1, 2).contiguous()
 
@@ -218,7 +219,8 @@ def _backward_kernel(
             tail = (stride, norm_weight, norm_bias, eps, activation, wanted)
             return _backward_kernel(grad, x, weight, bias, pre, *tail)
 
-        return each_backward(NAME, alone, offsets, out_offsets, (x,), (grad, pre))
+        after = windows(weight.shape[2], stride)
+        return each_backward(NAME, alone, after, offsets, out_offsets, (x,), (grad, pre))
     dpre, dnorm_weight, dnorm_bias = finish_backward(grad, pre, norm_weight, norm_bias, eps, activation)
     dx, dweight, dbias = torch.ops.aten.convolution_backward(
         dpre.to(x.dtype).transpose(1, 2), x.transpose(1, 2), weight,

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import _check as check
 from ._activation import activate
 from ._define import autocast, define, differentiate, only, or_none
-from ._packed import RESIZED, check_resized, each_backward, each_resized
+from ._packed import RESIZED, check_resized, each_backward, each_resized, windows
 
 NAME = "tdnn"
 BACKWARD = f"{NAME}_backward"
@@ -70,7 +70,8 @@ def reference(
 ) -> Tensor:
     if offsets is not None:
         tail = (weight, bias, kernel_size, dilation, activation)
-        return each_resized(NAME, lambda own: reference(own, *tail), offsets, out_offsets, out_frames, x)
+        after = windows((kernel_size - 1) * dilation + 1)
+        return each_resized(NAME, lambda own: reference(own, *tail), after, offsets, out_offsets, out_frames, x)
     y = F.conv1d(x.transpose(1, 2), _filter(weight, kernel_size), bias, dilation=dilation)
     return activate(activation, y.transpose(1, 2).contiguous())
 
@@ -159,7 +160,8 @@ def _backward_kernel(
         def alone(x: Tensor, grad: Tensor, out: Tensor) -> tuple[Tensor, ...]:
             return _backward_kernel(grad, x, weight, bias, out, kernel_size, dilation, activation, wanted)
 
-        return each_backward(NAME, alone, offsets, out_offsets, (x,), (grad, out))
+        after = windows((kernel_size - 1) * dilation + 1)
+        return each_backward(NAME, alone, after, offsets, out_offsets, (x,), (grad, out))
     if activation == "relu":
         grad = torch.where(out > 0, grad, 0)
     dx, dfilter, dbias = torch.ops.aten.convolution_backward(

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import _check as check
 from ._activation import activate, activate_backward
 from ._define import autocast, define, differentiate, only, or_none
-from ._packed import RESIZED, check_resized, each_backward, each_resized
+from ._packed import RESIZED, check_resized, each_backward, each_resized, windows
 
 NAME = "waveform_conv"
 BACKWARD = f"{NAME}_backward"
@@ -76,7 +76,8 @@ def reference(
 ) -> Tensor:
     if offsets is not None:
         tail = (weight, bias, stride, norm, norm_weight, norm_bias, eps, activation)
-        return each_resized(NAME, lambda own: reference(own, *tail), offsets, out_offsets, out_frames, waveform)
+        after = windows(weight.shape[2], stride)
+        return each_resized(NAME, lambda own: reference(own, *tail), after, offsets, out_offsets, out_frames, waveform)
     y = F.conv1d(waveform[:, None], weight, bias, stride)  # [B, C, T]
     # Norm parameters may be wider than the product under autocast.
     wide = y if norm_weight is None else y.to(norm_weight.dtype)
@@ -174,7 +175,8 @@ def _backward_kernel(
             tail = (stride, norm, norm_weight, norm_bias, eps, activation, wanted)
             return _backward_kernel(grad, waveform, weight, bias, *tail)
 
-        return each_backward(NAME, alone, offsets, out_offsets, (waveform,), (grad,))
+        after = windows(weight.shape[2], stride)
+        return each_backward(NAME, alone, after, offsets, out_offsets, (waveform,), (grad,))
     aten = torch.ops.aten
     y = F.conv1d(waveform[:, None], weight, bias, stride)  # [B, C, T], recomputed: one channel in makes it cheap
     dtype = y.dtype if norm_weight is None else norm_weight.dtype
@@ -185,6 +187,8 @@ def _backward_kernel(
     if norm == "none":
         dy = activate_backward(activation, grad, y)
     elif norm == "group":
+        # torch's own group norm makes them contiguous before it calls what reads them as such.
+        norm_weight, norm_bias = (None if v is None else v.contiguous() for v in (norm_weight, norm_bias))
         sizes = (batch, channels, frames, channels)
         normed, mean, rstd = aten.native_group_norm(y, norm_weight, norm_bias, *sizes, eps)
         dnormed = activate_backward(activation, grad, normed)

@@ -1,7 +1,7 @@
 """What each op means, written out from sums and products: the truth, evaluated in float64.
 
 Nothing here calls a fused or library form of what it defines, nor our own references, so that neither is compared with
-itself. The arguments are those of the registered schemas less `save`.
+itself. The arguments are those of the registered schemas less `save`; packed frames are each utterance alone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .alone import each
 from .composed import encoder_layer_of, feature_encoder_of
 
 
@@ -107,8 +108,13 @@ def toeplitz(rel_bias: Tensor) -> Tensor:
     return rel_bias[:, at[None, :] - at[:, None] + frames - 1]
 
 
-def kept_weights(seed: int, batch: int, heads: int, frames: int, dropout_p: float) -> Tensor:
-    """Which attention weights dropout keeps, `[B, H, T, T]` bool, from the published counter-based definition."""
+def kept_weights(
+    seed: int, batch: int, heads: int, frames: int, dropout_p: float, rows: tuple[int, int] | None = None
+) -> Tensor:
+    """Which attention weights dropout keeps, `[B, H, T, T]` bool, from the published counter-based definition.
+
+    `rows` is the first frame and the number of all packed frames, when these are one utterance's of them.
+    """
 
     def mix(x: Tensor) -> Tensor:  # int64 holding 32 bits; products split so that they never overflow
         for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
@@ -116,7 +122,8 @@ def kept_weights(seed: int, batch: int, heads: int, frames: int, dropout_p: floa
             x = (x * (factor & 0xFFFF) + ((x * (factor >> 16) & 0xFFFF) << 16)) & 0xFFFFFFFF
         return x ^ (x >> 16)
 
-    row = torch.arange(batch * heads * frames).view(batch, heads, frames, 1)
+    first, of = rows or (0, frames)
+    row = (torch.arange(batch * heads)[:, None] * of + first + torch.arange(frames)).view(batch, heads, frames, 1)
     key = mix(((seed & 0xFFFFFFFF) + mix(row)) & 0xFFFFFFFF)
     u = mix((key + (torch.arange(frames) * 0x9E3779B9 & 0xFFFFFFFF)) & 0xFFFFFFFF)
     return (u >> 8) >= math.floor(dropout_p * 2**24)
@@ -132,6 +139,8 @@ def gated_attention(
     dropout_p: float,
     seed: Tensor | None,
     scale: float,
+    *,
+    rows: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, frames, heads, _ = q.shape
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale + gate[..., None] * toeplitz(rel_bias)
@@ -147,7 +156,7 @@ def gated_attention(
         total = powers.sum(-1, keepdim=True)
         weights = powers / total
         if dropout_p:
-            kept = kept_weights(seed.item(), batch, heads, frames, dropout_p)[len(outs), :, :, :length]
+            kept = kept_weights(seed.item(), batch, heads, frames, dropout_p, rows)[len(outs), :, :, :length]
             weights = weights * kept / (1 - dropout_p)
         outs.append(torch.einsum("hij,jhd->ihd", weights, values[:length]))
         sums.append((top + total.log()).squeeze(-1))
@@ -187,3 +196,4 @@ TABLE: dict[str, Callable] = {
     )
 }
 TABLE |= {"feature_encoder": feature_encoder_of(TABLE), "encoder_layer": encoder_layer_of(TABLE)}
+TABLE = {op: each(op, dense) for op, dense in TABLE.items()}

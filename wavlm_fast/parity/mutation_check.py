@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from . import run_models, run_ops
+from . import mutations, ragged_mutations, run_models, run_ops
 from .cases import cases_of
-from .mutations import MUTATIONS, Mutation
+from .mutations import Mutation
 from .rule import FAIL
 
+MUTATIONS = (*mutations.MUTATIONS, *ragged_mutations.MUTATIONS)
 _CPU = torch.device("cpu")
 # Where the mistakes in models show: the first that catches it ends the search.
 _MODEL_CASES = tuple(
@@ -59,7 +60,8 @@ def _results(mutation: Mutation) -> Iterator[Any]:
             yield from run_models.run_case(case, "reference", torch.float32, _CPU)
         return
     # Quick cases first: most mistakes show there.
-    for case in sorted(cases_of(mutation.op), key=lambda c: not c.quick):
+    cases = (c for c in cases_of(mutation.op) if c.ragged or not mutation.ragged)
+    for case in sorted(cases, key=lambda c: not c.quick):
         yield from run_ops.run_case(case, "reference", torch.float32, _CPU)
 
 

@@ -32,11 +32,13 @@ class Mutation:
         name: what is done wrong.
         op: whose cases must fail; None for those of the models.
         apply: a context in which the mistake is made.
+        ragged: whether those of packed frames must fail; no other cases are tried.
     """
 
     name: str
     op: str | None
     apply: Callable[[], contextlib.AbstractContextManager[None]]
+    ragged: bool = False
 
 
 @contextmanager
@@ -176,7 +178,7 @@ def _batch_statistics(right: Mutant) -> Mutant:
     """Group norm over all utterances together: as one long utterance, whose windows happen not to overlap."""
 
     def wrong(waveform: Tensor, weight: Tensor, bias: Tensor | None, stride: int, norm: str, *rest: Any) -> Tensor:
-        if norm != "group":
+        if norm != "group" or rest[-1] is not None:  # of packed frames: ragged_mutations.py
             return right(waveform, weight, bias, stride, norm, *rest)
         windows = waveform.unfold(1, weight.shape[2], stride)  # [B, T, K]
         out = right(windows.reshape(1, -1), weight, bias, weight.shape[2], norm, *rest)
@@ -188,14 +190,13 @@ def _batch_statistics(right: Mutant) -> Mutant:
 def _positional_shift(right: Mutant) -> Mutant:
     """With an even kernel the first frame is dropped where the last is to go."""
 
-    def wrong(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, act: str, residual: bool, save: bool) -> Any:
+    def wrong(x: Tensor, weight: Tensor, *rest: Any) -> Any:
         if weight.shape[2] % 2:
-            return right(x, weight, bias, groups, act, residual, save)
+            return right(x, weight, *rest)
         # One tap of zeros more in front is a kernel of odd size whose centre lies one tap earlier.
-        return right(x, torch.nn.functional.pad(weight, (1, 0)), bias, groups, act, residual, save)
+        return right(x, torch.nn.functional.pad(weight, (1, 0)), *rest)
 
     return wrong
-
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Each op as transformers would run it: the sequence of torch calls in its modules, in the dtype of the model.
 
 What a user would have without this package, and so the yardstick for a fast path's error. The arguments are those of
-the registered schemas less `save`.
+the registered schemas less `save`; packed frames are each utterance alone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .alone import each
 from .composed import encoder_layer_of, feature_encoder_of
 from .definitions import kept_weights, toeplitz
 
@@ -105,12 +106,14 @@ def gated_attention(
     dropout_p: float,
     seed: Tensor | None,
     scale: float,
+    *,
+    rows: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, frames, heads, _ = q.shape
     gate, rel_bias = _low(q.dtype, gate, rel_bias)
     kept = None
     if dropout_p:
-        kept = kept_weights(seed.item(), batch, heads, frames, dropout_p).view(-1, frames, frames)
+        kept = kept_weights(seed.item(), batch, heads, frames, dropout_p, rows).view(-1, frames, frames)
         kept = kept.to(q.device, q.dtype) / (1 - dropout_p)
     empty = torch.zeros(batch, dtype=torch.bool, device=q.device)
     if key_lengths is not None:
@@ -164,11 +167,11 @@ def tdnn(x: Tensor, weight: Tensor, bias: Tensor | None, kernel_size: int, dilat
 
 
 def stats_pool(x: Tensor, lengths: Tensor | None) -> Tensor:
-    if lengths is None:
-        return torch.cat((x.mean(dim=1), x.std(dim=1)), dim=-1)
-    means = [x[i, :length].mean(dim=0) for i, length in enumerate(lengths.tolist())]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one frame has no deviation: NaN, as wanted
+        if lengths is None:
+            return torch.cat((x.mean(dim=1), x.std(dim=1)), dim=-1)
+        means = [x[i, :length].mean(dim=0) for i, length in enumerate(lengths.tolist())]
         stds = [x[i, :length].std(dim=0) for i, length in enumerate(lengths.tolist())]
     return torch.cat((torch.stack(means), torch.stack(stds)), dim=-1)
 
@@ -188,3 +191,4 @@ TABLE: dict[str, Callable] = {
     )
 }
 TABLE |= {"feature_encoder": feature_encoder_of(TABLE), "encoder_layer": encoder_layer_of(TABLE)}
+TABLE = {op: each(op, dense) for op, dense in TABLE.items()}

@@ -24,28 +24,33 @@ def _attention(*args: Any) -> tuple[Tensor, Tensor]:
     return torch.ops.wavlm_fast.gated_attention(*args)
 
 
+def _packed(values: tuple) -> dict[str, Any]:
+    """The last arguments of an op that takes packed frames, by name."""
+    return dict(zip(("offsets", "out_offsets", "out_frames"), values, strict=False))
+
+
 FRONTS: dict[str, Callable[..., Any]] = {
-    "waveform_conv": lambda x, w, b, stride, norm, nw, nb, eps, act: ops.waveform_conv(
-        x, w, b, stride=stride, norm=norm, norm_weight=nw, norm_bias=nb, eps=eps, activation=act
+    "waveform_conv": lambda x, w, b, stride, norm, nw, nb, eps, act, *packed: ops.waveform_conv(
+        x, w, b, stride=stride, norm=norm, norm_weight=nw, norm_bias=nb, eps=eps, activation=act, **_packed(packed)
     ),
-    "feature_encoder": lambda x, w, b, strides, norm, nw, nb, eps, act: ops.feature_encoder(
-        x, w, b, strides=strides, norm=norm, norm_weights=nw, norm_biases=nb, eps=eps, activation=act
+    "feature_encoder": lambda x, w, b, strides, norm, nw, nb, eps, act, *packed: ops.feature_encoder(
+        x, w, b, strides=strides, norm=norm, norm_weights=nw, norm_biases=nb, eps=eps, activation=act, **_packed(packed)
     ),
     "encoder_layer": lambda *args: ops.encoder_layer(
-        *args[:7], eps=args[7], scale=args[8], activation=args[9], norm_first=args[10]
+        *args[:7], eps=args[7], scale=args[8], activation=args[9], norm_first=args[10], **_packed(args[11:])
     ),
-    "strided_conv": lambda x, w, b, stride, nw, nb, eps, act: ops.strided_conv(
-        x, w, b, stride=stride, norm_weight=nw, norm_bias=nb, eps=eps, activation=act
+    "strided_conv": lambda x, w, b, stride, nw, nb, eps, act, *packed: ops.strided_conv(
+        x, w, b, stride=stride, norm_weight=nw, norm_bias=nb, eps=eps, activation=act, **_packed(packed)
     ),
-    "positional_conv": lambda x, w, b, groups, act, residual: ops.positional_conv(
-        x, w, b, groups=groups, activation=act, residual=residual
+    "positional_conv": lambda x, w, b, groups, act, residual, *packed: ops.positional_conv(
+        x, w, b, groups=groups, activation=act, residual=residual, **_packed(packed)
     ),
     "linear_act": ops.linear_act,
     "add_layer_norm": ops.add_layer_norm,
     "position_gate": ops.position_gate,
     "gated_attention": _attention,
-    "tdnn": lambda x, w, b, kernel, dilation, act: ops.tdnn(
-        x, w, b, kernel_size=kernel, dilation=dilation, activation=act
+    "tdnn": lambda x, w, b, kernel, dilation, act, *packed: ops.tdnn(
+        x, w, b, kernel_size=kernel, dilation=dilation, activation=act, **_packed(packed)
     ),
     "stats_pool": ops.stats_pool,
 }
