@@ -28,11 +28,14 @@ struct ElementOf<bf16> {
   using Type = OfBf16;
 };
 
-// Rows of C numbers, row_step apart.
+// Rows of C numbers, row_step apart, or where `starts` says.
 template <class In>
 struct Rows {
   const In* x;
   std::int64_t row_step, count, C;
+  const std::int64_t* starts = nullptr;
+
+  const In* at(std::int64_t t) const { return x + (starts ? starts[t] : t * row_step); }
 };
 
 // [row][N * kLanes], rows `step` apart.
@@ -53,7 +56,7 @@ WAVLM_FAST_INLINE void pass(const Rows<In>& rows, const float* panel, Sums sums,
     for (std::int64_t t = 0; t < rows.count; t += kRows) {
       const Word* row[kRows];
       for (int r = 0; r < kRows; ++r) {
-        row[r] = reinterpret_cast<const Word*>(rows.x + least(t + r, rows.count - 1) * rows.row_step) + k;
+        row[r] = reinterpret_cast<const Word*>(rows.at(least(t + r, rows.count - 1))) + k;
       }
       Floats acc[kRows][N] = {};
       multiply<Element>(row, 1, panel, run, acc);
@@ -140,7 +143,12 @@ void direct_group(const PackedConv<In, Out>& call, std::int64_t first, std::int6
   const auto finish = [&](std::int64_t t) {
     write(to, t, least(kRows, count - t), [&](std::int64_t row, std::int64_t i) { return load(sums + row * width + i); });
   };
-  Rows<In> rows = {call.x + first * call.row_step, call.row_step, count, call.C};
+  Rows<In> rows = {call.x, call.row_step, count, call.C};
+  if (call.rows) {
+    rows.starts = call.rows + first;
+  } else {
+    rows.x += first * call.row_step;
+  }
   for (std::int64_t tap = 0; tap + 1 < call.taps; ++tap, rows.x += call.tap_step, panel += panel_size) {
     pass<N>(rows, panel, {sums, width, tap > 0}, kNothing);
   }
