@@ -201,7 +201,7 @@ void run(const Tensor& x, const Tensor& packed, const Tensor& bias, int64_t taps
   call.C = C, call.taps = taps, call.channels = channels;
   call.row_step = stride * C, call.tap_step = dilation * C;
   call.activation = activation;
-  if (filtered || utterances.count() == 1) {  // what is filtered together are neighbours
+  if (filtered || utterances.equal()) {  // what is filtered together are neighbours
     std::vector<ConvPiece<In, Out>> pieces;
     for (int64_t b = 0; b < utterances.count(); ++b) {
       auto own = call;

@@ -22,6 +22,7 @@ class ResizedFrames {
       : in_(std::move(in)), out_(std::move(out)), count_(in_.size() - 1), in_frames_(0), out_frames_(out_.back()) {}
 
   int64_t count() const { return count_; }
+  bool equal() const { return in_.empty() || count_ == 1; }  // as those of a dense batch are
   int64_t in(int64_t b) const { return in_.empty() ? b * in_frames_ : in_[b]; }
   int64_t out(int64_t b) const { return out_.empty() ? b * out_frames_ : out_[b]; }
   int64_t in_frames(int64_t b) const { return in(b + 1) - in(b); }

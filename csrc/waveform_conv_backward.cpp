@@ -33,7 +33,8 @@ using at::Tensor;
 
 // Frames are summed in parts of this many, whatever the number of threads: the result does not depend on it.
 constexpr int64_t kPart = 4096;
-constexpr int64_t kSpreadFrames = 512;
+// Frames of a task, so few that threads end together on a second of samples.
+constexpr int64_t kSpreadFrames = 128;
 
 template <class T>
 CollectGradient<T>* collect_kernel();
