@@ -61,7 +61,7 @@ struct Linear {
     call.residual = residual, call.out = out;
     call.C = C, call.taps = 1, call.row_step = row_step ? row_step : C, call.channels = channels();
     call.activation = activation;
-    convolve(call, false, rows, 1, 0, 0);
+    convolve(call, false, rows);
   }
 };
 

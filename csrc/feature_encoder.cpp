@@ -8,12 +8,14 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "check.h"
 #include "integers.h"
 #include "norm_act_entry.h"
 #include "packed_conv_entry.h"
+#include "resized_frames.h"
 #include "scratch.h"
 #include "waveform_conv_entry.h"
 
@@ -22,7 +24,8 @@ namespace {
 
 using at::Tensor;
 
-// Frames of the last layer in a piece: of the second layer, 64 times as many numbers per frame.
+// Frames of the last layer in a piece: of the second layer, 64 times as many numbers per frame. Shorter utterances share
+// one.
 constexpr int64_t kPiece = 64;
 // Tasks per thread, so that threads end together.
 constexpr int64_t kTasksPerThread = 6;
@@ -48,16 +51,38 @@ struct Layer {
   int64_t stride;
   bool filtered;
   Norm<T> norm;
-  Tensor bias;         // what conv.bias points to
-  int64_t done = 0;    // output frames of this utterance so far
-  T* frames = nullptr;     // those that the next layer still needs, and then new ones
-  int64_t first = 0;       // which frame is at `frames`
-
-  T* next() const { return frames + (done - first) * conv.channels; }
+  Tensor bias;  // what conv.bias points to
 
   // Input frames that `count` output frames need.
   int64_t needs(int64_t count) const { return (count - 1) * stride + conv.taps; }
 };
+
+// An utterance's frames of one layer.
+template <class T>
+struct Kept {
+  T* frames = nullptr;   // those that the next layer still needs, and then new ones
+  int64_t first = 0;     // which frame is at `frames`
+  int64_t done = 0;      // how many there have been
+  int64_t end = 0;       // and will have been after this piece
+
+  T* at(int64_t frame, int64_t C) const { return frames + (frame - first) * C; }
+};
+
+template <class T>
+struct Utterance {
+  PackedConv<float, T> conv;  // the first layer
+  int64_t frames;             // of the last layer
+  std::vector<Kept<T>> kept;  // of every layer; nothing of the first
+};
+
+// How far every layer goes in the next piece; whether it is the last.
+template <class T>
+bool plan(const std::vector<Layer<T>>& layers, Utterance<T>& utterance) {
+  auto& kept = utterance.kept;
+  kept.back().end = std::min(kept.back().done + kPiece, utterance.frames);
+  for (size_t l = layers.size() - 1; l-- > 1;) kept[l].end = layers[l + 1].needs(kept[l + 1].end);
+  return kept.back().end == utterance.frames;
+}
 
 // Frames of the first layer for one block of the second, on this thread.
 template <class T>
@@ -74,84 +99,112 @@ void first_frames(const PackedConv<float, T>& conv, const Norm<T>& norm, int64_t
   norm(out, count, conv.channels);
 }
 
-// Frames `begin` to `end` of the second layer, on all threads.
+// The second layer, on all threads.
 template <class T>
-void first_two(const PackedConv<float, T>& conv, const Norm<T>& norm, const Layer<T>& second, int64_t begin,
-               int64_t end, T* out) {
+void first_two(const std::vector<Layer<T>>& layers, std::vector<Utterance<T>>& group) {
   const auto& kernels = packed_conv();
+  const Layer<T>& second = layers[1];
+  int64_t total = 0;
+  for (const auto& u : group) total += u.kept[1].end - u.kept[1].done;
   const int64_t most = second.filtered ? kernels.most_filtered : kernels.most_frames;
-  const int64_t tile = second.filtered ? 3 * kernels.rows : kernels.rows, total = end - begin;
+  const int64_t tile = second.filtered ? 3 * kernels.rows : kernels.rows, C = second.conv.C;
   const int64_t even = divided_up(total, kTasksPerThread * at::get_num_threads());
-  const int64_t block = std::min(most, divided_up(even, tile) * tile), tasks = divided_up(total, block);
-  const size_t frames_size = divided_up(second.needs(std::min(block, total)) * conv.channels * sizeof(T), 64) * 64;
-  const size_t size = sizeof(float) * std::max(kernels.scratch_size(conv.C, false),
-                                               kernels.scratch_size(conv.channels, second.filtered));
+  const int64_t block = std::min(most, divided_up(even, tile) * tile);
+  struct Task {
+    const Utterance<T>* utterance;
+    int64_t first, count;
+  };
+  std::vector<Task> tasks;
+  for (auto& u : group) {
+    Kept<T>& kept = u.kept[1];
+    for (; kept.done < kept.end; kept.done += tasks.back().count) {
+      tasks.push_back({&u, kept.done, std::min(block, kept.end - kept.done)});
+    }
+  }
+  const size_t frames_size = divided_up(second.needs(std::min(block, total)) * C * sizeof(T), 64) * 64;
+  const size_t size =
+      sizeof(float) * std::max(kernels.scratch_size(group[0].conv.C, false), kernels.scratch_size(C, second.filtered));
   const auto forward = second.filtered ? variants<T, T>().filtered : variants<T, T>().direct;
-  const int64_t groups = divided_up(second.conv.channels, kernels.columns);
+  const int64_t count = tasks.size(), groups = divided_up(second.conv.channels, kernels.columns);
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
     char* memory = static_cast<char*>(scratch<Scratch::task>(frames_size + size));
     T* frames = reinterpret_cast<T*>(memory);
     float* rest = reinterpret_cast<float*>(memory + frames_size);
-    for (int64_t task = next++; task < tasks; task = next++) {
-      const int64_t first = begin + task * block, count = std::min(block, end - first);
-      first_frames(conv, norm, first * second.stride, second.needs(count), frames, rest);
+    for (int64_t i = next++; i < count; i = next++) {
+      const Task& task = tasks[i];
+      first_frames(task.utterance->conv, layers[0].norm, task.first * second.stride, second.needs(task.count), frames,
+                   rest);
       auto call = second.conv;
       call.x = frames;
-      call.out = out + (first - begin) * call.channels;
-      forward(call, 0, count, 0, groups, rest);
-      second.norm(call.out, count, call.channels);
+      call.out = task.utterance->kept[1].at(task.first, call.channels);
+      forward(call, 0, task.count, 0, groups, rest);
+      second.norm(call.out, task.count, call.channels);
     }
   });
 }
 
 template <class T>
-void normalise(const Norm<T>& norm, T* frames, int64_t count, int64_t C) {
+void normalise(const Norm<T>& norm, const std::vector<ConvPiece<T, T>>& pieces) {
   if (!norm.kernel) return;
-  at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) { norm(frames + begin * C, end - begin, C); });
+  constexpr int64_t kBlock = 16;
+  std::vector<std::pair<T*, int64_t>> blocks;
+  const int64_t C = pieces[0].call.channels;
+  for (const auto& [call, count] : pieces) {
+    for (int64_t t = 0; t < count; t += kBlock) blocks.emplace_back(call.out + t * C, std::min(kBlock, count - t));
+  }
+  at::parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) norm(blocks[i].first, blocks[i].second, C);
+  });
 }
 
-// Continues a layer up to frame `end`; afterwards the layer before keeps what the next piece needs of it.
+// Continues a layer; afterwards the layer before keeps what the next piece needs of it.
 template <class T>
-void advance(Layer<T>& layer, Layer<T>& before, int64_t end) {
-  const int64_t C = layer.conv.C, count = end - layer.done;
-  auto call = layer.conv;
-  call.x = before.frames + (layer.done * layer.stride - before.first) * C;
-  call.out = layer.next();
-  convolve(call, layer.filtered, count, 1, 0, 0);
-  normalise(layer.norm, call.out, count, call.channels);
-  layer.done = end;
-  const int64_t kept = end * layer.stride, offset = kept - before.first;
-  std::memmove(before.frames, before.frames + offset * C, (before.done - kept) * C * sizeof(T));
-  before.first = kept;
+void advance(const std::vector<Layer<T>>& layers, size_t l, std::vector<Utterance<T>>& group) {
+  const Layer<T>& layer = layers[l];
+  const int64_t C = layer.conv.C;
+  std::vector<ConvPiece<T, T>> pieces;
+  for (const auto& u : group) {
+    auto call = layer.conv;
+    call.x = u.kept[l - 1].at(u.kept[l].done * layer.stride, C);
+    call.out = u.kept[l].at(u.kept[l].done, call.channels);
+    pieces.push_back({call, u.kept[l].end - u.kept[l].done});
+  }
+  convolve(pieces, layer.filtered);
+  normalise(layer.norm, pieces);
+  for (auto& u : group) {
+    Kept<T>&kept = u.kept[l], &before = u.kept[l - 1];
+    kept.done = kept.end;
+    const int64_t needed = kept.end * layer.stride;
+    std::memmove(before.frames, before.at(needed, C), (before.done - needed) * C * sizeof(T));
+    before.first = needed;
+  }
 }
 
 // Places for the frames of every layer but the first, whose are never kept, and the last, whose are the output.
 template <class T>
-void allot(std::vector<Layer<T>>& layers, int64_t frames) {
-  std::vector<int64_t> sizes(layers.size());
-  int64_t count = std::min(kPiece, frames), total = 0;
-  for (size_t l = layers.size() - 1; l-- > 1;) {
-    count = layers[l + 1].needs(count);
-    sizes[l] = divided_up(count * layers[l].conv.channels, 64) * 64;
-    total += sizes[l];
+void allot(const std::vector<Layer<T>>& layers, std::vector<Utterance<T>>& group) {
+  std::vector<std::pair<T**, int64_t>> places;
+  int64_t total = 0;
+  for (auto& u : group) {
+    plan(layers, u);
+    for (size_t l = 1; l + 1 < layers.size(); ++l) {
+      places.emplace_back(&u.kept[l].frames, total);
+      total += divided_up(u.kept[l].end * layers[l].conv.channels, 64) * 64;
+    }
   }
-  T* at = static_cast<T*>(scratch<Scratch::call>(total * sizeof(T)));
-  for (size_t l = 1; l + 1 < layers.size(); at += sizes[l], ++l) layers[l].frames = at;
+  T* memory = static_cast<T*>(scratch<Scratch::call>(total * sizeof(T)));
+  for (const auto& [frames, at] : places) *frames = memory + at;
 }
 
+// One utterance piece by piece, or several that are no longer than a piece.
 template <class T>
-void encode(const PackedConv<float, T>& conv, std::vector<Layer<T>>& layers, int64_t frames, T* out) {
-  for (auto& layer : layers) layer.done = layer.first = 0;
-  layers.back().frames = out;
-  std::vector<int64_t> ends(layers.size());
-  for (int64_t end = std::min(kPiece, frames);; end = std::min(end + kPiece, frames)) {
-    ends.back() = end;
-    for (size_t l = layers.size() - 1; l-- > 1;) ends[l] = layers[l + 1].needs(ends[l + 1]);
-    first_two(conv, layers[0].norm, layers[1], layers[1].done, ends[1], layers[1].next());
-    layers[1].done = ends[1];
-    for (size_t l = 2; l < layers.size(); ++l) advance(layers[l], layers[l - 1], ends[l]);
-    if (end == frames) return;
+void encode(const std::vector<Layer<T>>& layers, std::vector<Utterance<T>>& group) {
+  allot(layers, group);
+  for (bool last = false; !last;) {
+    for (auto& u : group) last = plan(layers, u);
+    first_two(layers, group);
+    for (size_t l = 2; l < layers.size(); ++l) advance(layers, l, group);
   }
 }
 
@@ -167,6 +220,8 @@ struct Arguments {
   std::string norm;
   double eps;
   std::string activation;
+  const std::optional<Tensor>&offsets, &out_offsets;
+  std::optional<int64_t> out_frames;
 };
 
 Tensor vector_of(const std::optional<Tensor>& vector) {
@@ -219,31 +274,46 @@ Tensor run(const Arguments& a) {
   TORCH_CHECK(a.channels[0] == first.channels() && a.taps[0] == a.weight.size(2),
               "feature_encoder: expected a first weight of [", a.channels[0], ", 1, ", a.taps[0], "], got ",
               a.weight.sizes());
+  const auto frames_of = [&](int64_t frames) {
+    for (const auto& layer : layers) {
+      if (frames < layer.conv.taps) return int64_t{0};
+      frames = (frames - layer.conv.taps) / layer.stride + 1;
+    }
+    return frames;
+  };
   const Tensor x = a.waveform.contiguous();
-  const int64_t B = x.size(0), S = x.size(1);
-  int64_t frames = S;
-  for (const auto& layer : layers) {
-    TORCH_CHECK(frames >= layer.conv.taps, "feature_encoder: the waveform is too short, it has ", S, " samples");
-    frames = (frames - layer.conv.taps) / layer.stride + 1;
-  }
+  const auto utterances = resized_frames("feature_encoder", x.size(0), x.size(1), a.offsets, a.out_offsets,
+                                         a.out_frames, frames_of);
   const auto dtype = sizeof(T) == sizeof(bf16) ? at::kBFloat16 : at::kFloat;
-  const Tensor out = at::empty({B, frames, a.channels.back()}, x.options().dtype(dtype));
-  allot(layers, frames);
-  for (int64_t b = 0; b < B; ++b) {
-    const auto conv = first.on<T>(x.const_data_ptr<float>() + b * S, S);
-    encode(conv, layers, frames, static_cast<T*>(out.mutable_data_ptr()) + b * out.stride(0));
+  const Tensor out = at::empty({x.size(0), utterances.row_frames(), a.channels.back()}, x.options().dtype(dtype));
+  first.listen(x.const_data_ptr<float>(), utterances);
+  T* to = static_cast<T*>(out.mutable_data_ptr());
+  std::vector<Utterance<T>> group;
+  int64_t together = 0;
+  for (int64_t b = 0; b < utterances.count(); ++b) {
+    const int64_t frames = utterances.out_frames(b);
+    if (!group.empty() && together + frames > kPiece) {
+      encode(layers, group);
+      group.clear();
+      together = 0;
+    }
+    group.push_back({first.on<T>(b), frames, std::vector<Kept<T>>(layers.size())});
+    group.back().kept.back().frames = to + utterances.out(b) * a.channels.back();
+    together += frames;
   }
+  if (!group.empty()) encode(layers, group);
   return out;
 }
 
-// [B, S] float32 -> [B, T, C] in the dtype of the packed weights after the first. Everything is per layer; the first
-// weight comes as it is, [C, 1, K] float32, too.
+// [B, S] float32 -> [B, T, C] in the dtype of the packed weights after the first; or packed samples beside their
+// offsets. Everything is per layer; the first weight comes as it is, [C, 1, K] float32, too.
 Tensor feature_encoder(const Tensor& waveform, const Tensor& weight, std::vector<Tensor> packed,
                        const c10::List<std::optional<Tensor>>& biases,
                        const c10::List<std::optional<Tensor>>& norm_weights,
                        const c10::List<std::optional<Tensor>>& norm_biases, at::IntArrayRef taps,
                        at::IntArrayRef strides, at::IntArrayRef channels, const c10::List<bool>& filtered,
-                       std::string norm, double eps, std::string activation) {
+                       std::string norm, double eps, std::string activation, const std::optional<Tensor>& offsets,
+                       const std::optional<Tensor>& out_offsets, std::optional<int64_t> out_frames) {
   const size_t L = packed.size();
   TORCH_CHECK(L >= 2 && biases.size() == L && norm_weights.size() == L && norm_biases.size() == L &&
                   taps.size() == L && strides.size() == L && channels.size() == L && filtered.size() == L,
@@ -253,8 +323,8 @@ Tensor feature_encoder(const Tensor& waveform, const Tensor& weight, std::vector
               waveform.sizes());
   TORCH_CHECK(norm == "group" || norm == "layer" || norm == "none",
               "feature_encoder: expected a norm of group, layer or none, got ", norm);
-  const Arguments arguments = {waveform, weight,  packed,   biases, norm_weights, norm_biases, taps,
-                               strides,  channels, filtered, norm, eps, activation};
+  const Arguments arguments = {waveform, weight,   packed, biases, norm_weights, norm_biases, taps,        strides,
+                               channels, filtered, norm,   eps,    activation,   offsets,     out_offsets, out_frames};
   return packed[1].scalar_type() == at::kBFloat16 ? run<bf16>(arguments) : run<float>(arguments);
 }
 

@@ -15,6 +15,7 @@
 #include "dispatch.h"
 #include "integers.h"
 #include "packed_conv_entry.h"
+#include "resized_frames.h"
 #include "scratch.h"
 
 namespace wavlm_fast {
@@ -28,24 +29,20 @@ using at::Tensor;
 // Tasks per thread, so that threads end together.
 constexpr int64_t kTasksPerThread = 6;
 
-struct Tasks {
-  int64_t frames, per_utterance, groups, group_step, total;
+// Frames of one piece, all of whose rows share a pass through the weights.
+struct Block {
+  int64_t piece, first, count;
 };
 
-// Tasks are utterance x block of frames x range of column groups, many enough for all threads.
-Tasks split(int64_t B, int64_t T, int64_t channels, bool filtered) {
+void add_blocks(int64_t piece, int64_t frames, bool filtered, std::vector<Block>& blocks) {
+  if (frames == 0) return;
   const auto& kernels = packed_conv();
   const int64_t most = filtered ? kernels.most_filtered : kernels.most_frames;
   const int64_t tile = filtered ? 3 * kernels.rows : kernels.rows;
-  Tasks tasks;
-  tasks.frames = std::min(most, divided_up(divided_up(T, divided_up(T, most)), tile) * tile);
-  tasks.per_utterance = divided_up(T, tasks.frames);
-  tasks.groups = divided_up(channels, kernels.columns);
-  const int64_t row_tasks = B * tasks.per_utterance;
-  const int64_t wanted = divided_up(kTasksPerThread * at::get_num_threads(), row_tasks);
-  tasks.group_step = divided_up(tasks.groups, std::clamp<int64_t>(wanted, 1, tasks.groups));
-  tasks.total = row_tasks * divided_up(tasks.groups, tasks.group_step);
-  return tasks;
+  const int64_t step = std::min(most, divided_up(divided_up(frames, divided_up(frames, most)), tile) * tile);
+  for (int64_t first = 0; first < frames; first += step) {
+    blocks.push_back({piece, first, std::min(step, frames - first)});
+  }
 }
 
 // [channels, 3, C] -> [channels, 5, C] in the order of Tap in packed_conv_kernel.cpp.
@@ -163,55 +160,73 @@ Tensor pack_conv(std::vector<Tensor> weights, bool filtered) {
 }
 
 template <class In, class Out>
-void convolve(const PackedConv<In, Out>& first_call, bool filtered, int64_t T, int64_t B, int64_t x_step,
-              int64_t out_step) {
-  if (B == 0 || T == 0 || first_call.channels == 0) return;
-  const Tasks tasks = split(B, T, first_call.channels, filtered);
-  const auto& of_types = variants<In, Out>();
-  const auto forward = filtered ? of_types.filtered : of_types.direct;
-  const size_t scratch_size = packed_conv().scratch_size(first_call.C, filtered) * sizeof(float);
+void convolve(const std::vector<ConvPiece<In, Out>>& pieces, bool filtered) {
+  std::vector<Block> blocks;
+  for (size_t i = 0; i < pieces.size(); ++i) add_blocks(i, pieces[i].frames, filtered, blocks);
+  if (blocks.empty() || pieces[0].call.channels == 0) return;
+  // Tasks are a block of frames x a range of column groups, many enough for all threads.
+  const int64_t row_tasks = blocks.size(), groups = divided_up(pieces[0].call.channels, packed_conv().columns);
+  const int64_t wanted = divided_up(kTasksPerThread * at::get_num_threads(), row_tasks);
+  const int64_t step = divided_up(groups, std::clamp<int64_t>(wanted, 1, groups));
+  const int64_t tasks = row_tasks * divided_up(groups, step);
+  const auto forward = filtered ? variants<In, Out>().filtered : variants<In, Out>().direct;
+  const size_t scratch_size = packed_conv().scratch_size(pieces[0].call.C, filtered) * sizeof(float);
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(tasks.total, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
     float* memory = static_cast<float*>(scratch<Scratch::task>(scratch_size));
-    const int64_t row_tasks = B * tasks.per_utterance;
-    for (int64_t task = next++; task < tasks.total; task = next++) {
+    for (int64_t task = next++; task < tasks; task = next++) {
       // Blocks of frames change fastest: threads then share a range of weights in the last cache.
-      const int64_t b = task % row_tasks / tasks.per_utterance, frame = task % tasks.per_utterance * tasks.frames;
-      const int64_t group = task / row_tasks * tasks.group_step;
-      auto call = first_call;
-      call.x += b * x_step;
-      call.out += b * out_step;
-      forward(call, frame, std::min(tasks.frames, T - frame), group, std::min(group + tasks.group_step, tasks.groups),
-              memory);
+      const Block& block = blocks[task % row_tasks];
+      const int64_t group = task / row_tasks * step;
+      forward(pieces[block.piece].call, block.first, block.count, group, std::min(group + step, groups), memory);
     }
   });
 }
 
-template void convolve(const PackedConv<float, float>&, bool, int64_t, int64_t, int64_t, int64_t);
-template void convolve(const PackedConv<float, bf16>&, bool, int64_t, int64_t, int64_t, int64_t);
-template void convolve(const PackedConv<bf16, bf16>&, bool, int64_t, int64_t, int64_t, int64_t);
+template void convolve(const std::vector<ConvPiece<float, float>>&, bool);
+template void convolve(const std::vector<ConvPiece<float, bf16>>&, bool);
+template void convolve(const std::vector<ConvPiece<bf16, bf16>>&, bool);
 
 namespace {
 
 template <class In, class Out>
 void run(const Tensor& x, const Tensor& packed, const Tensor& bias, int64_t taps, int64_t stride, int64_t dilation,
-         bool filtered, int activation, const Tensor& out) {
-  const int64_t C = x.size(2);
+         bool filtered, int activation, const ResizedFrames& utterances, const Tensor& out) {
+  const int64_t C = x.size(2), channels = out.size(2);
   PackedConv<In, Out> call{};
   call.x = static_cast<const In*>(x.const_data_ptr());
   call.packed = packed.const_data_ptr();
   call.bias = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
   call.out = static_cast<Out*>(out.mutable_data_ptr());
-  call.C = C, call.taps = taps, call.channels = out.size(2);
+  call.C = C, call.taps = taps, call.channels = channels;
   call.row_step = stride * C, call.tap_step = dilation * C;
   call.activation = activation;
-  convolve(call, filtered, out.size(1), x.size(0), x.size(1) * C, out.size(1) * out.size(2));
+  if (filtered || utterances.equal()) {  // what is filtered together are neighbours
+    std::vector<ConvPiece<In, Out>> pieces;
+    for (int64_t b = 0; b < utterances.count(); ++b) {
+      auto own = call;
+      own.x += utterances.in(b) * C;
+      own.out += utterances.out(b) * channels;
+      pieces.push_back({own, utterances.out_frames(b)});
+    }
+    return convolve(pieces, filtered);
+  }
+  const int64_t total = utterances.out(utterances.count());
+  // Rows of all utterances one behind the other: a short one fills no tile of rows, and no block.
+  std::vector<int64_t> rows;
+  rows.reserve(total);
+  for (int64_t b = 0; b < utterances.count(); ++b) {
+    for (int64_t t = 0; t < utterances.out_frames(b); ++t) rows.push_back((utterances.in(b) + t * stride) * C);
+  }
+  call.rows = rows.data();
+  convolve(call, false, total);
 }
 
-// [B, T, C] -> [B, T', channels] with a weight from pack_conv.
+// [B, T, C] -> [B, T', channels] with a weight from pack_conv; or packed frames beside their offsets.
 Tensor packed_conv_op(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t channels,
-                      int64_t taps, int64_t stride, int64_t dilation, bool filtered,
-                      const std::string& activation) {
+                      int64_t taps, int64_t stride, int64_t dilation, bool filtered, const std::string& activation,
+                      const std::optional<Tensor>& offsets, const std::optional<Tensor>& out_offsets,
+                      std::optional<int64_t> out_frames) {
   TORCH_CHECK(x.dim() == 3 && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16),
               "packed_conv: expected float32 or bfloat16 x of [B, T, C], got ", x.scalar_type(), " ", x.sizes());
   const bool pairs = packed.scalar_type() == at::kBFloat16;
@@ -233,14 +248,17 @@ Tensor packed_conv_op(const Tensor& x, const Tensor& packed, const std::optional
               " taps of ", C, " channels, got ", packed.numel(), " numbers");
   check_vector("packed_conv", "bias", bias, channels);
   const Tensor bias_ = bias ? bias->to(at::kFloat).contiguous() : Tensor();
-  const Tensor out = at::empty({x.size(0), (frames - span) / stride + 1, channels}, x.options());
   const int number = activation_number(activation);
+  const auto utterances = resized_frames("packed_conv", x.size(0), frames, offsets, out_offsets, out_frames,
+                                         [&](int64_t own) { return own < span ? 0 : (own - span) / stride + 1; });
+  const Tensor out = at::empty({x.size(0), utterances.row_frames(), channels}, x.options());
   if (pairs) {
-    run<bf16, bf16>(x.contiguous(), packed, bias_, taps, stride, dilation, filtered, number, out);
+    run<bf16, bf16>(x.contiguous(), packed, bias_, taps, stride, dilation, filtered, number, utterances, out);
   } else if (x.scalar_type() == at::kFloat) {
-    run<float, float>(x.contiguous(), packed, bias_, taps, stride, dilation, filtered, number, out);
+    run<float, float>(x.contiguous(), packed, bias_, taps, stride, dilation, filtered, number, utterances, out);
   } else {
-    run<float, bf16>(x.to(at::kFloat).contiguous(), packed, bias_, taps, stride, dilation, filtered, number, out);
+    run<float, bf16>(x.to(at::kFloat).contiguous(), packed, bias_, taps, stride, dilation, filtered, number, utterances,
+                     out);
   }
   return out;
 }

@@ -9,8 +9,8 @@
 namespace wavlm_fast {
 
 // out[t, :] = residual + activation(offset + gain * (bias + sum over taps k of the C numbers at x + t * row_step +
-// k * tap_step, times the weight of tap k)). Rows may overlap. A linear layer has one tap; so has a convolution of the waveform, with a
-// window for C.
+// k * tap_step, times the weight of tap k)). Rows may overlap. A linear layer has one tap; so has a convolution of the
+// waveform, with a window for C.
 template <class In, class Out>
 struct PackedConv {
   const In* x;
@@ -23,6 +23,8 @@ struct PackedConv {
   Out* out;             // [., channels]
   std::int64_t C, taps, row_step, tap_step, channels;
   int activation;       // as Activation in activation.h
+  const std::int64_t* rows;  // null, or of every output frame the numbers from x to its row, instead of t * row_step:
+                             // of packed utterances. Not for `filtered`.
 };
 
 // Output frames first .. first + count - 1 of the groups from group_begin to group_end.

@@ -30,9 +30,20 @@ int64_t packed_size(int64_t channels, int64_t taps, int64_t C, bool filtered);
 template <class In, class Out>
 const PackedConvVariants<In, Out>& variants();
 
-// `T` frames of each of B utterances on all threads; the next utterance begins x_step and out_step numbers later.
+// Output frames 0 .. frames - 1 of a call: of an utterance, say.
 template <class In, class Out>
-void convolve(const PackedConv<In, Out>& first_call, bool filtered, int64_t T, int64_t B, int64_t x_step,
-              int64_t out_step);
+struct ConvPiece {
+  PackedConv<In, Out> call;
+  int64_t frames;
+};
+
+// Pieces on all threads, which share one number of channels, of taps and of C.
+template <class In, class Out>
+void convolve(const std::vector<ConvPiece<In, Out>>& pieces, bool filtered);
+
+template <class In, class Out>
+void convolve(const PackedConv<In, Out>& call, bool filtered, int64_t frames) {
+  convolve(std::vector<ConvPiece<In, Out>>{{call, frames}}, filtered);
+}
 
 }  // namespace wavlm_fast

@@ -31,8 +31,22 @@ struct ElementOf<bf16> {
 // Rows of C numbers, row_step apart.
 template <class In>
 struct Rows {
+  using Number = In;
   const In* x;
   std::int64_t row_step, count, C;
+
+  WAVLM_FAST_INLINE const In* at(std::int64_t t) const { return x + t * row_step; }
+};
+
+// Rows anywhere. A type of its own: where windows are short, to look up their places costs a tenth of the product.
+template <class In>
+struct ScatteredRows {
+  using Number = In;
+  const In* x;
+  const std::int64_t* starts;
+  std::int64_t count, C;
+
+  WAVLM_FAST_INLINE const In* at(std::int64_t t) const { return x + starts[t]; }
 };
 
 // [row][N * kLanes], rows `step` apart.
@@ -44,16 +58,16 @@ struct Sums {
 
 // sums[t] (+)= rows[t] * panel for all rows, and done(t) when the kRows rows from t have their sums.
 // Writes a whole number of tiles: sums of rows past the end are left with something that nobody reads.
-template <int N, class In, class Done>
-WAVLM_FAST_INLINE void pass(const Rows<In>& rows, const float* panel, Sums sums, const Done& done) {
-  using Element = typename ElementOf<In>::Type;
+template <int N, class AnyRows, class Done>
+WAVLM_FAST_INLINE void pass(const AnyRows& rows, const float* panel, Sums sums, const Done& done) {
+  using Element = typename ElementOf<typename AnyRows::Number>::Type;
   const std::int64_t words = rows.C / Element::kDepth;
   for (std::int64_t k = 0; k < words; k += kWords, sums.add = true) {
     const std::int64_t run = least(kWords, words - k);
     for (std::int64_t t = 0; t < rows.count; t += kRows) {
       const Word* row[kRows];
       for (int r = 0; r < kRows; ++r) {
-        row[r] = reinterpret_cast<const Word*>(rows.x + least(t + r, rows.count - 1) * rows.row_step) + k;
+        row[r] = reinterpret_cast<const Word*>(rows.at(least(t + r, rows.count - 1))) + k;
       }
       Floats acc[kRows][N] = {};
       multiply<Element>(row, 1, panel, run, acc);
@@ -132,15 +146,14 @@ void write(const Columns<Out>& to, std::int64_t first, std::int64_t count, const
 }
 
 // One group of N vectors of columns.
-template <int N, class In, class Out>
-void direct_group(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t count, const float* panel,
+template <int N, class In, class Out, class AnyRows>
+void direct_group(const PackedConv<In, Out>& call, std::int64_t count, AnyRows rows, const float* panel,
                   const Columns<Out>& to, float* sums) {
   constexpr std::int64_t width = N * kLanes;
   const std::int64_t panel_size = call.C / ElementOf<In>::Type::kDepth * width;
   const auto finish = [&](std::int64_t t) {
     write(to, t, least(kRows, count - t), [&](std::int64_t row, std::int64_t i) { return load(sums + row * width + i); });
   };
-  Rows<In> rows = {call.x + first * call.row_step, call.row_step, count, call.C};
   for (std::int64_t tap = 0; tap + 1 < call.taps; ++tap, rows.x += call.tap_step, panel += panel_size) {
     pass<N>(rows, panel, {sums, width, tap > 0}, kNothing);
   }
@@ -164,7 +177,14 @@ template <class In, class Out>
 void direct(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t count, std::int64_t group_begin,
             std::int64_t group_end, float* scratch) {
   for_groups(call, call.taps, group_begin, group_end, [&](std::int64_t column, const float* panel, auto vectors) {
-    direct_group<vectors.count>(call, first, count, panel, columns_of(call, first, column), scratch);
+    const auto group = [&](auto rows) {
+      direct_group<vectors.count>(call, count, rows, panel, columns_of(call, first, column), scratch);
+    };
+    if (call.rows) {
+      group(ScatteredRows<In>{call.x, call.rows + first, count, call.C});
+    } else {
+      group(Rows<In>{call.x + first * call.row_step, call.row_step, count, call.C});
+    }
   });
 }
 

@@ -94,34 +94,44 @@ FirstConv::FirstConv(const Tensor& weight, const Tensor& packed, const std::opti
                   packed.numel() == packed_size(channels(), 1, filters_.size(1), false),
               "waveform_conv: expected the weight packed by pack_conv");
   own_bias_ = vector_of(bias);
-  bias_ = group_norm ? at::empty({channels()}, filters_.options()) : own_bias_;
-  if (!group_norm) return;
+}
+
+void FirstConv::listen(const float* waveform, const ResizedFrames& utterances) {
+  const int64_t B = utterances.count();
+  samples_.clear();
+  for (int64_t b = 0; b < B; ++b) samples_.push_back(waveform + utterances.in(b));
+  if (!group_norm_) return;
+  bias_ = at::empty({B, channels()}, filters_.options());
   gain_ = at::empty_like(bias_);
   offset_ = at::empty_like(bias_);
+  // A single utterance is divided over the threads inside.
+  at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) normalise(b, frames(utterances.in_frames(b)));
+  });
 }
 
 template <class Out>
-PackedConv<float, Out> FirstConv::on(const float* utterance, int64_t samples) {
-  if (group_norm_) normalise(utterance, frames(samples));
+PackedConv<float, Out> FirstConv::on(int64_t b) const {
+  const auto own = [&](const Tensor& vectors) { return group_norm_ ? data_of(vectors) + b * channels() : nullptr; };
   PackedConv<float, Out> call{};
-  call.x = utterance;
+  call.x = samples_[b];
   call.packed = packed_.const_data_ptr();
-  call.bias = data_of(bias_), call.gain = data_of(gain_), call.offset = data_of(offset_);
+  call.bias = group_norm_ ? own(bias_) : data_of(own_bias_), call.gain = own(gain_), call.offset = own(offset_);
   call.C = filters_.size(1), call.taps = 1, call.row_step = stride_, call.channels = channels();
   call.activation = activation_;
   return call;
 }
 
-template PackedConv<float, float> FirstConv::on(const float*, int64_t);
-template PackedConv<float, bf16> FirstConv::on(const float*, int64_t);
+template PackedConv<float, float> FirstConv::on(int64_t) const;
+template PackedConv<float, bf16> FirstConv::on(int64_t) const;
 
-void FirstConv::normalise(const float* utterance, int64_t windows) {
+void FirstConv::normalise(int64_t b, int64_t windows) {
   const int64_t K = filters_.size(1);
-  const WindowStatistics statistics(utterance, windows, stride_, K);
+  const WindowStatistics statistics(samples_[b], windows, stride_, K);
   const float *w = filters_.const_data_ptr<float>(), *norm_weight = data_of(norm_weight_);
   const float *norm_bias = data_of(norm_bias_), *own_bias = data_of(own_bias_);
-  float *bias = bias_.mutable_data_ptr<float>(), *gain = gain_.mutable_data_ptr<float>();
-  float* offset = offset_.mutable_data_ptr<float>();
+  const auto own = [&](const Tensor& vectors) { return vectors.mutable_data_ptr<float>() + b * channels(); };
+  float *bias = own(bias_), *gain = own(gain_), *offset = own(offset_);
   for (int64_t i = 0; i < channels(); ++i, w += K) {
     // The conv's own bias moves the mean and nothing else, so the norm takes it out again, if it is finite.
     bias[i] = (own_bias ? 0.0f * own_bias[i] : 0.0f) - statistics.mean_of(w);
@@ -140,28 +150,34 @@ void FirstConv::normalise(const float* utterance, int64_t windows) {
 namespace {
 
 template <class Out>
-void run(FirstConv& conv, const Tensor& waveform, const Tensor& out) {
-  const int64_t S = waveform.size(1), T = out.size(1);
-  for (int64_t b = 0; b < waveform.size(0); ++b) {
-    auto call = conv.on<Out>(waveform.const_data_ptr<float>() + b * S, S);
-    call.out = static_cast<Out*>(out.mutable_data_ptr()) + b * T * call.channels;
-    convolve(call, false, T, 1, 0, 0);
+void run(FirstConv& conv, const Tensor& waveform, const ResizedFrames& utterances, const Tensor& out) {
+  conv.listen(waveform.const_data_ptr<float>(), utterances);
+  std::vector<ConvPiece<float, Out>> pieces;
+  for (int64_t b = 0; b < utterances.count(); ++b) {
+    auto call = conv.on<Out>(b);
+    call.out = static_cast<Out*>(out.mutable_data_ptr()) + utterances.out(b) * call.channels;
+    pieces.push_back({call, utterances.out_frames(b)});
   }
+  convolve(pieces, false);
 }
 
-// [B, S] float32 -> [B, T, C] float32 or bfloat16, with group norm, or without norm.
+// [B, S] float32 -> [B, T, C] float32 or bfloat16, with group norm, or without norm; or packed samples beside their
+// offsets.
 Tensor waveform_conv(const Tensor& waveform, const Tensor& weight, const Tensor& packed,
                      const std::optional<Tensor>& bias, int64_t stride, bool group_norm,
                      const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, double eps,
-                     const std::string& activation, bool to_bf16) {
+                     const std::string& activation, bool to_bf16, const std::optional<Tensor>& offsets,
+                     const std::optional<Tensor>& out_offsets, std::optional<int64_t> out_frames) {
   FirstConv conv(weight, packed, bias, stride, group_norm, norm_weight, norm_bias, eps, activation);
   TORCH_CHECK(waveform.dim() == 2 && waveform.scalar_type() == at::kFloat && waveform.size(1) >= weight.size(2),
               "waveform_conv: expected a float32 waveform of [B, S] with S >= ", weight.size(2), ", got ",
               waveform.scalar_type(), " ", waveform.sizes());
   const Tensor x = waveform.contiguous();
-  const int64_t T = conv.frames(x.size(1));
-  const Tensor out = at::empty({x.size(0), T, conv.channels()}, x.options().dtype(to_bf16 ? at::kBFloat16 : at::kFloat));
-  to_bf16 ? run<bf16>(conv, x, out) : run<float>(conv, x, out);
+  const auto utterances = resized_frames("waveform_conv", x.size(0), x.size(1), offsets, out_offsets, out_frames,
+                                         [&](int64_t samples) { return conv.frames(samples); });
+  const auto options = x.options().dtype(to_bf16 ? at::kBFloat16 : at::kFloat);
+  const Tensor out = at::empty({x.size(0), utterances.row_frames(), conv.channels()}, options);
+  to_bf16 ? run<bf16>(conv, x, utterances, out) : run<float>(conv, x, utterances, out);
   return out;
 }
 

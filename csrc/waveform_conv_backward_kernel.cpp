@@ -1,5 +1,5 @@
-// Lanes are channels. A vector's taps and the sums of their gradients stay in registers while frames pass by, whose norm
-// and activation are computed again.
+// Lanes are channels. A vector's taps and the sums of their gradients stay in registers while frames pass by, whose
+// norm and activation are computed again.
 #include "waveform_conv_backward.h"
 
 #include "activation.h"

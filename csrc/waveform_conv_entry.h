@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "packed_conv_entry.h"
+#include "resized_frames.h"
 
 namespace wavlm_fast {
 
@@ -38,16 +39,23 @@ class FirstConv {
 
   int64_t channels() const { return filters_.size(0); }
 
-  int64_t frames(int64_t samples) const { return (samples - filters_.size(1)) / stride_ + 1; }
+  int64_t frames(int64_t samples) const {
+    return samples < filters_.size(1) ? 0 : (samples - filters_.size(1)) / stride_ + 1;
+  }
 
-  // The call for one utterance, valid until the next one; its output is not set. On all threads.
+  // Takes the statistics of all utterances, whose samples begin at `waveform`, on all threads.
+  void listen(const float* waveform, const ResizedFrames& utterances);
+
+  // The call for utterance b of those; its output is not set.
   template <class Out>
-  PackedConv<float, Out> on(const float* utterance, int64_t samples);
+  PackedConv<float, Out> on(int64_t b) const;
 
  private:
-  void normalise(const float* utterance, int64_t windows);
+  void normalise(int64_t b, int64_t windows);
 
-  at::Tensor filters_, packed_, own_bias_, bias_, norm_weight_, norm_bias_, gain_, offset_;
+  at::Tensor filters_, packed_, own_bias_, norm_weight_, norm_bias_;
+  at::Tensor bias_, gain_, offset_;  // [B, C] each, of the group norm
+  std::vector<const float*> samples_;
   int64_t stride_;
   bool group_norm_;
   double eps_;

@@ -32,6 +32,7 @@ _KERNELS = (
     "stats_pool_backward",
 )
 _library = torch.library.Library("wavlm_fast_cpu", "DEF")
+_RESIZED = "Tensor? offsets=None, Tensor? out_offsets=None, int? out_frames=None"  # as in ops/_packed.py
 for _schema in (
     "isa() -> str",
     "isa_levels() -> str[]",
@@ -42,18 +43,19 @@ for _schema in (
     "pack_conv(Tensor[] weights, bool filtered) -> Tensor",
     "peak(str dtype) -> float",
     "packed_conv(Tensor x, Tensor packed, Tensor? bias, int channels, int taps, int stride, int dilation, "
-    "bool filtered, str activation) -> Tensor",
+    f"bool filtered, str activation, {_RESIZED}) -> Tensor",
     "encoder_layer(Tensor x, Tensor rel_bias, Tensor? key_lengths, Tensor[] packed, Tensor[] biases, Tensor[] gate, "
     "Tensor[] norms, float[] eps, float scale, str activation, bool norm_first) -> Tensor",
     "matmul(Tensor a, Tensor b, Tensor(a!) out, bool add) -> Tensor(a!)",
     "norm_act(Tensor x, Tensor? weight, Tensor? bias, float eps, str activation) -> Tensor",
     "waveform_conv(Tensor waveform, Tensor weight, Tensor packed, Tensor? bias, int stride, bool group_norm, "
-    "Tensor? norm_weight, Tensor? norm_bias, float eps, str activation, bool to_bf16) -> Tensor",
+    f"Tensor? norm_weight, Tensor? norm_bias, float eps, str activation, bool to_bf16, {_RESIZED}) -> Tensor",
     "waveform_conv_backward(Tensor grad, Tensor waveform, Tensor weight, int stride, Tensor norm_weight, "
-    "Tensor norm_bias, float eps, str activation, bool wants_waveform) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor norm_bias, float eps, str activation, bool wants_waveform, {_RESIZED}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     "feature_encoder(Tensor waveform, Tensor weight, Tensor[] packed, Tensor?[] biases, Tensor?[] norm_weights, "
     "Tensor?[] norm_biases, int[] taps, int[] strides, int[] channels, bool[] filtered, str norm, float eps, "
-    "str activation) -> Tensor",
+    f"str activation, {_RESIZED}) -> Tensor",
     "positional_spectra(Tensor weight) -> Tensor",
     "positional_conv(Tensor x, Tensor weight, Tensor? spectra, Tensor? bias, str activation, bool residual, bool save) "
     "-> (Tensor, Tensor)",
@@ -233,19 +235,21 @@ TABLE: dict[str, Implementation] = {
     "gated_attention": _cpp("gated_attention", _why_not_gated_attention),
     "gated_attention_backward": _cpp("gated_attention_backward", _why_not_gated_attention_backward),
     "encoder_layer": Implementation(encoder.encoder_layer, _why_not_encoder_layer),
-    "feature_encoder": Implementation(front_end.feature_encoder, _why_not_feature_encoder),
+    "feature_encoder": Implementation(front_end.feature_encoder, _why_not_feature_encoder, packed=True),
     **_of_frames("position_gate"),
     **_of_frames("stats_pool"),
-    "waveform_conv": Implementation(front_end.waveform_conv, _why_not_waveform_conv),
-    "waveform_conv_backward": Implementation(front_end.waveform_conv_backward, _why_not_waveform_conv_backward),
+    "waveform_conv": Implementation(front_end.waveform_conv, _why_not_waveform_conv, packed=True),
+    "waveform_conv_backward": Implementation(
+        front_end.waveform_conv_backward, _why_not_waveform_conv_backward, packed=True
+    ),
     "positional_conv": Implementation(positional_conv.positional_conv, _why_not_positional_conv),
     "positional_conv_backward": Implementation(
         positional_conv.positional_conv_backward, _why_not_positional_conv_backward
     ),
     "linear_act": Implementation(products.linear_act, _why_not_product),
     "linear_act_backward": Implementation(gradients.linear_act_backward, _why_not_gradient),
-    "strided_conv": Implementation(products.strided_conv, _why_not_strided_conv),
-    "strided_conv_backward": Implementation(gradients.strided_conv_backward, _why_not_gradient),
-    "tdnn": Implementation(products.tdnn, _why_not_product),
-    "tdnn_backward": Implementation(gradients.tdnn_backward, _why_not_gradient),
+    "strided_conv": Implementation(products.strided_conv, _why_not_strided_conv, packed=True),
+    "strided_conv_backward": Implementation(gradients.strided_conv_backward, _why_not_gradient, packed=True),
+    "tdnn": Implementation(products.tdnn, _why_not_product, packed=True),
+    "tdnn_backward": Implementation(gradients.tdnn_backward, _why_not_gradient, packed=True),
 }

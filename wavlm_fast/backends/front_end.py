@@ -24,6 +24,9 @@ def waveform_conv(
     norm_bias: Tensor | None,
     eps: float,
     activation: str,
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> Tensor:
     """The op of that name, in float32 inside."""
     fused = "none" if norm == "layer" else activation
@@ -31,8 +34,9 @@ def waveform_conv(
     wide, packed = derived("packed waveform conv", (weight,), lambda: _wide_and_packed(weight))
     to_bf16 = waveform.dtype == torch.bfloat16 and norm != "layer"
     out = native.waveform_conv(
-        waveform.float(), wide, packed, bias, stride, norm == "group", norm_weight, norm_bias, eps, fused, to_bf16
-    )
+        waveform.float(), wide, packed, bias, stride, norm == "group", norm_weight, norm_bias, eps, fused, to_bf16,
+        offsets, out_offsets, out_frames,
+    )  # fmt: skip
     if norm == "layer":
         out = products.norm_act(out, norm_weight, norm_bias, eps, activation)
     return out.to(waveform.dtype)
@@ -64,13 +68,17 @@ def waveform_conv_backward(
     eps: float,
     activation: str,
     wanted: list[bool],
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> tuple[Tensor, ...]:
     """The op of that name."""
+    packed = (offsets, out_offsets, out_frames)
     if norm != "group":  # a convolution like the others, of one channel; what comes before its norm is computed again
         x, affine = waveform[..., None], (norm_weight, norm_bias) if norm == "layer" else (None, None)
-        pre = waveform_conv(waveform, weight, bias, stride, "none", None, None, eps, "none")
+        pre = waveform_conv(waveform, weight, bias, stride, "none", None, None, eps, "none", *packed)
         gradient = gradients.strided_conv_backward
-        dx, *rest = gradient(grad, x, weight, bias, pre, stride, *affine, eps, activation, wanted)
+        dx, *rest = gradient(grad, x, weight, bias, pre, stride, *affine, eps, activation, wanted, *packed)
         return dx.view(waveform.shape) if wanted[0] else dx, *rest
     gain = torch.ones(weight.shape[0]) if norm_weight is None else norm_weight.float()
     shift = torch.zeros(weight.shape[0]) if norm_bias is None else norm_bias.float()
@@ -78,7 +86,7 @@ def waveform_conv_backward(
     if bias is not None:  # the norm takes it out, unless it is not finite
         wide = wide + (bias.float() * 0)[:, None, None]
     dwaveform, dweight, dgain, dshift = torch.ops.wavlm_fast_cpu.waveform_conv_backward(
-        grad.to(waveform.dtype), waveform.float(), wide, stride, gain, shift, eps, activation, wanted[0]
+        grad.to(waveform.dtype), waveform.float(), wide, stride, gain, shift, eps, activation, wanted[0], *packed
     )
     # That of the bias is zero where anything is finite.
     dbias = (dweight * 0).sum((1, 2))
@@ -121,6 +129,9 @@ def feature_encoder(
     norm_biases: list[Tensor],
     eps: float,
     activation: str,
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> Tensor:
     """The op of that name."""
     wide, first = derived("packed waveform conv", (weights[0],), lambda: _wide_and_packed(weights[0]))
@@ -134,6 +145,7 @@ def feature_encoder(
     vectors = (per_layer(v, len(weights)) for v in (biases, norm_weights, norm_biases))
     out = torch.ops.wavlm_fast_cpu.feature_encoder(
         waveform.float(), wide, [first, *further], *vectors, taps, strides, channels, filtered, norm, eps, activation,
+        offsets, out_offsets, out_frames,
     )  # fmt: skip
     return out.to(waveform.dtype)
 

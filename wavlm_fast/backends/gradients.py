@@ -13,6 +13,7 @@ from ..ops._activation import activate_backward
 from ..ops._define import only
 from ..ops.strided_conv import finish_backward as finish_norm_backward
 from . import products
+from .grid import Bounds, Grid, resized_bounds
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
@@ -63,6 +64,9 @@ def strided_conv_backward(
     eps: float,
     activation: str,
     wanted: list[bool],
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> tuple[Tensor, ...]:
     """The op of that name."""
     x, stride = x.contiguous(), min(stride, x.shape[1])  # beyond the frames a stride leaves one, whatever it is
@@ -71,10 +75,15 @@ def strided_conv_backward(
     else:
         dpre, dnorm_weight, dnorm_bias = finish_norm_backward(grad, pre, norm_weight, norm_bias, eps, activation)
     dpre, taps = dpre.to(x.dtype).contiguous(), weight.permute(2, 0, 1)  # [K, C', C]
-    dx = _of_input(dpre, taps, x, stride, 1) if wanted[0] else None
+    places = out_places = None
+    if offsets is not None:
+        packed = (offsets, out_offsets, out_frames)
+        places, out_places = resized_bounds("strided_conv_backward", *packed, x.shape[1], len(taps), stride)
+    runs = _runs(dpre, out_places)
+    dx = _of_input(runs, taps, x, places, stride, 1) if wanted[0] else None
     dweight = None
     if wanted[1]:
-        dweight = _of_filters(dpre, x, len(taps), stride, 1).transpose(1, 2).contiguous()
+        dweight = _of_filters(runs, _runs(x, places), len(taps), stride, 1).transpose(1, 2).contiguous()
     dbias = dpre.sum((0, 1)) if wanted[2] else None
     return only(wanted, dx, dweight, dbias, dnorm_weight, dnorm_bias, like=x)
 
@@ -89,42 +98,57 @@ def tdnn_backward(
     dilation: int,
     activation: str,
     wanted: list[bool],
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> tuple[Tensor, ...]:
     """The op of that name."""
     x, dpre = x.contiguous(), (torch.where(out > 0, grad, 0) if activation == "relu" else grad).contiguous()
     taps = weight.unflatten(1, (kernel_size, -1)).transpose(0, 1)
-    dx = _of_input(dpre, taps, x, 1, dilation) if wanted[0] else None
-    dweight = _of_filters(dpre, x, kernel_size, 1, dilation).flatten(1) if wanted[1] else None
-    return only(wanted, dx, dweight, dpre.sum((0, 1)) if wanted[2] else None, like=x)
+    dbias = dpre.sum((0, 1)) if wanted[2] else None
+    if offsets is not None:
+        # On a grid: at a stride of one x lies on it.
+        span = (kernel_size - 1) * dilation + 1
+        packed = (offsets, out_offsets, out_frames)
+        dpre = Grid(*resized_bounds("tdnn_backward", *packed, x.shape[1], span, 1), 1).place_out(dpre, span)
+    runs = _runs(dpre)
+    dx = _of_input(runs, taps, x, None, 1, dilation) if wanted[0] else None
+    dweight = _of_filters(runs, _runs(x), kernel_size, 1, dilation).flatten(1) if wanted[1] else None
+    return only(wanted, dx, dweight, dbias, like=x)
 
 
-def _of_filters(dpre: Tensor, x: Tensor, taps: int, stride: int, dilation: int) -> Tensor:
-    """Gradient of the filters, `[C', K, C]`, from that of `[B, T', C']`."""
-    batch, frames, channels = dpre.shape
-    width = x.shape[2]
+def _runs(frames: Tensor, places: Bounds | None = None) -> list[Tensor]:
+    """`[T, C]` of each utterance: of the batch, or of packed frames; views."""
+    return list(frames) if places is None else [frames[0, first:end] for first, end in places]
+
+
+def _of_filters(dpre: list[Tensor], x: list[Tensor], taps: int, stride: int, dilation: int) -> Tensor:
+    """Gradient of the filters, `[C', K, C]`, from that of each utterance's `[T', C']`."""
+    channels, width = dpre[0].shape[1], x[0].shape[1]
     # Sums over utterances in float32, whatever the frames are in.
-    total = dpre.new_empty(channels, taps, width, dtype=torch.float32)
-    for b in range(batch):
+    total = x[0].new_empty(channels, taps, width, dtype=torch.float32)
+    for b, (own, frames) in enumerate(zip(dpre, x, strict=True)):
+        count = len(own)
         if dilation == 1:  # the windows of all taps are runs of contiguous numbers
-            windows = x[b].as_strided((frames, taps * width), (stride * width, 1))
-            _multiply(dpre[b].t(), windows, total.flatten(1), b > 0)
+            windows = frames.as_strided((count, taps * width), (stride * width, 1))
+            _multiply(own.t(), windows, total.flatten(1), b > 0)
             continue
         for tap in range(taps):
             first = tap * dilation
-            seen = x[b, first : first + (frames - 1) * stride + 1 : stride]
-            _multiply(dpre[b].t(), seen, total[:, tap], b > 0)
-    return total.to(x.dtype)
+            seen = frames[first : first + (count - 1) * stride + 1 : stride]
+            _multiply(own.t(), seen, total[:, tap], b > 0)
+    return total.to(x[0].dtype)
 
 
-def _of_input(dpre: Tensor, taps: Tensor, x: Tensor, stride: int, dilation: int) -> Tensor:
-    """Gradient of `x`, its shape, from that of `[B, T', C']` and the weight as `[K, C', C]`."""
+def _of_input(dpre: list[Tensor], taps: Tensor, x: Tensor, places: Bounds | None, stride: int, dilation: int) -> Tensor:
+    """Gradient of `x`, its shape, from that of each utterance's `[T', C']` and the weight as `[K, C', C]`."""
     dx = torch.empty_like(x)
     for phase in range(stride):
         # Frames phase, phase + stride, ... of x meet these taps only, each so many output frames earlier.
         meeting = [tap for tap in range(len(taps)) if (tap * dilation - phase) % stride == 0]
         delays = [(tap * dilation - phase) // stride for tap in meeting]
-        for b in range(len(x)):
-            _of_phase(dpre[b], taps, meeting, delays, dx[b, phase::stride])
+        for own, frames in zip(dpre, _runs(dx, places), strict=True):
+            _of_phase(own, taps, meeting, delays, frames[phase::stride])
     return dx
 
 

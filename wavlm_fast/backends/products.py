@@ -3,7 +3,7 @@
 linear_act, strided_conv and tdnn have packed weights. All three are convolutions over time-major frames; a linear layer
 has one tap. They run in C++ (packed_conv.cpp), float32 as fast as in oneDNN, whose rounding error is more than twice
 that of torch's own linear and conv1d. bfloat16 runs in oneDNN on CPUs with matrix units (AMX), or for want of the
-extension.
+extension: packed frames in one call on a grid, for it would make itself ready anew for each length.
 
 A kernel runs below autograd and cannot see whether a gradient is recorded. While a weight learns it is packed anew at
 each optimizer step, which costs less than the faster product saves; gradients take the weight itself.
@@ -22,6 +22,7 @@ from ..derived import derived
 from ..ops._activation import activate
 from ..ops._define import or_empty
 from . import onednn
+from .grid import Grid, resized_bounds
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool) -> tuple[Tensor, Tensor]:
@@ -48,13 +49,17 @@ def strided_conv(
     eps: float,
     activation: str,
     save: bool,
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op of that name."""
     apart = save or norm_weight is not None
     fused = "none" if apart else activation
     filtered = can_filter(weight.shape[2], stride) and not save
     filters = lambda: weight.transpose(1, 2)  # noqa: E731
-    out = pre = _convolve(x, weight, filters, weight.shape[2], bias, stride, 1, fused, filtered)
+    packed = (offsets, out_offsets, out_frames)
+    out = pre = _convolve(x, weight, filters, weight.shape[2], bias, stride, 1, fused, filtered, packed)
     if norm_weight is not None:
         out = norm_act(pre, norm_weight, norm_bias, eps, activation)
     elif apart:
@@ -62,10 +67,21 @@ def strided_conv(
     return out, or_empty(pre if save and out is not pre else None, x)
 
 
-def tdnn(x: Tensor, weight: Tensor, bias: Tensor | None, kernel_size: int, dilation: int, activation: str) -> Tensor:
+def tdnn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel_size: int,
+    dilation: int,
+    activation: str,
+    offsets: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    out_frames: int | None = None,
+) -> Tensor:
     """The op of that name."""
     filters = lambda: weight.unflatten(1, (kernel_size, -1))  # noqa: E731
-    return _convolve(x, weight, filters, kernel_size, bias, 1, dilation, activation)
+    packed = (offsets, out_offsets, out_frames)
+    return _convolve(x, weight, filters, kernel_size, bias, 1, dilation, activation, packed=packed)
 
 
 def _convolve(
@@ -78,16 +94,23 @@ def _convolve(
     dilation: int,
     activation: str,
     filtered: bool = False,
+    packed: tuple[Tensor | None, Tensor | None, int | None] = (None, None, None),
 ) -> Tensor:
-    """`[B, T, C]` -> `[B, T', C']`; `filters` gives the weight as `[C', K, C]`."""
+    """`[B, T, C]` -> `[B, T', C']`; `filters` gives the weight as `[C', K, C]`, `packed` offsets of packed frames."""
     if in_onednn(x):
         kind = f"onednn conv, {taps} taps, stride {stride}, dilation {dilation}"
-        packed = derived(kind, (weight,), lambda: onednn.pack_conv(filters(), stride, dilation), replaces=True)
-        return onednn.convolve(x, packed, bias, stride, dilation, activation)
-    packed = pack(weight, filters, taps, filtered)
+        ready = derived(kind, (weight,), lambda: onednn.pack_conv(filters(), stride, dilation), replaces=True)
+        convolve = lambda x: onednn.convolve(x, ready, bias, stride, dilation, activation)  # noqa: E731
+        if packed[0] is None:
+            return convolve(x)
+        stride = min(stride, x.shape[1])  # beyond the frames a stride leaves one, whatever it is
+        span = (taps - 1) * dilation + 1
+        grid = Grid(*resized_bounds("the convolution", *packed, x.shape[1], span, stride), stride)
+        return grid.pick_out(convolve(grid.place(x)))
+    ready = pack(weight, filters, taps, filtered)
     channels = weight.shape[0]
     native = torch.ops.wavlm_fast_cpu
-    return native.packed_conv(x, packed, bias, channels, taps, stride, dilation, filtered, activation)
+    return native.packed_conv(x, ready, bias, channels, taps, stride, dilation, filtered, activation, *packed)
 
 
 def pack(weight: Tensor, filters: Callable[[], Tensor], taps: int, filtered: bool) -> Tensor:
