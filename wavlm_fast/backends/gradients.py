@@ -106,14 +106,18 @@ def tdnn_backward(
     x, dpre = x.contiguous(), (torch.where(out > 0, grad, 0) if activation == "relu" else grad).contiguous()
     taps = weight.unflatten(1, (kernel_size, -1)).transpose(0, 1)
     dbias = dpre.sum((0, 1)) if wanted[2] else None
+    places = out_places = None
     if offsets is not None:
-        # On a grid: at a stride of one x lies on it.
         span = (kernel_size - 1) * dilation + 1
         packed = (offsets, out_offsets, out_frames)
-        dpre = Grid(*resized_bounds("tdnn_backward", *packed, x.shape[1], span, 1), 1).place_out(dpre, span)
-    runs = _runs(dpre)
-    dx = _of_input(runs, taps, x, None, 1, dilation) if wanted[0] else None
-    dweight = _of_filters(runs, _runs(x), kernel_size, 1, dilation).flatten(1) if wanted[1] else None
+        places, out_places = resized_bounds("tdnn_backward", *packed, x.shape[1], span, 1)
+        if bool((x.sum() + weight.sum()).isfinite()):
+            # All utterances at once, with zeros for the windows across a boundary, where zeros do no harm. At a stride
+            # of one x lies as it has to.
+            dpre, places, out_places = Grid(places, out_places, 1).place_out(dpre, span), None, None
+    runs = _runs(dpre, out_places)
+    dx = _of_input(runs, taps, x, places, 1, dilation) if wanted[0] else None
+    dweight = _of_filters(runs, _runs(x, places), kernel_size, 1, dilation).flatten(1) if wanted[1] else None
     return only(wanted, dx, dweight, dbias, like=x)
 
 
