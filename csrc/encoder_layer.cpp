@@ -130,10 +130,13 @@ void run(const Layer<T>& layer, const Tensor& x, const Tensor& rel_bias, const s
          at::TensorList gate, double scale, const std::vector<int64_t>& bounds, const Tensor& out) {
   const int64_t C = x.size(2), H = gate[2].numel();
   const auto groups = bounds.empty() ? dense_groups(x.size(0), x.size(1)) : packed_groups(bounds);
-  int64_t most = 0;
-  for (const Group& group : groups) most = std::max(most, group.rows);
-  // The normed input makes room for what `finish` works in.
-  const int64_t size = 3 * most * C + std::max(layer.finish_size(most), layer.norm_first ? most * C : 0);
+  // The normed input makes room for what `finish` works in. A group with more rows may need less of that: it is cut.
+  int64_t most = 0, work = 0;
+  for (const Group& group : groups) {
+    most = std::max(most, group.rows);
+    work = std::max({work, layer.finish_size(group.rows), layer.norm_first ? group.rows * C : 0});
+  }
+  const int64_t size = 3 * most * C + work;
   const int64_t bytes = size * sizeof(T);
   const Tensor large = at::empty({bytes > kMostKept ? bytes : 0}, at::kByte);
   T* projected = bytes > kMostKept ? data<T>(large) : static_cast<T*>(scratch<Scratch::call>(bytes));

@@ -66,6 +66,7 @@ Dropout dropout_of(double p, const std::optional<Tensor>& seed) {
 // The longest first; of equal ones the order stays.
 std::vector<Utterance> utterances_of(const Tensor& q, at::ArrayRef<int64_t> bounds) {
   std::vector<Utterance> utterances;
+  utterances.reserve(bounds.empty() ? q.size(0) : bounds.size());
   if (bounds.empty()) {
     for (int64_t b = 0; b < q.size(0); ++b) utterances.push_back({b, 0, q.size(1)});
     return utterances;
@@ -78,8 +79,8 @@ std::vector<Utterance> utterances_of(const Tensor& q, at::ArrayRef<int64_t> boun
 // [H, 2L-1] -> [H, 2T-1], what the longest utterance has of it.
 Tensor centre(const Tensor& rel_bias, int64_t T) {
   const int64_t longest = (rel_bias.size(1) + 1) / 2;
-  TORCH_CHECK(T <= longest, "gated_attention: expected rel_bias for the ", T,
-              " frames that is the longest of the utterances that offsets give, got it for ", longest);
+  TORCH_CHECK(T <= longest, "gated_attention: expected rel_bias for ", T,
+              " frames, the longest utterance between offsets, got it for ", longest);
   return rel_bias.narrow(1, longest - T, 2 * T - 1);
 }
 

@@ -81,7 +81,7 @@ void run(const GatedAttentionBackward<T>& call, const std::vector<Utterance>& ut
   const Sums of_bias(tasks, call.H, bias_size);
   const Sums of_parts(tasks, call.H, [&](int64_t u) { return whole(u) ? 0 : sums_size(u); });
   const int64_t n_scratch = kernels.scratch_size(call.longest, call.D);
-  int64_t n_whole = 0, cut = 0;
+  int64_t n_whole = 0, cut = 0;  // utterances up to the last that is in parts
   for (int64_t u = 0; u < tasks.utterances(); ++u) {
     if (whole(u)) n_whole = std::max(n_whole, sums_size(u));
     else cut = u + 1;
@@ -103,6 +103,7 @@ void run(const GatedAttentionBackward<T>& call, const std::vector<Utterance>& ut
   at::parallel_for(0, cut * call.H, 1, [&](int64_t begin, int64_t end) {
     for (int64_t pair = begin; pair < end; ++pair) {
       const int64_t u = pair / call.H, h = pair % call.H;
+      if (whole(u)) continue;
       const float* own = sums.const_data_ptr<float>() + of_parts.at(tasks, u, h, 0);
       of_keys(call, utterances[u], h, own, tasks.parts(u));
     }

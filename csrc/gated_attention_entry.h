@@ -73,7 +73,7 @@ class AttentionTasks {
   }
 
   int64_t count() const { return count_; }
-  // Utterances that have tasks at all, and the number of their parts, which never rises.
+  // Utterances that have tasks at all, and in how many parts they are.
   int64_t utterances() const { return shares_.size(); }
   int64_t parts(int64_t utterance) const { return shares_[utterance].parts; }
 
