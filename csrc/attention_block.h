@@ -22,9 +22,27 @@ constexpr std::int64_t first_query(std::int64_t block, std::int64_t T) {
 
 // Keys of an utterance. A length out of range is the caller's mistake, but no reason to read what is not there.
 template <class T>
-constexpr std::int64_t keys_of(const AttentionInputs<T>& call, std::int64_t b) {
-  const std::int64_t length = call.key_lengths ? call.key_lengths[b] : call.T_;
-  return length < 0 ? 0 : least(length, call.T_);
+constexpr std::int64_t keys_of(const AttentionInputs<T>& call, const Utterance& of) {
+  const std::int64_t length = call.key_lengths ? call.key_lengths[of.b] : of.T;
+  return length < 0 ? 0 : least(length, of.T);
+}
+
+// Where a head of an utterance begins in [B, frames, H, D].
+template <class T>
+constexpr T* head_of(T* x, const FrameStrides& strides, const Utterance& of, std::int64_t h) {
+  return x + of.b * strides.b + of.first * strides.t + h * strides.h;
+}
+
+// The row of a query among all [B, H, frames].
+template <class T>
+constexpr std::int64_t row_of(const AttentionInputs<T>& call, const Utterance& of, std::int64_t h, std::int64_t query) {
+  return (of.b * call.H + h) * call.frames + of.first + query;
+}
+
+// The biases of an utterance's first query and key.
+template <class T>
+constexpr const float* bias_of(const AttentionInputs<T>& call, std::int64_t h) {
+  return call.bias + h * call.bias_stride + call.longest - 1;
 }
 
 // A run of keys as rows of words.
@@ -105,7 +123,7 @@ WAVLM_FAST_INLINE Words mix(Words x) {
   return x ^ (x >> 16);
 }
 
-// The key of kLanes rows of weights from `row` on, counted among all [B, H, T]: as wavlm_fast/ops/_dropout.py has it.
+// The key of kLanes rows of weights from `row` on, see row_of: as wavlm_fast/ops/_dropout.py has it.
 WAVLM_FAST_INLINE Words dropout_keys(const Dropout& dropout, std::int64_t row) {
   Words lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;

@@ -14,6 +14,7 @@
 #include "integers.h"
 #include "norm_act_entry.h"
 #include "packed_conv_entry.h"
+#include "packed_frames.h"
 #include "scratch.h"
 
 namespace wavlm_fast {
@@ -92,20 +93,57 @@ struct Layer {
 template <class T>
 T* data(const Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); }
 
+// Whole utterances that go through the layer together.
+struct Group {
+  int64_t first, rows;  // of all frames
+  int64_t entries;      // of the batch; packed frames are one
+  int64_t first_entry;
+  std::vector<int64_t> bounds;  // of packed utterances, within the group
+};
+
+std::vector<Group> dense_groups(int64_t B, int64_t frames) {
+  const int64_t most = std::max<int64_t>(1, kRows / frames);
+  std::vector<Group> groups;
+  for (int64_t b = 0; b < B; b += most) {
+    const int64_t count = std::min(most, B - b);
+    groups.push_back({b * frames, count * frames, count, b, {}});
+  }
+  return groups;
+}
+
+// A group takes all weights from memory: none has less than half of its rows, though some have more for that.
+std::vector<Group> packed_groups(const std::vector<int64_t>& bounds) {
+  std::vector<Group> groups;
+  for (std::size_t b = 0; b + 1 < bounds.size(); ++b) {
+    const int64_t T = bounds[b + 1] - bounds[b], left = bounds.back() - bounds[b];
+    if (groups.empty() || (groups.back().rows + T > kRows && std::min(groups.back().rows, left) >= kRows / 2)) {
+      groups.push_back({bounds[b], 0, 1, 0, {0}});
+    }
+    groups.back().rows += T;
+    groups.back().bounds.push_back(groups.back().rows);
+  }
+  return groups;
+}
+
 template <class T>
 void run(const Layer<T>& layer, const Tensor& x, const Tensor& rel_bias, const std::optional<Tensor>& key_lengths,
-         at::TensorList gate, double scale, const Tensor& out) {
-  const int64_t B = x.size(0), frames = x.size(1), C = x.size(2), H = gate[2].numel();
-  const int64_t group = std::max<int64_t>(1, kRows / frames), most = std::min(group, B) * frames;
-  // The normed input makes room for what `finish` works in.
-  const int64_t size = 3 * most * C + std::max(layer.finish_size(most), layer.norm_first ? most * C : 0);
+         at::TensorList gate, double scale, const std::vector<int64_t>& bounds, const Tensor& out) {
+  const int64_t C = x.size(2), H = gate[2].numel();
+  const auto groups = bounds.empty() ? dense_groups(x.size(0), x.size(1)) : packed_groups(bounds);
+  // The normed input makes room for what `finish` works in. A group with more rows may need less of that: it is cut.
+  int64_t most = 0, work = 0;
+  for (const Group& group : groups) {
+    most = std::max(most, group.rows);
+    work = std::max({work, layer.finish_size(group.rows), layer.norm_first ? group.rows * C : 0});
+  }
+  const int64_t size = 3 * most * C + work;
   const int64_t bytes = size * sizeof(T);
   const Tensor large = at::empty({bytes > kMostKept ? bytes : 0}, at::kByte);
   T* projected = bytes > kMostKept ? data<T>(large) : static_cast<T*>(scratch<Scratch::call>(bytes));
   T* memory = projected + 3 * most * C;
-  for (int64_t b = 0; b < B; b += group) {
-    const int64_t count = std::min(group, B - b), rows = count * frames;
-    const Tensor in = x.narrow(0, b, count);
+  for (const Group& group : groups) {
+    const int64_t rows = group.rows, frames = rows / group.entries;
+    const Tensor in = x.view({-1, C}).narrow(0, group.first, rows).view({group.entries, frames, C});
     Tensor normed = in;
     if (layer.norm_first) {
       normed = at::from_blob(memory, in.sizes(), in.options());
@@ -113,11 +151,13 @@ void run(const Layer<T>& layer, const Tensor& x, const Tensor& rel_bias, const s
     }
     layer.qkv(data<T>(normed), rows, projected);
     const Tensor gates = position_gate(normed, gate[0], gate[1], gate[2]);
-    const auto lengths = key_lengths ? std::optional<Tensor>(key_lengths->narrow(0, b, count)) : std::nullopt;
-    const Tensor qkv = at::from_blob(projected, {count, frames, 3, H, C / H}, x.options());
+    const auto lengths =
+        key_lengths ? std::optional<Tensor>(key_lengths->narrow(0, group.first_entry, group.entries)) : std::nullopt;
+    const Tensor qkv = at::from_blob(projected, {group.entries, frames, 3, H, C / H}, x.options());
     const Tensor q = qkv.select(2, 0);
-    gated_attention_into(q, q, qkv.select(2, 1), qkv.select(2, 2), gates, rel_bias, lengths, 0.0, std::nullopt, scale);
-    layer.finish(projected, 3 * C, data<T>(in), rows, data<T>(out) + b * frames * C, memory);
+    gated_attention_into(q, q, qkv.select(2, 1), qkv.select(2, 2), gates, rel_bias, lengths, 0.0, std::nullopt, scale,
+                         group.bounds);
+    layer.finish(projected, 3 * C, data<T>(in), rows, data<T>(out) + group.first * C, memory);
   }
 }
 
@@ -140,12 +180,12 @@ Layer<T> layer_of(const std::vector<Tensor>& packed, const std::vector<Tensor>& 
           norm(0), norm(1), norm_first};
 }
 
-// [B, T, C] float32, or bfloat16 where it has products of its own. Packed weights and biases are of queries, keys and
+// [B, T, C] float32, or bfloat16 where it has products of its own; packed frames beside offsets. Packed weights and biases are of queries, keys and
 // values as one layer, of the attention's output, and of the feed-forward's two layers.
 Tensor encoder_layer(const Tensor& x, const Tensor& rel_bias, const std::optional<Tensor>& key_lengths,
                      std::vector<Tensor> packed, std::vector<Tensor> biases, std::vector<Tensor> gate,
                      std::vector<Tensor> norms, at::ArrayRef<double> eps, double scale, std::string activation,
-                     bool norm_first) {
+                     bool norm_first, const std::optional<Tensor>& offsets) {
   TORCH_CHECK(x.dim() == 3 && packed.size() == 4 && biases.size() == 4 && gate.size() == 3 && norms.size() == 4 &&
                   eps.size() == 2,
               "encoder_layer: expected x of [B, T, C] and four packed weights, got ", x.sizes(), " and ", packed.size());
@@ -157,13 +197,17 @@ Tensor encoder_layer(const Tensor& x, const Tensor& rel_bias, const std::optiona
   TORCH_CHECK(C % gate[2].numel() == 0, "encoder_layer: expected heads that divide ", C, " channels, got ",
               gate[2].numel());
   check_lengths("encoder_layer", key_lengths, x.size(0));
+  const auto bounds = bounds_of("encoder_layer", offsets, x);
+  TORCH_CHECK(bounds.empty() || !key_lengths, "encoder_layer: expected key_lengths or offsets, got both");
   const Tensor in = x.contiguous(), out = at::empty_like(in);
   if (in.numel() == 0) return out;
   if (in.scalar_type() == at::kFloat) {
-    run(layer_of<float>(packed, biases, norms, eps, activation, norm_first, C), in, rel_bias, key_lengths, gate, scale, out);
+    run(layer_of<float>(packed, biases, norms, eps, activation, norm_first, C), in, rel_bias, key_lengths, gate, scale,
+        bounds, out);
   } else {
     TORCH_CHECK(in.scalar_type() == at::kBFloat16, "encoder_layer: expected float32 or bfloat16, got ", in.scalar_type());
-    run(layer_of<bf16>(packed, biases, norms, eps, activation, norm_first, C), in, rel_bias, key_lengths, gate, scale, out);
+    run(layer_of<bf16>(packed, biases, norms, eps, activation, norm_first, C), in, rel_bias, key_lengths, gate, scale,
+        bounds, out);
   }
   return out;
 }

@@ -13,6 +13,11 @@ struct FrameStrides {
   std::int64_t b, t, h;
 };
 
+// Where the frames of an utterance are: a batch entry is one, or of packed frames the only entry has them all.
+struct Utterance {
+  std::int64_t b, first, T;
+};
+
 // Of the attention weights, as wavlm_fast/ops/_dropout.py defines it.
 struct Dropout {
   std::uint32_t threshold;  // of the 24 random bits of a weight; 0: none is dropped
@@ -26,10 +31,11 @@ struct AttentionInputs {
   const T* k;
   const T* v;
   FrameStrides q_strides, k_strides, v_strides;
-  const float* gate;                // [B, H, T]
-  const float* bias;                // [H, bias_stride], of query i and key j at i - j + T - 1
+  const float* gate;                // [B, H, frames]
+  const float* bias;                // [H, bias_stride], of query i and key j at i - j + longest - 1
   const std::int64_t* key_lengths;  // [B], or null
-  std::int64_t B, T_, H, D;
+  std::int64_t frames, H, D;        // frames of a batch entry
+  std::int64_t longest;             // T of an utterance
   std::int64_t bias_stride;
   float scale;  // positive, `power` times `unit`
   float power;  // of two
@@ -41,12 +47,12 @@ template <class T>
 struct GatedAttention : AttentionInputs<T> {
   T* out;  // may be where q is: a call has read its own queries before it writes
   FrameStrides out_strides;
-  float* lse;  // [B, H, T]
+  float* lse;  // [B, H, frames]
 };
 
-// Computes the blocks of queries first_block .. end_block - 1 of one batch entry and head.
+// Computes the blocks of queries first_block .. end_block - 1 of one utterance and head.
 template <class T>
-using GatedAttentionForward = void(const GatedAttention<T>& call, std::int64_t b, std::int64_t h,
+using GatedAttentionForward = void(const GatedAttention<T>& call, const Utterance& of, std::int64_t h,
                                    std::int64_t first_block, std::int64_t end_block, float* scratch);
 
 struct GatedAttentionKernels {
@@ -60,30 +66,30 @@ struct GatedAttentionKernels {
 
 template <class T>
 struct GatedAttentionBackward : AttentionInputs<T> {
-  const T* grad;     // [B, T, H, D], as are dq, dk and dv
-  const float* lse;  // [B, H, T]
+  const T* grad;     // [B, frames, H, D], as are dq, dk and dv
+  const float* lse;  // [B, H, frames]
   T* dq;
   T* dk;
   T* dv;
-  float* dgate;  // [B, H, T]
+  float* dgate;  // [B, H, frames]
 };
 
 // The blocks' part of the gradients: dq and dgate of their queries, and into `sums` and `dbias` what they add to those
-// of the keys and of the bias. dbias[x] is of the bias at x = i - j + T - 1; `queries` floats before and behind it are
-// written too.
+// of the keys and of the bias. dbias[x] is of the bias at x = i - j + T - 1, T being the utterance's; `queries` floats
+// before and behind it are written too.
 template <class T>
-using GatedAttentionBackwardBlocks = void(const GatedAttentionBackward<T>& call, std::int64_t b, std::int64_t h,
+using GatedAttentionBackwardBlocks = void(const GatedAttentionBackward<T>& call, const Utterance& of, std::int64_t h,
                                           std::int64_t first_block, std::int64_t end_block, float* sums,
                                           float* dbias, float* scratch);
 
-// dk and dv of one batch entry and head from the sums of `parts` ranges of blocks, which lie one behind the other.
+// dk and dv of one utterance and head from the sums of `parts` ranges of blocks, which lie one behind the other.
 template <class T>
-using GatedAttentionBackwardKeys = void(const GatedAttentionBackward<T>& call, std::int64_t b, std::int64_t h,
+using GatedAttentionBackwardKeys = void(const GatedAttentionBackward<T>& call, const Utterance& of, std::int64_t h,
                                         const float* sums, std::int64_t parts);
 
 struct GatedAttentionBackwardKernels {
   std::int64_t queries;
-  // Floats of 64-byte aligned memory: scratch of a call, and the sums of a range of blocks.
+  // Floats of 64-byte aligned memory for an utterance of T frames: scratch, and the sums of a range of blocks.
   std::size_t (*scratch_size)(std::int64_t T, std::int64_t D);
   std::size_t (*sums_size)(std::int64_t T, std::int64_t D);
   GatedAttentionBackwardBlocks<float>* blocks_float;

@@ -9,7 +9,7 @@
 
 #include "dispatch.h"
 #include "gated_attention_entry.h"
-#include "integers.h"
+#include "packed_frames.h"
 #include "scratch.h"
 
 namespace wavlm_fast {
@@ -27,28 +27,40 @@ constexpr int64_t kLeastBlocks = 4;  // of a task: it copies all keys and values
 // A thread keeps no more than that from call to call.
 constexpr int64_t kMostKept = 1 << 22;
 
-struct Tasks {
-  int64_t blocks, parts, pairs;
+// Where the sums of the tasks of each utterance are, all in one piece of memory.
+struct Sums {
+  std::vector<int64_t> first, size;  // floats: before the utterance, and of each of its tasks
+  int64_t total = 0;
 
-  Tasks(int64_t B, int64_t T, int64_t H, int64_t queries) : blocks(divided_up(T, queries)), pairs(B * H) {
-    const int64_t wanted = divided_up(kLeastTasks, std::max<int64_t>(pairs, 1));
-    parts = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(blocks / kLeastBlocks, 1));
+  template <class SizeOf>
+  Sums(const AttentionTasks& tasks, int64_t H, const SizeOf& size_of) {
+    for (int64_t u = 0; u < tasks.utterances(); ++u) {
+      first.push_back(total), size.push_back(size_of(u));
+      total += H * tasks.parts(u) * size[u];
+    }
   }
 
-  int64_t first_block(int64_t part) const { return part * blocks / parts; }
+  // The sums of a part of an utterance and head. Its other parts follow.
+  int64_t at(const AttentionTasks& tasks, int64_t u, int64_t h, int64_t part) const {
+    return first[u] + (h * tasks.parts(u) + part) * size[u];
+  }
 };
 
-// The diagonals' sums of all tasks, [pairs * parts, 2T-1] with room on both sides -> [H, 2T-1], in one fixed order.
-void add_up_bias(const Tensor& sums, const Tasks& tasks, int64_t B, int64_t queries, const Tensor& drel_bias) {
+// The diagonals' sums of all tasks, with room on both sides, around the centre of [H, 2L-1], in one fixed order.
+void add_up_bias(const Tensor& memory, const Sums& sums, const AttentionTasks& tasks, int64_t queries,
+                 const Tensor& drel_bias) {
   const int64_t H = drel_bias.size(0), entries = drel_bias.size(1);
   at::parallel_for(0, H, 1, [&](int64_t begin, int64_t end) {
     std::vector<double> total(entries);
     for (int64_t h = begin; h < end; ++h) {
       std::fill(total.begin(), total.end(), 0.0);
-      for (int64_t task = 0; task < B * tasks.parts; ++task) {
-        const int64_t row = (task / tasks.parts * H + h) * tasks.parts + task % tasks.parts;
-        const float* from = sums.const_data_ptr<float>() + row * sums.size(1) + queries;
-        for (int64_t x = 0; x < entries; ++x) total[x] += from[x];
+      for (int64_t u = 0; u < tasks.utterances(); ++u) {
+        const int64_t own = sums.size[u] - 2 * queries;
+        double* to = total.data() + (entries - own) / 2;
+        for (int64_t part = 0; part < tasks.parts(u); ++part) {
+          const float* from = memory.const_data_ptr<float>() + sums.at(tasks, u, h, part) + queries;
+          for (int64_t x = 0; x < own; ++x) to[x] += from[x];
+        }
       }
       std::reverse_copy(total.begin(), total.end(), drel_bias.mutable_data_ptr<float>() + h * entries);
     }
@@ -56,36 +68,47 @@ void add_up_bias(const Tensor& sums, const Tasks& tasks, int64_t B, int64_t quer
 }
 
 template <class T>
-void run(const GatedAttentionBackward<T>& call, const Tensor& drel_bias, GatedAttentionBackwardBlocks<T>* of_blocks,
-         GatedAttentionBackwardKeys<T>* of_keys, const GatedAttentionBackwardKernels& kernels) {
-  const Tasks tasks(call.B, call.T_, call.H, kernels.queries);
-  const int64_t n_tasks = tasks.pairs * tasks.parts, n_sums = kernels.sums_size(call.T_, call.D);
-  const int64_t n_scratch = kernels.scratch_size(call.T_, call.D), n_bias = 2 * call.T_ - 1 + 2 * kernels.queries;
-  const bool whole = tasks.parts == 1;  // a task's sums are those of its keys
-  const Tensor bias_sums = at::empty({n_tasks, n_bias}, at::kFloat);
-  const Tensor sums = at::empty({whole ? 0 : n_tasks * n_sums}, at::kFloat);
+void run(const GatedAttentionBackward<T>& call, const std::vector<Utterance>& utterances, const Tensor& drel_bias,
+         GatedAttentionBackwardBlocks<T>* of_blocks, GatedAttentionBackwardKeys<T>* of_keys,
+         const GatedAttentionBackwardKernels& kernels) {
+  const AttentionTasks tasks(utterances, call.H, kernels.queries, kLeastTasks, [](int64_t blocks, int64_t parts) {
+    return std::clamp<int64_t>(parts, 1, std::max<int64_t>(blocks / kLeastBlocks, 1));
+  });
+  // Of an utterance in one part a task's sums are those of its keys.
+  const auto whole = [&](int64_t u) { return tasks.parts(u) == 1; };
+  const auto sums_size = [&](int64_t u) { return static_cast<int64_t>(kernels.sums_size(utterances[u].T, call.D)); };
+  const auto bias_size = [&](int64_t u) { return 2 * utterances[u].T - 1 + 2 * kernels.queries; };
+  const Sums of_bias(tasks, call.H, bias_size);
+  const Sums of_parts(tasks, call.H, [&](int64_t u) { return whole(u) ? 0 : sums_size(u); });
+  const int64_t n_scratch = kernels.scratch_size(call.longest, call.D);
+  int64_t n_whole = 0, cut = 0;  // utterances up to the last that is in parts
+  for (int64_t u = 0; u < tasks.utterances(); ++u) {
+    if (whole(u)) n_whole = std::max(n_whole, sums_size(u));
+    else cut = u + 1;
+  }
+  const Tensor bias_sums = at::empty({of_bias.total}, at::kFloat), sums = at::empty({of_parts.total}, at::kFloat);
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(n_tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    const int64_t bytes = (n_scratch + (whole ? n_sums : 0)) * sizeof(float);
+  at::parallel_for(0, std::min<int64_t>(tasks.count(), at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    const int64_t bytes = (n_scratch + n_whole) * sizeof(float);
     const Tensor large = at::empty({bytes > kMostKept ? bytes : 0}, at::kByte);
     float* memory = static_cast<float*>(bytes > kMostKept ? large.mutable_data_ptr() : scratch<Scratch::task>(bytes));
-    for (int64_t task = next++; task < n_tasks; task = next++) {
-      const int64_t pair = task / tasks.parts, part = task % tasks.parts, b = pair / call.H, h = pair % call.H;
-      float* own = whole ? memory + n_scratch : sums.mutable_data_ptr<float>() + task * n_sums;
-      float* bias = bias_sums.mutable_data_ptr<float>() + task * n_bias + kernels.queries;
-      of_blocks(call, b, h, tasks.first_block(part), tasks.first_block(part + 1), own, bias, memory);
-      if (whole) of_keys(call, b, h, own, 1);
+    for (int64_t i = next++; i < tasks.count(); i = next++) {
+      const auto [u, h, part, first_block, end_block] = tasks[i];
+      float* own = whole(u) ? memory + n_scratch : sums.mutable_data_ptr<float>() + of_parts.at(tasks, u, h, part);
+      float* bias = bias_sums.mutable_data_ptr<float>() + of_bias.at(tasks, u, h, part) + kernels.queries;
+      of_blocks(call, utterances[u], h, first_block, end_block, own, bias, memory);
+      if (whole(u)) of_keys(call, utterances[u], h, own, 1);
     }
   });
-  if (!whole) {
-    at::parallel_for(0, tasks.pairs, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t pair = begin; pair < end; ++pair) {
-        const float* own = sums.const_data_ptr<float>() + pair * tasks.parts * n_sums;
-        of_keys(call, pair / call.H, pair % call.H, own, tasks.parts);
-      }
-    });
-  }
-  add_up_bias(bias_sums, tasks, call.B, kernels.queries, drel_bias);
+  at::parallel_for(0, cut * call.H, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t pair = begin; pair < end; ++pair) {
+      const int64_t u = pair / call.H, h = pair % call.H;
+      if (whole(u)) continue;
+      const float* own = sums.const_data_ptr<float>() + of_parts.at(tasks, u, h, 0);
+      of_keys(call, utterances[u], h, own, tasks.parts(u));
+    }
+  });
+  add_up_bias(bias_sums, of_bias, tasks, kernels.queries, drel_bias);
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -102,15 +125,18 @@ void differentiate(const AttentionTensors& tensors, const Tensor& grad, const Te
   call.dk = static_cast<T*>(dk.mutable_data_ptr());
   call.dv = static_cast<T*>(dv.mutable_data_ptr());
   call.dgate = dgate.mutable_data_ptr<float>();
-  run(call, drel_bias, of_blocks, of_keys, gated_attention_backward_kernels());
+  run(call, tensors.utterances, drel_bias, of_blocks, of_keys, gated_attention_backward_kernels());
 }
 
 Gradients gated_attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
                                    const Tensor& gate, const Tensor& rel_bias,
                                    const std::optional<Tensor>& key_lengths, const Tensor& out, const Tensor& lse,
-                                   double dropout_p, const std::optional<Tensor>& seed, double scale) {
+                                   double dropout_p, const std::optional<Tensor>& seed, double scale,
+                                   const std::optional<Tensor>& offsets) {
   const auto& kernels = gated_attention_backward_kernels();
-  const AttentionTensors tensors(q, k, v, gate, rel_bias, key_lengths, dropout_p, seed, scale, kernels.queries);
+  const auto bounds = bounds_of("gated_attention_backward", offsets, q);
+  const AttentionTensors tensors(q, k, v, gate, rel_bias, key_lengths, dropout_p, seed, scale, bounds,
+                                 kernels.queries);
   TORCH_CHECK(grad.scalar_type() == q.scalar_type() && grad.sizes() == q.sizes(),
               "gated_attention_backward: expected a gradient like q, got ", grad.scalar_type(), " ", grad.sizes());
   TORCH_CHECK(lse.scalar_type() == at::kFloat && lse.sizes() == gate.sizes(),

@@ -61,14 +61,21 @@ struct Work {
 
 struct Block {
   std::int64_t first, count;  // queries
-  std::int64_t row;           // of the first query among all [B, H, T]
+  std::int64_t row;           // of the first query, see row_of
 };
 
+// Where a head of a frame is in contiguous [B, frames, H, D].
 template <class T>
-void start(const GatedAttentionBackward<T>& call, std::int64_t b, std::int64_t h, const Block& block,
+constexpr std::int64_t contiguous(const GatedAttentionBackward<T>& call, const Utterance& of, std::int64_t h,
+                                  std::int64_t frame) {
+  return ((of.b * call.frames + of.first + frame) * call.H + h) * call.D;
+}
+
+template <class T>
+void start(const GatedAttentionBackward<T>& call, const Utterance& of, std::int64_t h, const Block& block,
            std::int64_t width, const Work& work) {
-  const T* q = call.q + b * call.q_strides.b + block.first * call.q_strides.t + h * call.q_strides.h;
-  const T* grad = call.grad + ((b * call.T_ + block.first) * call.H + h) * call.D;
+  const T* q = head_of(call.q, call.q_strides, of, h) + block.first * call.q_strides.t;
+  const T* grad = call.grad + contiguous(call, of, h, block.first);
   copy_transposed<Single>(q, call.q_strides.t, block.count, call.D, width, work.q);
   multiply_words<Single>(work.q, call.D * width, call.power);
   copy_transposed<Single>(grad, call.H * call.D, block.count, call.D, width, work.grad);
@@ -280,16 +287,16 @@ void divide(const GatedAttentionBackward<T>& call, const Block& block, Rows<N>& 
 
 // The second half of a block, which needs the sums over all keys that the first half found.
 template <int N, class T>
-void block_gradients(const GatedAttentionBackward<T>& call, std::int64_t b, std::int64_t h, const Block& block,
+void block_gradients(const GatedAttentionBackward<T>& call, const Utterance& of, std::int64_t h, const Block& block,
                      std::int64_t keys, const Sizes& sizes, const Work& work, bool add, float* dk, float* dv,
                      float* dbias) {
   constexpr int kWidth = N * kLanes;
-  const float* bias = call.bias + h * call.bias_stride + block.first + call.T_ - 1;
+  const float* bias = bias_of(call, h) + block.first;
   Rows<N> rows;
   weigh_block<N>(call, bias, block, keys, sizes, work, rows);
   divide<N>(call, block, rows, work);
-  const T* q = call.q + b * call.q_strides.b + block.first * call.q_strides.t + h * call.q_strides.h;
-  const std::int64_t out = ((b * call.T_ + block.first) * call.H + h) * call.D, stride = call.H * call.D;
+  const T* q = head_of(call.q, call.q_strides, of, h) + block.first * call.q_strides.t;
+  const std::int64_t out = contiguous(call, of, h, block.first), stride = call.H * call.D;
   scaled_panels(q, call.q_strides.t, block.count, call.D, work.share, call.scale, work.q_panels);
   scaled_panels(call.grad + out, stride, block.count, call.D, work.share, call.dropout.kept_scale, work.grad_panels);
   const Diagonals diagonals(work.diagonals, keys, N);
@@ -311,45 +318,43 @@ void block_gradients(const GatedAttentionBackward<T>& call, std::int64_t b, std:
     });
   }
   diagonals.fold(work.diagonals + sizes.slots * kLanes * kLanes,
-                 dbias + block.first + call.T_ - 1 - diagonals.last * kLanes);
+                 dbias + block.first + of.T - 1 - diagonals.last * kLanes);
   store_queries(work.dq, work.share, call.scale, kWidth, block, call.D, call.dq + out, stride);
   for (std::int64_t i = 0; i < block.count; ++i) call.dgate[block.row + i] = work.dgate[i] * work.share[i];
 }
 
 template <class T>
-void blocks(const GatedAttentionBackward<T>& call, std::int64_t b, std::int64_t h, std::int64_t first_block,
+void blocks(const GatedAttentionBackward<T>& call, const Utterance& of, std::int64_t h, std::int64_t first_block,
             std::int64_t end_block, float* sums, float* dbias, float* scratch) {
-  const Sizes sizes(call.T_, call.D);
+  const Sizes sizes(of.T, call.D);
   const Work work(sizes, scratch);
-  const std::int64_t keys = keys_of(call, b);
+  const std::int64_t keys = keys_of(call, of);
   float* dk = sums;
-  float* dv = sums + call.T_ * sizes.channels;
-  std::memset(dbias - kQueries, 0, (2 * call.T_ - 1 + 2 * kQueries) * sizeof(float));
+  float* dv = sums + of.T * sizes.channels;
+  std::memset(dbias - kQueries, 0, (2 * of.T - 1 + 2 * kQueries) * sizeof(float));
   std::memset(work.diagonals, 0, sizes.slots * kLanes * kLanes * sizeof(float));
-  copy_rows<Single>(call.k + b * call.k_strides.b + h * call.k_strides.h, call.k_strides.t, keys, call.D,
-                    sizes.channels, work.k);
-  copy_rows<Single>(call.v + b * call.v_strides.b + h * call.v_strides.h, call.v_strides.t, keys, call.D,
-                    sizes.channels, work.v);
+  copy_rows<Single>(head_of(call.k, call.k_strides, of, h), call.k_strides.t, keys, call.D, sizes.channels, work.k);
+  copy_rows<Single>(head_of(call.v, call.v_strides, of, h), call.v_strides.t, keys, call.D, sizes.channels, work.v);
   for (std::int64_t i = first_block; i < end_block; ++i) {
-    const std::int64_t first = first_query(i, call.T_), end = first_query(i + 1, call.T_), width = end - first;
-    const Block block = {first, least(end, call.T_) - first, (b * call.H + h) * call.T_ + first};
+    const std::int64_t first = first_query(i, of.T), end = first_query(i + 1, of.T), width = end - first;
+    const Block block = {first, least(end, of.T) - first, row_of(call, of, h, first)};
     const bool add = i > first_block;
-    start(call, b, h, block, width, work);
-    if (width == 3 * kLanes) block_gradients<3>(call, b, h, block, keys, sizes, work, add, dk, dv, dbias);
-    if (width == 2 * kLanes) block_gradients<2>(call, b, h, block, keys, sizes, work, add, dk, dv, dbias);
-    if (width == 1 * kLanes) block_gradients<1>(call, b, h, block, keys, sizes, work, add, dk, dv, dbias);
+    start(call, of, h, block, width, work);
+    if (width == 3 * kLanes) block_gradients<3>(call, of, h, block, keys, sizes, work, add, dk, dv, dbias);
+    if (width == 2 * kLanes) block_gradients<2>(call, of, h, block, keys, sizes, work, add, dk, dv, dbias);
+    if (width == 1 * kLanes) block_gradients<1>(call, of, h, block, keys, sizes, work, add, dk, dv, dbias);
   }
 }
 
 template <class T>
-void keys(const GatedAttentionBackward<T>& call, std::int64_t b, std::int64_t h, const float* sums,
+void keys(const GatedAttentionBackward<T>& call, const Utterance& of, std::int64_t h, const float* sums,
           std::int64_t parts) {
-  const Sizes sizes(call.T_, call.D);
-  const std::int64_t size = call.T_ * sizes.channels, keys = keys_of(call, b);
+  const Sizes sizes(of.T, call.D);
+  const std::int64_t size = of.T * sizes.channels, keys = keys_of(call, of);
   T* const outs[] = {call.dk, call.dv};
   for (T* out : outs) {
-    T* to = out + (b * call.T_ * call.H + h) * call.D;
-    for (std::int64_t j = 0; j < call.T_; ++j, to += call.H * call.D) {
+    T* to = out + contiguous(call, of, h, 0);
+    for (std::int64_t j = 0; j < of.T; ++j, to += call.H * call.D) {
       sweep(call.D, [&](std::int64_t d, auto lanes, int) {
         Floats sum = {};
         for (std::int64_t p = 0; p < parts && j < keys; ++p) sum += load(sums + 2 * p * size + j * sizes.channels + d);

@@ -3,23 +3,31 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
+#include <vector>
 
 #include "gated_attention.h"
+#include "integers.h"
 
 namespace wavlm_fast {
 
 // The ops' inputs, checked, and as the kernels want them.
 struct AttentionTensors {
   at::Tensor q, k, v, gate, bias, key_lengths;
+  std::vector<Utterance> utterances;  // the longest first
   Dropout dropout;
   double scale;
 
-  // `queries` is the kernels' number of queries of a block.
+  // `bounds` are of packed frames, see bounds_of, and empty of dense ones. `queries` is the kernels' number of queries
+  // of a block.
   AttentionTensors(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& gate,
                    const at::Tensor& rel_bias, const std::optional<at::Tensor>& key_lengths, double dropout_p,
-                   const std::optional<at::Tensor>& seed, double scale, int64_t queries);
+                   const std::optional<at::Tensor>& seed, double scale, at::ArrayRef<int64_t> bounds,
+                   int64_t queries);
+
+  int64_t longest() const { return utterances.empty() ? 0 : utterances[0].T; }
 
   template <class T>
   void fill(AttentionInputs<T>& call) const {
@@ -30,7 +38,7 @@ struct AttentionTensors {
     call.gate = gate.const_data_ptr<float>();
     call.bias = bias.const_data_ptr<float>(), call.bias_stride = bias.size(1);
     call.key_lengths = key_lengths.defined() ? key_lengths.const_data_ptr<int64_t>() : nullptr;
-    call.B = q.size(0), call.T_ = q.size(1), call.H = q.size(2), call.D = q.size(3);
+    call.frames = q.size(1), call.H = q.size(2), call.D = q.size(3), call.longest = longest();
     int exponent;
     call.unit = 2.0f * std::frexp(call.scale = static_cast<float>(scale), &exponent);
     call.power = std::ldexp(1.0f, exponent - 1);
@@ -38,6 +46,55 @@ struct AttentionTensors {
   }
 
   static FrameStrides strides(const at::Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
+};
+
+// What is done at a time: blocks of queries of one utterance and head.
+struct AttentionTask {
+  int64_t utterance, h, part, first_block, end_block;
+};
+
+// The work of a call, an utterance and head cut into as many parts as its share of all is worth. What is long comes
+// first, and threads take tasks as they finish: in the end all of them have short ones.
+class AttentionTasks {
+ public:
+  // `wanted` tasks, or more; parts_of(blocks, parts) says in how many parts so many blocks are cut instead of `parts`.
+  template <class PartsOf>
+  AttentionTasks(const std::vector<Utterance>& utterances, int64_t H, int64_t queries, int64_t wanted,
+                 const PartsOf& parts_of) {
+    int64_t cost = 0;  // of queries times keys
+    for (const Utterance& of : utterances) cost += squared(divided_up(of.T, queries));
+    for (const Utterance& of : utterances) {
+      const int64_t blocks = divided_up(of.T, queries);
+      if (blocks == 0 || H == 0) break;
+      const int64_t parts = parts_of(blocks, divided_up(wanted * squared(blocks), H * cost));
+      shares_.push_back({blocks, parts, count_});
+      count_ += H * parts;
+    }
+  }
+
+  int64_t count() const { return count_; }
+  // Utterances that have tasks at all, and in how many parts they are.
+  int64_t utterances() const { return shares_.size(); }
+  int64_t parts(int64_t utterance) const { return shares_[utterance].parts; }
+
+  AttentionTask operator[](int64_t task) const {
+    const auto after = std::upper_bound(shares_.begin(), shares_.end(), task,
+                                        [](int64_t task, const Share& share) { return task < share.first_task; });
+    const Share& share = *(after - 1);
+    const int64_t own = task - share.first_task, part = own % share.parts;
+    return {after - 1 - shares_.begin(), own / share.parts, part, part * share.blocks / share.parts,
+            (part + 1) * share.blocks / share.parts};
+  }
+
+ private:
+  struct Share {
+    int64_t blocks, parts, first_task;
+  };
+
+  static constexpr int64_t squared(int64_t n) { return n * n; }
+
+  int64_t count_ = 0;
+  std::vector<Share> shares_;
 };
 
 }  // namespace wavlm_fast

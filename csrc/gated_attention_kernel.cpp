@@ -42,10 +42,10 @@ struct Sizes {
 };
 
 template <class Element, class T>
-void start(const GatedAttention<T>& call, std::int64_t b, std::int64_t h, const T* q, const Block& block) {
+void start(const GatedAttention<T>& call, const Utterance& of, std::int64_t h, const T* q, const Block& block) {
   copy_transposed<Element>(q, call.q_strides.t, block.count, call.D, block.width, block.q);
   multiply_words<Element>(block.q, words_of(call.D, Element::kDepth) * block.width, call.power);
-  const float* gate = call.gate + (b * call.H + h) * call.T_ + block.first;
+  const float* gate = call.gate + row_of(call, of, h, block.first);
   for (std::int64_t i = 0; i < block.width; i += kLanes) {
     store(block.gate + i, load_some(gate + i, block.count - i) / call.unit);
     store(block.top + i, splat(-__builtin_inff()));
@@ -117,9 +117,9 @@ void accumulate(const float* weights, const float* panel, std::int64_t words, bo
 
 // One tile of keys for one block of N vectors of queries.
 template <class Element, int N, class T>
-void attend(const GatedAttention<T>& call, std::int64_t b, std::int64_t h, const Sizes& sizes, const Tile& tile,
-            const Block& block) {
-  const float* bias = call.bias + h * call.bias_stride + block.first - tile.first + call.T_ - 1;
+void attend(const GatedAttention<T>& call, const Utterance& of, std::int64_t h, const Sizes& sizes,
+            const Tile& tile, const Block& block) {
+  const float* bias = bias_of(call, h) + block.first - tile.first;
   Floats top[N], total[N] = {};
   Softmax softmax[N];
   alignas(64) float fade[N * kLanes + kRows];
@@ -140,7 +140,7 @@ void attend(const GatedAttention<T>& call, std::int64_t b, std::int64_t h, const
     float* at = block.total + n * kLanes;
     store(at, load(at) * load(fade + n * kLanes) + total[n]);
   }
-  if (call.dropout.threshold) drop<Element, N>(call.dropout, (b * call.H + h) * call.T_ + block.first, tile);
+  if (call.dropout.threshold) drop<Element, N>(call.dropout, row_of(call, of, h, block.first), tile);
   for_groups(sizes.channels / kLanes, [&](std::int64_t first, auto group) {
     accumulate<Element, N, group.count>(tile.scores, tile.values + first * kLanes * kKeys,
                                         words_of(tile.count, Element::kDepth), tile.first > 0, fade,
@@ -149,9 +149,9 @@ void attend(const GatedAttention<T>& call, std::int64_t b, std::int64_t h, const
 }
 
 template <class T>
-void finish(const GatedAttention<T>& call, std::int64_t b, std::int64_t h, const Sizes& sizes, const Block& block) {
-  T* out = call.out + b * call.out_strides.b + block.first * call.out_strides.t + h * call.out_strides.h;
-  float* lse = call.lse + (b * call.H + h) * call.T_ + block.first;
+void finish(const GatedAttention<T>& call, const Utterance& of, std::int64_t h, const Sizes& sizes, const Block& block) {
+  T* out = head_of(call.out, call.out_strides, of, h) + block.first * call.out_strides.t;
+  float* lse = call.lse + row_of(call, of, h, block.first);
   const float* sums = block.sums;
   for (std::int64_t i = 0; i < block.count; ++i, out += call.out_strides.t, sums += sizes.channels) {
     const float top = block.top[i], total = block.total[i];
@@ -163,28 +163,27 @@ void finish(const GatedAttention<T>& call, std::int64_t b, std::int64_t h, const
 }
 
 template <class Element, class T>
-void attend(const GatedAttention<T>& call, std::int64_t b, std::int64_t h, const Sizes& sizes, const Tile& tile,
-            const Block& block) {
-  if (block.width == 3 * kLanes) attend<Element, 3>(call, b, h, sizes, tile, block);
-  if (block.width == 2 * kLanes) attend<Element, 2>(call, b, h, sizes, tile, block);
-  if (block.width == 1 * kLanes) attend<Element, 1>(call, b, h, sizes, tile, block);
+void attend(const GatedAttention<T>& call, const Utterance& of, std::int64_t h, const Sizes& sizes,
+            const Tile& tile, const Block& block) {
+  if (block.width == 3 * kLanes) attend<Element, 3>(call, of, h, sizes, tile, block);
+  if (block.width == 2 * kLanes) attend<Element, 2>(call, of, h, sizes, tile, block);
+  if (block.width == 1 * kLanes) attend<Element, 1>(call, of, h, sizes, tile, block);
 }
 
 // The blocks' places in scratch.
-template <class T>
-void place(const GatedAttention<T>& call, const Sizes& sizes, std::int64_t first_block, std::int64_t count,
-           float* scratch, Block* blocks) {
+void place(std::int64_t T, const Sizes& sizes, std::int64_t first_block, std::int64_t count, float* scratch,
+           Block* blocks) {
   for (std::int64_t i = 0; i < count; ++i, scratch += sizes.block()) {
-    const std::int64_t begin = first_query(first_block + i, call.T_), end = first_query(first_block + i + 1, call.T_);
+    const std::int64_t begin = first_query(first_block + i, T), end = first_query(first_block + i + 1, T);
     float* sums = scratch + sizes.words * kQueries;
     float* state = sums + sizes.sums();
-    blocks[i] = {scratch, sums,  state,      state + kQueries, state + 2 * kQueries, begin, least(end, call.T_) - begin,
+    blocks[i] = {scratch, sums,  state,      state + kQueries, state + 2 * kQueries, begin, least(end, T) - begin,
                  end - begin};
   }
 }
 
 template <class Element, class T>
-void forward(const GatedAttention<T>& call, std::int64_t b, std::int64_t h, std::int64_t first_block,
+void forward(const GatedAttention<T>& call, const Utterance& of, std::int64_t h, std::int64_t first_block,
              std::int64_t end_block, float* scratch) {
   const Sizes sizes(call.D, Element::kDepth);
   Tile tile;
@@ -193,11 +192,11 @@ void forward(const GatedAttention<T>& call, std::int64_t b, std::int64_t h, std:
   tile.scores = tile.values + kKeys * sizes.channels;
   Block blocks[kBlocks];
   const std::int64_t n_blocks = end_block - first_block;
-  place(call, sizes, first_block, n_blocks, scratch + sizes.tile(), blocks);
-  const T* q = call.q + b * call.q_strides.b + h * call.q_strides.h;
-  const T* k = call.k + b * call.k_strides.b + h * call.k_strides.h;
-  const T* v = call.v + b * call.v_strides.b + h * call.v_strides.h;
-  const std::int64_t keys = keys_of(call, b);
+  place(of.T, sizes, first_block, n_blocks, scratch + sizes.tile(), blocks);
+  const T* q = head_of(call.q, call.q_strides, of, h);
+  const T* k = head_of(call.k, call.k_strides, of, h);
+  const T* v = head_of(call.v, call.v_strides, of, h);
+  const std::int64_t keys = keys_of(call, of);
   tile.first = 0;
   do {  // once even without keys, so that there are zeros to finish with
     tile.count = least(kKeys, keys - tile.first);
@@ -207,7 +206,7 @@ void forward(const GatedAttention<T>& call, std::int64_t b, std::int64_t h, std:
     for (std::int64_t i = 0; i < n_blocks; ++i) {
       const Block& block = blocks[i];
       if (tile.first == 0) {
-        start<Element>(call, b, h, q + block.first * call.q_strides.t, block);
+        start<Element>(call, of, h, q + block.first * call.q_strides.t, block);
         if (i + 1 < n_blocks) {
           prefetch_rows(q + blocks[i + 1].first * call.q_strides.t, call.q_strides.t, blocks[i + 1].count, call.D);
         }
@@ -215,8 +214,8 @@ void forward(const GatedAttention<T>& call, std::int64_t b, std::int64_t h, std:
       const std::int64_t row = n_next * i / n_blocks, rows = n_next * (i + 1) / n_blocks - row;
       prefetch_rows(k + (next + row) * call.k_strides.t, call.k_strides.t, rows, call.D);
       prefetch_rows(v + (next + row) * call.v_strides.t, call.v_strides.t, rows, call.D);
-      attend<Element>(call, b, h, sizes, tile, block);
-      if (n_next == 0) finish(call, b, h, sizes, block);
+      attend<Element>(call, of, h, sizes, tile, block);
+      if (n_next == 0) finish(call, of, h, sizes, block);
     }
     tile.first = next;
   } while (tile.first < keys);

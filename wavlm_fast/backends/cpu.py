@@ -45,7 +45,7 @@ for _schema in (
     "packed_conv(Tensor x, Tensor packed, Tensor? bias, int channels, int taps, int stride, int dilation, "
     f"bool filtered, str activation, {_RESIZED}) -> Tensor",
     "encoder_layer(Tensor x, Tensor rel_bias, Tensor? key_lengths, Tensor[] packed, Tensor[] biases, Tensor[] gate, "
-    "Tensor[] norms, float[] eps, float scale, str activation, bool norm_first) -> Tensor",
+    "Tensor[] norms, float[] eps, float scale, str activation, bool norm_first, Tensor? offsets=None) -> Tensor",
     "matmul(Tensor a, Tensor b, Tensor(a!) out, bool add) -> Tensor(a!)",
     "norm_act(Tensor x, Tensor? weight, Tensor? bias, float eps, str activation) -> Tensor",
     "waveform_conv(Tensor waveform, Tensor weight, Tensor packed, Tensor? bias, int stride, bool group_norm, "
@@ -65,8 +65,6 @@ for _schema in (
     _library.define(_schema)
 # Those that do not take packed frames yet.
 _DENSE = (
-    "gated_attention",
-    "gated_attention_backward",
     "stats_pool",
     "stats_pool_backward",
 )
@@ -147,7 +145,8 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 def _cpp(name: str, why_not: Callable[..., str | None]) -> Implementation:
     """The C++ kernel `name`, which needs the extension and whatever else `why_not` asks for."""
-    return Implementation(getattr(_native, name).default, lambda *args: EXTENSION_PROBLEM or why_not(*args))
+    native = getattr(_native, name).default
+    return Implementation(native, lambda *args: EXTENSION_PROBLEM or why_not(*args), packed=name not in _DENSE)
 
 
 def _why_not_add_layer_norm(x: torch.Tensor, residual: torch.Tensor, *rest: object) -> str | None:
@@ -234,7 +233,7 @@ TABLE: dict[str, Implementation] = {
     "add_layer_norm_backward": _cpp("add_layer_norm_backward", _why_not_add_layer_norm_backward),
     "gated_attention": _cpp("gated_attention", _why_not_gated_attention),
     "gated_attention_backward": _cpp("gated_attention_backward", _why_not_gated_attention_backward),
-    "encoder_layer": Implementation(encoder.encoder_layer, _why_not_encoder_layer),
+    "encoder_layer": Implementation(encoder.encoder_layer, _why_not_encoder_layer, packed=True),
     "feature_encoder": Implementation(front_end.feature_encoder, _why_not_feature_encoder, packed=True),
     **_of_frames("position_gate"),
     **_of_frames("stats_pool"),

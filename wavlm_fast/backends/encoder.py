@@ -23,6 +23,7 @@ def encoder_layer(
     scale: float,
     activation: str,
     norm_first: bool,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """The op of that name."""
     native = torch.ops.wavlm_fast_cpu
@@ -32,7 +33,7 @@ def encoder_layer(
     others = [products.pack(weight, lambda weight=weight: weight[:, None], 1, False) for weight in weights[3:]]
     return native.encoder_layer(
         x, rel_bias, key_lengths, [qkv, *others], [qkv_bias, *biases[3:]], gate, norms, eps, scale, activation,
-        norm_first,
+        norm_first, offsets,
     )  # fmt: skip
 
 
