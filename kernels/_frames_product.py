@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ._activation import activate
-from ._packed import extent, first_place, following, places, utterance_at
+from ._packed import apart, extent, first_place, following, places, utterance_at
 from ._precision import dot_precision
 from ._tuning import Config, tunable
 
@@ -269,7 +269,7 @@ def frames_product(
         )  # fmt: skip
 
     also = (G, taps, stride, step, out_stride, padded, activation, pre is None, residual is None, precision, to_k, to_n)
-    also += ("packed",) if utterances else ()
+    also += apart(offsets)
     few = G * triton.cdiv(N, 128) * triton.cdiv(units, 128) * x.shape[0] < FEW
     product_configs.launch(run, x.device, (taps * C, N, x.dtype, norm is not None, few), (units, x.shape[0]), also)
 
@@ -327,5 +327,5 @@ def frames_product_weight_gradient(
         )  # fmt: skip
         return parts.sum(0) if splits > 1 else parts[0]
 
-    also = (groups, taps, stride, step, first != 0, precision, *(() if offsets is None else ("packed",)))
+    also = (groups, taps, stride, step, first != 0, precision, *apart(offsets))
     return weight_gradient_configs.launch(run, x.device, (length, N, x.dtype), (frames_out, B), also)

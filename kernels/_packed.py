@@ -21,6 +21,11 @@ def in_memory(*offsets: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     return tuple(None if o is None else o.contiguous() for o in offsets)
 
 
+def apart(offsets: torch.Tensor | None) -> tuple[str, ...]:
+    """What tells launches on packed frames apart from others of their kernels."""
+    return () if offsets is None else ("packed",)
+
+
 @triton.jit
 def first_place(offsets_ptr, b, size):
     """The place at which each utterance `b` begins."""

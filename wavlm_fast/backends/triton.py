@@ -174,8 +174,9 @@ TABLE: dict[str, Implementation] = {
     **_of_frames("linear_act"),
     **_of_frames("stats_pool", _kernel),
     **_of_frames("position_gate", _kernel),
-    "waveform_conv": _kernel("waveform_conv", "waveform_conv", _why_not_waveform_conv),
+    "waveform_conv": _kernel("waveform_conv", "waveform_conv", _why_not_waveform_conv, packed=True),
     "waveform_conv_backward": _all_gradients(
-        "waveform_conv_backward", "waveform_conv_backward", _why_not_waveform_conv_backward, tells_first=True
+        "waveform_conv_backward", "waveform_conv_backward", _why_not_waveform_conv_backward, tells_first=True,
+        packed=True,
     ),
 }
