@@ -137,15 +137,16 @@ def _frames_product_bwd_weight_kernel(
     else:
         end = frames_out // BLOCK_T + batch
         b = utterance_at(index, out_offsets_ptr, batch, BLOCK_T)
+        begin = first_place(out_offsets_ptr, b, BLOCK_T)
+        x_first, own_in = extent(offsets_ptr, b)
+        grad_first, own_out = extent(out_offsets_ptr, b)
 
     acc = tl.zeros([BLOCK_K, BLOCK_N], dtype=tl.float32)
     for place in range(index, tl.minimum(index + blocks_per_split, end)):
         if offsets_ptr is None:
             x_first, grad_first = b * frames_in, b * frames_out
         else:
-            block = place - first_place(out_offsets_ptr, b, BLOCK_T)
-            x_first, own_in = extent(offsets_ptr, b)
-            grad_first, own_out = extent(out_offsets_ptr, b)
+            block = place - begin
         frame = block * BLOCK_T + row
         # Where the gradient is 0, x may be any: the last frame again.
         at = tl.minimum(frame, own_out - 1) * STRIDE + first
@@ -170,7 +171,11 @@ def _frames_product_bwd_weight_kernel(
             b += (block == blocks).to(tl.int64)
             block = tl.where(block == blocks, 0, block)
         else:
+            # Of the next block, so that no load waits for these.
             b = following(place, b, out_offsets_ptr, batch, BLOCK_T)
+            begin = first_place(out_offsets_ptr, b, BLOCK_T)
+            x_first, own_in = extent(offsets_ptr, b)
+            grad_first, own_out = extent(out_offsets_ptr, b)
     part = (split * GROUPS + group).to(tl.int64) * length + k[:, None]
     tl.store(parts_ptr + part * N + n[None, :], acc, mask=(k < length)[:, None] & (n < N)[None, :])
 
