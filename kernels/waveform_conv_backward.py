@@ -106,14 +106,13 @@ def _waveform_conv_bwd_kernel(
         end = B * tiles
     else:
         end = T // BLOCK_T + B
-        after = utterance_at(first, out_offsets_ptr, B, BLOCK_T)
+        own = utterance_at(first, out_offsets_ptr, B, BLOCK_T)
     for index in range(first, tl.minimum(first + tiles_per_program, end)):
         if offsets_ptr is None:
             b = (index // tiles).to(tl.int64)
             tile, start, out_start, own_frames = index % tiles, b * S, b * T, T
         else:
-            b = after
-            after = following(index, b, out_offsets_ptr, B, BLOCK_T)
+            b = own
             tile = index - first_place(out_offsets_ptr, b, BLOCK_T)
             start, _ = extent(offsets_ptr, b)
             out_start, own_frames = extent(out_offsets_ptr, b)
@@ -162,6 +161,8 @@ def _waveform_conv_bwd_kernel(
             x -= centre
         x = tl.where((k == K)[:, None], 1.0, x).to(dy.dtype)
         dtaps = tl.dot(x, dy, dtaps, input_precision="ieee")
+        if offsets_ptr is not None:
+            own = following(index, b, out_offsets_ptr, B, BLOCK_T)
     tl.store(dtaps_ptr + (program * BLOCK_K + k[:, None]) * C + channel[None, :], dtaps, mask=inside[None, :])
     if NORM == "layer":
         tl.store(vectors_ptr + program * 2 * C + channel, dgain, mask=inside)
