@@ -81,10 +81,10 @@ def check(form, args, packed):
 
 
 def cases():
-    """All lengths in fp32, of which many utterances are slow under the interpreter, and some in every dtype."""
+    """All lengths in fp32 for one form of each op, and for the others what the slow interpreter has time for."""
     for form, extra, dtype in product(FORMS, EXTRA, DTYPES):
         first = form in ("strided_conv 3 2 False", "tdnn 3 2", "waveform_conv group")
-        if (extra == "sorted" or dtype == torch.float32) and (extra != "many" or first or DEVICE != "cpu"):
+        if DEVICE != "cpu" or extra == "sorted" or ((first or "among" in extra) and dtype == torch.float32):
             yield form, extra, dtype
 
 
@@ -93,7 +93,7 @@ def test_each_utterance_is_as_if_alone(form, extra, dtype):
     least, _, arguments = FORMS[form]
     lengths = [least + n for n in EXTRA[extra]]
     if extra == "many" and form.startswith("waveform") and DEVICE == "cpu":
-        lengths = lengths[:20]
+        lengths = lengths[:12]
     check(form, *arguments(lengths, dtype))
 
 
