@@ -65,6 +65,7 @@ bench: $(VENV)/peers
 results: $(VENV)/peers
 	$(VENV)/bin/wavlm-fast bench --json benchmarks/results.json $(ARGS)
 	$(VENV)/bin/wavlm-fast bench --case regimes --json benchmarks/regimes.json $(ARGS)
+	$(VENV)/bin/wavlm-fast bench --case ragged --json benchmarks/ragged.json $(ARGS)
 	$(VENV)/bin/python -m benchmarks.results
 
 lint: $(VENV)/installed

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ MODELS = {
     "frames": Spec("WavLMForAudioFrameClassification", output="logits"),
     "xvector": Spec("WavLMForXVector", output="embeddings"),
     "train": Spec(options=NOTHING_RANDOM),
+    "train-ctc": Spec("WavLMForCTC", options={**NOTHING_RANDOM, "final_dropout": 0.0}, output="logits"),
 }
 
 
@@ -94,6 +96,11 @@ class Case:
     def name(self) -> str:
         size = self.ragged or f"{len(self.lengths)}x{self.lengths[0]:g}"
         return " ".join(filter(None, (self.model, self.regime, size)))
+
+    @property
+    def uniform(self) -> Case:
+        """As many utterances of one length, of as much audio."""
+        return replace(self, ragged="", lengths=(self.audio / len(self.lengths),) * len(self.lengths))
 
     @property
     def fresh(self) -> bool:
@@ -126,11 +133,13 @@ class Case:
         mask = torch.arange(self.samples) < lengths[:, None]
         return {"input_values": waveforms * mask, "attention_mask": mask.long()}
 
-    def operations(self) -> dict[str, float]:
-        """Of each stage, by the direct algorithm; a training step counts as three forwards, a gradient with respect to
-        the input alone as one more."""
+    def operations(self, padded: bool = True) -> dict[str, float]:
+        """Of each stage, by the direct algorithm, with or without those on padding; a training step counts as three
+        forwards, a gradient with respect to the input alone as one more."""
         spec = MODELS[self.model]
-        found = flops.forward(spec.config, len(self.lengths), self.samples, spec.cls)
+        samples = [self.samples if padded else int(s * audio.RATE) for s in self.lengths]
+        each = [flops.forward(spec.config, count, n, spec.cls) for n, count in Counter(samples).items()]
+        found = {stage: sum(own[stage] for own in each) for stage in flops.STAGES}
         forwards = 3 if self.train else 2 if self.regime == "to-waveform" else 1
         return {stage: forwards * count for stage, count in found.items()}
 
@@ -140,9 +149,17 @@ def of(model: str, batch: int, length: float, group: str, **options: Any) -> Cas
     return Case(model, (float(length),) * batch, group, **options)
 
 
-_RAGGED = tuple(float(s) for s in torch.linspace(2, 10, 4).tolist())
+def _ragged(model: str, batch: int, shortest: float, longest: float, group: str = "ragged", **options: Any) -> Case:
+    """Utterances of different lengths, evenly spread, not sorted."""
+    order = torch.randperm(batch, generator=torch.Generator().manual_seed(batch))
+    lengths = torch.linspace(shortest, longest, batch)[order].tolist()
+    name = f"ragged {batch}x{shortest:g}-{longest:g}"
+    return Case(model, tuple(lengths), group, ragged=name, **options)
+
+
 _ONE_FRAME = 0.025
 _PLAIN = ("transformers", "wavlm_fast")
+_IN_ALL_WAYS = (*_PLAIN, "wavlm_fast, exact", "wavlm_fast, one at a time", "wavlm_fast, uniform")
 _AND_FREED = (*_PLAIN, "wavlm_fast, originals freed")
 _NO_ONNX = (*_AND_FREED, "OpenVINO")  # it never was far from OpenVINO
 
@@ -153,7 +170,7 @@ def _all() -> Iterator[Case]:
     yield of("base", 1, 10, "latency", stages=True, layers=True, memory=True, everybody=True)
     yield of("base", 1, 30, "latency", families=_NO_ONNX)
     yield of("base", 8, 10, "throughput", families=_NO_ONNX)
-    yield Case("base", _RAGGED, "ragged", ragged="ragged 4x2-10", families=_PLAIN)
+    yield _ragged("base", 4, 2, 10, "padded", families=_PLAIN)
     for batch in (1, 8, 64):
         yield of("base", batch, 1, "batch", families=_PLAIN)
     # OpenVINO in f32 is wrong for so long an utterance, and transformers has not the memory for ten minutes.
@@ -166,6 +183,13 @@ def _all() -> Iterator[Case]:
     for regime in ("no_grad", "grad", "inference-built", "autocast", "to-waveform"):
         yield of("base", 1, 3, "regimes", regime=regime, families=_PLAIN, dtypes=(torch.float32,))
     yield of("base", 1, _ONE_FRAME, "regimes", regime="no_grad", families=_PLAIN, dtypes=(torch.float32,))
+    for model, dtypes in (("base", ()), ("large", (torch.float32,))):
+        yield _ragged(model, 8, 2, 15, families=_IN_ALL_WAYS, dtypes=dtypes)
+        yield _ragged(model, 32, 1, 8, families=_IN_ALL_WAYS, dtypes=dtypes)
+    yield _ragged("base", 16, 1, 3, families=_IN_ALL_WAYS)
+    for model in ("ctc", "classification", "frames", "xvector"):
+        yield _ragged(model, 8, 1, 6, families=_IN_ALL_WAYS, dtypes=(torch.float32,))
+    yield _ragged("train-ctc", 4, 2, 12, families=_IN_ALL_WAYS, train=True)
 
 
 CASES = {case.name: case for case in _all()}

@@ -98,8 +98,8 @@ def wide_heads(dtype: torch.dtype, batch: int = BATCH) -> Iterator[Case]:
         yield from (Case(f"heads of {D}", *found) for found in _attention(model, new))
 
 
-def packed(model: str, dtype: torch.dtype) -> Iterator[Case]:
-    """What takes packed frames, forward and backward, on BATCH utterances one behind the other."""
+def packed_stages(model: str, dtype: torch.dtype) -> Iterator[Case]:
+    """What makes fewer of packed frames, forward and backward, on BATCH utterances one behind the other."""
     offsets = torch.empty(BATCH + 1, dtype=torch.int32, device="meta")
     for case in cases(model, dtype, batch=1, samples=BATCH * SAMPLES):
         if case.op.removesuffix("_backward") in RESIZED:
@@ -113,6 +113,26 @@ def _out_frames(case: Case) -> int:
     with recording():
         out = TABLE[case.op].fn(*case.args)
     return (out[0] if isinstance(out, tuple) else out).shape[1]
+
+
+def packed(dtype: torch.dtype, batch: int = BATCH) -> Iterator[Case]:
+    """Ops that know boundaries, on `batch` utterances packed into as many frames as uniform ones have."""
+    new = _New(dtype, batch, SAMPLES)
+    heads = {"base": MODELS["base"]}
+    heads |= {f"heads of {D}": replace(MODELS["base"], channels=8 * D, heads=8) for D in WIDE_HEADS}
+    for name, model in heads.items():
+        yield from (Case(name, *found) for found in _packed_attention(model, new))
+
+
+def _packed_attention(m: Model, new: _New) -> Iterator[tuple[str, tuple, str]]:
+    D, frames, longest = m.channels // m.heads, new.batch * new.frames, 2 * new.frames
+    q, k, v = new(1, frames, 3, m.heads, D).unbind(2)
+    gate = new(1, m.heads, frames, dtype=torch.float32)
+    rel_bias = new(m.heads, 2 * longest - 1, dtype=torch.float32)
+    out, offsets = new(1, frames, m.heads, D), new(new.batch + 1, dtype=torch.int32)
+    yield "gated_attention", (q, k, v, gate, rel_bias, None, 0.0, None, D**-0.5, offsets), "packed"
+    operands = (out, q, k, v, gate, rel_bias, None, out, gate)
+    yield "gated_attention_backward", (*operands, 0.0, None, D**-0.5, offsets), "packed"
 
 
 def _attention(m: Model, new: _New) -> Iterator[tuple[str, tuple, str]]:

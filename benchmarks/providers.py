@@ -21,6 +21,11 @@ from . import peers
 from .cases import Inputs, Output, bound, placed
 
 Call = Callable[[], Any]
+BASELINE, OURS = "transformers", "wavlm_fast"
+# Ways to run utterances of different lengths: a padded batch with its mask, as transformers defines what comes out; the
+# same batch, every row as if it were alone; one utterance after the other; and, to compare with, as many of one length
+# that take as much audio.
+PADDED, EXACT, ALONE, UNIFORM = "padded", "exact", "one at a time", "uniform"
 SINGLE, HALF, SIXTEEN = torch.float32, torch.bfloat16, torch.float16
 SHORT = {SINGLE: "fp32", HALF: "bf16", SIXTEEN: "fp16"}
 _EXAMPLE_SAMPLES = 16_000  # what exporters trace with; cases have other lengths
@@ -73,13 +78,11 @@ class Provider:
     everywhere: bool = True  # otherwise only in the cases for everybody: setting it up takes minutes
     dense: bool = True  # attention weights exist as a whole
     memory: bool = False  # only its memory differs from another provider's
+    way: str = PADDED  # of utterances that differ in length
 
     @property
     def ours(self) -> bool:
         return self.family.startswith(OURS)
-
-
-BASELINE, OURS = "transformers", "wavlm_fast"
 
 
 def providers(device: str = "cpu") -> tuple[dict[str, Provider], dict[str, str]]:
@@ -132,9 +135,9 @@ def _eager(dtypes: tuple[torch.dtype, ...]) -> dict[str, Provider]:
     return {f"{BASELINE} {SHORT[d]}": Provider(BASELINE, d, _torch(d), trains=_trained(d)) for d in dtypes}
 
 
-def _trained(dtype: torch.dtype, fast: bool = False) -> Callable[[Subject], Output] | None:
+def _trained(dtype: torch.dtype, fast: bool = False, **options: Any) -> Callable[[Subject], Output] | None:
     """Half precision does not train without scaled losses or masters of the weights, which are nobody's here."""
-    return (lambda subject: subject.copy(dtype, fast)) if dtype == SINGLE else None
+    return (lambda subject: subject.copy(dtype, fast, **options)) if dtype == SINGLE else None
 
 
 def _changed(dtypes: tuple[torch.dtype, ...]) -> dict[str, Provider]:
@@ -159,14 +162,21 @@ def _fast(dtypes: tuple[torch.dtype, ...]) -> dict[str, Provider]:
     found = {
         f"{OURS} {SHORT[d]}": Provider(OURS, d, _torch(d, True), trains=_trained(d, True), dense=False) for d in dtypes
     }
+    for way in (EXACT, ALONE, UNIFORM):
+        options = {"padding": "exact"} if way == EXACT else {}
+        for d in dtypes:
+            build, trains = _torch(d, True, **options), _trained(d, True, **options)
+            found[f"{OURS} {SHORT[d]}, {way}"] = Provider(
+                f"{OURS}, {way}", d, build, trains=trains, dense=False, way=way
+            )
     name = f"{OURS} reference"
     for dtype in dtypes:
         found[f"{name} {SHORT[dtype]}"] = Provider(name, dtype, _reference(dtype), everywhere=False, dense=False)
     return found
 
 
-def _torch(dtype: torch.dtype, fast: bool = False) -> Callable[[Subject], Call]:
-    return lambda subject: bound(subject.copy(dtype, fast), subject.inputs)
+def _torch(dtype: torch.dtype, fast: bool = False, **options: Any) -> Callable[[Subject], Call]:
+    return lambda subject: bound(subject.copy(dtype, fast, **options), subject.inputs)
 
 
 def _reference(dtype: torch.dtype) -> Callable[[Subject], Call]:

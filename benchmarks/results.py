@@ -20,9 +20,13 @@ from .table import in_markdown
 _HERE = Path(__file__).parent
 SOURCE = _HERE / "results.json"  # the latest full run
 # What was recorded -> the document made of it.
-RECORDS = {SOURCE: _HERE / "RESULTS.md", _HERE / "regimes.json": _HERE / "REGIMES.md"}
+RECORDS = {
+    SOURCE: _HERE / "RESULTS.md",
+    _HERE / "regimes.json": _HERE / "REGIMES.md",
+    _HERE / "ragged.json": _HERE / "RAGGED.md",
+}
 _USER_ERROR = 2
-_FIRST_LINE = "<!-- By `python -m benchmarks.results` from benchmarks/results.json or regimes.json. Do not edit. -->"
+_FIRST_LINE = "<!-- By `python -m benchmarks.results` from benchmarks/results.json, regimes.json or ragged.json. -->"
 _MEMORY_SECONDS = 120
 
 

@@ -28,8 +28,8 @@ from .op_providers import OpProvider
 from .ops import OpCase
 from .peaks import Peaks, peaks
 from .progress import Meter, bar
-from .providers import OURS, Provider, Subject, providers
-from .rounds import Row, run_case, run_fresh, run_layers, run_stages
+from .providers import OURS, PADDED, Provider, Subject, providers
+from .rounds import RAGGED, Row, run_case, run_fresh, run_layers, run_stages
 
 _INTERRUPTED, _WRONG = 130, 1
 _STAGE_RUNS = 16
@@ -156,10 +156,11 @@ def selected(args: argparse.Namespace) -> list[Case | OpCase]:
     else:
         there = dict(CASES)
     of_ops = {case.name: case for case in ops.op_cases("base", 1, _OP_SECONDS)}
-    groups = {"ops": list(of_ops), "regimes": [name for name, case in there.items() if case.regime]}
-    # Regimes are measured by themselves: with them a full run would not fit in half an hour.
-    all_but_regimes = [name for name in there if name not in groups["regimes"]]
-    asked = args.case or (there if own else QUICK if args.quick else [*all_but_regimes, "ops"])
+    # Groups that are measured by themselves: with them a full run would not fit in half an hour.
+    apart = {group: [n for n, case in there.items() if case.group == group] for group in ("regimes", RAGGED)}
+    groups = {"ops": list(of_ops), **apart}
+    rest = [name for name in there if not any(name in names for names in apart.values())]
+    asked = args.case or (there if own else QUICK if args.quick else [*rest, "ops"])
     unknown = [name for name in asked if name not in there and name not in of_ops and name not in groups]
     if unknown:
         raise UserError(f"a case of {', '.join((*there, *groups))} is wanted, got {unknown[0]!r}")
@@ -226,6 +227,7 @@ def _for(case: Case, available: Mapping[str, Provider]) -> dict[str, Provider]:
         and (not case.families or p.family in case.families)
         and (not case.dtypes or p.dtype in case.dtypes)
         and (not p.memory or case.memory)
+        and (p.way == PADDED or case.group == RAGGED)
         and (p.trains is not None or not (case.train or case.regime))
     }
 

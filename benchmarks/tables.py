@@ -27,11 +27,12 @@ from .document import (
     title_of,
     which,
 )
-from .providers import BASELINE
+from .providers import ALONE, BASELINE, EXACT, OURS, UNIFORM
 from .stages import WHOLE
 from .table import NONE, Table, as_error, as_gb, as_share, digits, figure, spread
 
 PLAIN = ("latency", "throughput", "long", "length")  # groups of cases that batch and length tell apart
+_EXACT = f"{OURS}, {EXACT}"
 _MOST_COLUMNS = 8  # of cases side by side, that a page is wide enough
 
 
@@ -63,7 +64,8 @@ def _title(row: Row) -> str:
         return f"{row['case']}{gflop}"
     many = f"{row['batch']} utterance{'s' if row['batch'] > 1 else ''} of"
     kind = {
-        "ragged": f"up to {row['length']:g} s, padded, with mask",
+        "padded": f"up to {row['length']:g} s, padded, with mask",
+        "ragged": f"up to {row['length']:g} s",
         "training": f"{row['length']:g} s, forward, backward and optimizer step",
         "regimes": f"{row['length']:g} s, as benchmarks/regimes.py runs it",
     }.get(row["group"], f"{row['length']:g} s")
@@ -180,9 +182,30 @@ def summaries(found: Found) -> list[Table]:
         title = f"{group[0]['cls'].removesuffix('Model')}-{group[0]['model']}"
         tables += _summary(title, group, lambda row: title_of(f"{row['batch']}x{row['length']:g}"))
     regimes = [row for row in rows if row["group"] == "regimes"]
-    others = [row for row in rows if row["group"] not in (*PLAIN, "regimes")]
+    ways = [group for group in split(rows, "case", "dtype") if any(row["family"] == _EXACT for row in group)]
+    named = {row["case"] for group in ways for row in group}
+    others = [row for row in rows if row["group"] not in (*PLAIN, "regimes") and row["case"] not in named]
     tables += _summary("Other classes, padded batches, training", others, lambda row: title_of(row["case"]))
+    tables += [_of_ways(ways)] if ways else []
     return tables + _summary("Regimes", regimes, lambda row: title_of(row["case"]))
+
+
+def _of_ways(groups: Sequence[Sequence[Row]]) -> Table:
+    """Utterances that differ in length: an exact batch over the other ways to run them."""
+    families = {
+        f"over {BASELINE}, padded": BASELINE,
+        "over ours, padded": OURS,
+        "over ours, one at a time": f"{OURS}, {ALONE}",
+        "over ours of one length": f"{OURS}, {UNIFORM}",
+    }
+    columns = ("case", "dtype", "x real time", *families)
+    table = Table("Exact batches, and how many times as fast as other ways", columns, text=2)
+    for group in groups:
+        rows = {row["family"]: row for row in group}
+        ratios = (figure(median(rows.get(name, {}), "ours_faster"), "{:.2f}".format) for name in families.values())
+        factor = figure(rows[_EXACT]["factor"], "{:.1f}".format)
+        table.rows.append((title_of(group[0]["case"]), group[0]["dtype"], factor, *ratios))
+    return table.without_empty_columns()
 
 
 def _summary(title: str, rows: Sequence[Row], head: Callable[[Row], str]) -> list[Table]:

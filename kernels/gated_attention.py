@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ._dropout import keep, row_keys
+from ._packed_tiles import arguments, frames_before, grid, numbers_before, own_tile, sizes, strides
 from ._precision import dot_precision
 from ._rows import in_pieces, load_tile, operand, product_of_rows, row_pointers
 from ._target import has_tensor_memory, target
@@ -23,7 +24,7 @@ LOG2_E = 1 / math.log(2)
 
 @triton.jit
 def _fwd_step(
-    acc, total, top, q, gate, far, row_key, k_base, v_base, copies, first, start, length, T, W,
+    acc, total, top, q, gate, far, row_key, k_base, v_base, copies, first, start, length, L, W,
     stride_kt, stride_vt, scale, threshold,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MARGIN: tl.constexpr,
     FAR: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -40,7 +41,7 @@ def _fwd_step(
         scores = product_of_rows(q, k, D, PRECISION)  # [M, N], before the scale
     else:
         scores, _ = biased_scores(
-            q, k, gate[:, None], copies, first, start, T, W, MARGIN, BLOCK_M, BLOCK_N, WARPS, D, PRECISION
+            q, k, gate[:, None], copies, first, start, L, W, MARGIN, BLOCK_M, BLOCK_N, WARPS, D, PRECISION
         )
     if EDGE:
         scores = tl.where((key < length)[None, :], scores, float("-inf"))
@@ -64,26 +65,30 @@ def _fwd_step(
     return acc, total, new_top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["utterances", "L"])
 def _gated_attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, gate_ptr, rel_bias_ptr, copies_ptr, ends_ptr, lengths_ptr, seed_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, gate_ptr, rel_bias_ptr, copies_ptr, ends_ptr, lengths_ptr, seed_ptr,
+    offsets_ptr, utterances, L,  # of packed frames; T is N
+    out_ptr, lse_ptr,
     T, H, W, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     scale,  # of the scores, times log2(e)
     gate_scale,  # what the scale does not multiply has to be divided by it
     threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MARGIN: tl.constexpr,
-    LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    LENGTHS: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     IN_PIECES: tl.constexpr,  # products of queries and keys
     WARPS: tl.constexpr,  # of biased_scores
     APART: tl.constexpr,  # products with values are added to the sum of those before, not summed up in place
 ):  # fmt: skip
-    first = tl.program_id(0) * BLOCK_M
-    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    N = T
+    b, h, first, T, L = own_tile(offsets_ptr, utterances, L, N, H, BLOCK_M, PACKED)
+    if PACKED and first >= T:
+        return
     query = first + tl.arange(0, BLOCK_M)
     # Rows past the end repeat the last one: loads need no masks, and only stores leave them out.
     row = tl.minimum(query, T - 1)
     column = tl.arange(0, BLOCK_D)
-    head = tl.program_id(1).to(tl.int64) * T
+    head = numbers_before(b, h, N, PACKED)
     q_base = q_ptr + b.to(tl.int64) * stride_qb + h * stride_qh
     q_at = q_base + row[:, None].to(tl.int64) * stride_qt
     q = q_at if IN_PIECES else load_tile(q_at + column[None, :], row, T, column, False, D, BLOCK_D)
@@ -96,9 +101,9 @@ def _gated_attention_fwd_kernel(
     length = tl.minimum(tl.load(lengths_ptr + b), T).to(tl.int32) if LENGTHS else T
     full = length // BLOCK_N
     low, high = tl.load(ends_ptr + h * 2), tl.load(ends_ptr + h * 2 + 1)
-    left, right = far_tiles(first, low, high, T, full, BLOCK_M, BLOCK_N)
-    bias_left = tl.load(rel_bias_ptr + h * (2 * T - 1))
-    bias_right = tl.load(rel_bias_ptr + h * (2 * T - 1) + 2 * T - 2)
+    left, right = far_tiles(first, low, high, L, full, BLOCK_M, BLOCK_N)
+    bias_left = tl.load(rel_bias_ptr + h * (2 * L - 1))
+    bias_right = tl.load(rel_bias_ptr + h * (2 * L - 1) + 2 * L - 2)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -107,19 +112,19 @@ def _gated_attention_fwd_kernel(
         tile = tl.where(index < left, index, index - left + right)
         acc, total, top = _fwd_step(
             acc, total, top, q, gate, gate * tl.where(index < left, bias_left, bias_right), row_key, k_base, v_base,
-            copies, first, tile * BLOCK_N, length, T, W, stride_kt, stride_vt, scale, threshold,
+            copies, first, tile * BLOCK_N, length, L, W, stride_kt, stride_vt, scale, threshold,
             D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, True, False, DROPOUT, PRECISION, WARPS, APART,
         )  # fmt: skip
     for tile in range(left, right):
         acc, total, top = _fwd_step(
             acc, total, top, q, gate, 0.0, row_key, k_base, v_base,
-            copies, first, tile * BLOCK_N, length, T, W, stride_kt, stride_vt, scale, threshold,
+            copies, first, tile * BLOCK_N, length, L, W, stride_kt, stride_vt, scale, threshold,
             D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, False, False, DROPOUT, PRECISION, WARPS, APART,
         )  # fmt: skip
     if full * BLOCK_N < length:
         acc, total, top = _fwd_step(
             acc, total, top, q, gate, 0.0, row_key, k_base, v_base,
-            copies, first, full * BLOCK_N, length, T, W, stride_kt, stride_vt, scale, threshold,
+            copies, first, full * BLOCK_N, length, L, W, stride_kt, stride_vt, scale, threshold,
             D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, False, True, DROPOUT, PRECISION, WARPS, APART,
         )  # fmt: skip
 
@@ -127,7 +132,7 @@ def _gated_attention_fwd_kernel(
     lse = (top * scale + tl.log2(total)) * 0.6931471805599453
     tl.store(lse_ptr + head + query, tl.where(total == 0, float("-inf"), lse), mask=query < T)
     out = acc * (keep_scale / tl.where(total == 0, 1.0, total))[:, None]
-    out_at = ((b.to(tl.int64) * T + query[:, None]) * H + h) * D + column[None, :]
+    out_at = ((frames_before(b, T, PACKED) + query[:, None]) * H + h) * D + column[None, :]
     tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=(query < T)[:, None] & (column < D)[None, :])
 
 
@@ -168,7 +173,9 @@ def forward_configs(
     return *both, {**both[0], "num_stages": 3}, {**wide, "BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}
 
 
-def launch_constants(q: torch.Tensor, key_lengths: torch.Tensor | None, dropout_p: float) -> dict[str, object]:
+def launch_constants(
+    q: torch.Tensor, key_lengths: torch.Tensor | None, dropout_p: float, offsets: torch.Tensor | None
+) -> dict[str, object]:
     """The constexpr arguments that forward and backward share."""
     D, precision = q.shape[-1], dot_precision(q.dtype, q.device)
     return {
@@ -176,6 +183,7 @@ def launch_constants(q: torch.Tensor, key_lengths: torch.Tensor | None, dropout_
         "BLOCK_D": max(16, triton.next_power_of_2(D)),
         "MARGIN": MARGIN,
         "LENGTHS": key_lengths is not None,
+        "PACKED": offsets is not None,
         "DROPOUT": dropout_p > 0,
         "PRECISION": precision,
         "IN_PIECES": in_pieces(D, q.dtype, precision, target(q.device)),
@@ -192,15 +200,16 @@ def gated_attention(
     dropout_p: float,
     seed: torch.Tensor | None,
     scale: float,
+    offsets: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The op `gated_attention`: out `[B, T, H, D]` in the dtype of `q`, and the log-sum-exp `[B, H, T]` fp32."""
-    B, T, H, D = q.shape
+    _, T, H, D = q.shape
     gate, rel_bias = gate.contiguous(), rel_bias.contiguous()
     out, lse = q.new_empty(q.shape), torch.empty_like(gate)
     if not out.numel():
         return out, lse
     copies, ends = toeplitz(rel_bias, both=False)
-    constants = launch_constants(q, key_lengths, dropout_p)
+    constants = launch_constants(q, key_lengths, dropout_p, offsets)
     chip = target(q.device)
     tensor_memory = has_tensor_memory(q.device)
 
@@ -211,13 +220,14 @@ def gated_attention(
         # On sm_90 a product still running into `acc` while the next scores' first bias is written makes the compiler
         # wait for every single instruction of both products. On sm_100 `acc` would go to tensor memory and back.
         apart = tensor_memory or (chip == "hopper" and warps > 0)
-        _gated_attention_fwd_kernel[(triton.cdiv(T, config["BLOCK_M"]), B * H)](
-            q, k, v, gate, rel_bias, copies, ends, key_lengths, seed, out, lse,
-            T, H, copies.shape[-1], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        _gated_attention_fwd_kernel[grid(q, offsets, config["BLOCK_M"])](
+            q, k, v, gate, rel_bias, copies, ends, key_lengths, seed, *arguments(offsets, rel_bias), out, lse,
+            T, H, copies.shape[-1], *strides(offsets, q, k, v),
             scale * LOG2_E, 1 / scale, int(dropout_p * 2**24), 1 / (1 - dropout_p), **constants, **config,
             WARPS=warps, APART=apart,
         )  # fmt: skip
 
-    arguments = (D, q.dtype, constants["PRECISION"], tensor_memory)
-    forward_configs.launch(run, q.device, arguments, (T, B * H), (constants["DROPOUT"],))
+    depends_on = (D, q.dtype, constants["PRECISION"], tensor_memory)
+    also = (constants["DROPOUT"], *(["packed"] if constants["PACKED"] else []))
+    forward_configs.launch(run, q.device, depends_on, sizes(q, offsets), also)
     return out, lse

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from ._dropout import keep, row_keys
+from ._packed_tiles import arguments, frames_before, grid, numbers_before, own_tile, sizes, strides
 from ._rows import in_pieces, load_tile, operand, product_of_rows, row_pointers, row_starts
 from ._target import target
 from ._toeplitz import biased_scores, far_tiles, fragment_warps, toeplitz
@@ -28,7 +29,7 @@ from .gated_attention_dbias import rel_bias_gradient
 @triton.jit
 def _dq_step(
     dq, dgate, rest, mean_bias, q, dout, gate, far, lse, delta, row_key, k_base, v_base, copies, first, start,
-    length, T, W, stride_kt, stride_vt, scale, threshold, keep_scale,
+    length, L, W, stride_kt, stride_vt, scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MARGIN: tl.constexpr,
     FAR: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
@@ -43,7 +44,7 @@ def _dq_step(
         weights = tl.exp2(scores * scale - (lse - gate * far * scale)[:, None])
     else:
         scores, bias = biased_scores(
-            q, k_rows, gate[:, None], copies, first, start, T, W, MARGIN, BLOCK_M, BLOCK_N, WARPS, D, PRECISION
+            q, k_rows, gate[:, None], copies, first, start, L, W, MARGIN, BLOCK_M, BLOCK_N, WARPS, D, PRECISION
         )
         weights = tl.exp2(scores * scale - lse[:, None])
     if EDGE:
@@ -64,28 +65,31 @@ def _dq_step(
     return dq, dgate, rest, mean_bias
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["utterances", "L"])
 def _gated_attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, gate_ptr, rel_bias_ptr, copies_ptr, ends_ptr, lengths_ptr, seed_ptr,
+    offsets_ptr, utterances, L,  # of packed frames; T is N
     dout_ptr, out_ptr, lse_ptr, dq_ptr, dgate_ptr, delta_ptr,
     T, H, W, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     scale, gate_scale, dot_scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MARGIN: tl.constexpr,
-    LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, IN_PIECES: tl.constexpr,
-    WARPS: tl.constexpr,
+    LENGTHS: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    IN_PIECES: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     WIDE: tl.constexpr = D > 64  # the last tile is one of the loop: see above
-    first = tl.program_id(0) * BLOCK_M
-    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    N = T
+    b, h, first, T, L = own_tile(offsets_ptr, utterances, L, N, H, BLOCK_M, PACKED)
+    if PACKED and first >= T:
+        return
     query = first + tl.arange(0, BLOCK_M)
     # Rows past the end repeat the last one: loads need no masks, and only stores leave them out.
     row = tl.minimum(query, T - 1)
     column = tl.arange(0, BLOCK_D)
-    head = tl.program_id(1).to(tl.int64) * T
+    head = numbers_before(b, h, N, PACKED)
     q_base = q_ptr + b.to(tl.int64) * stride_qb + h * stride_qh
     q_at = q_base + row[:, None].to(tl.int64) * stride_qt
     q = q_at if IN_PIECES else load_tile(q_at + column[None, :], row, T, column, False, D, BLOCK_D)
-    own = ((b.to(tl.int64) * T + row[:, None]) * H + h) * D  # of the contiguous tensors
+    own = ((frames_before(b, T, PACKED) + row[:, None]) * H + h) * D  # of the contiguous tensors
     dout = load_tile(dout_ptr + own + column[None, :], row, T, column, False, D, BLOCK_D)
     out = load_tile(out_ptr + own + column[None, :], row, T, column, False, D, BLOCK_D)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
@@ -100,9 +104,9 @@ def _gated_attention_bwd_dq_kernel(
     length = tl.minimum(tl.load(lengths_ptr + b), T).to(tl.int32) if LENGTHS else T
     full = length // BLOCK_N
     low, high = tl.load(ends_ptr + h * 2), tl.load(ends_ptr + h * 2 + 1)
-    left, right = far_tiles(first, low, high, T, full, BLOCK_M, BLOCK_N)
-    bias_left = tl.load(rel_bias_ptr + h * (2 * T - 1))
-    bias_right = tl.load(rel_bias_ptr + h * (2 * T - 1) + 2 * T - 2)
+    left, right = far_tiles(first, low, high, L, full, BLOCK_M, BLOCK_N)
+    bias_left = tl.load(rel_bias_ptr + h * (2 * L - 1))
+    bias_right = tl.load(rel_bias_ptr + h * (2 * L - 1) + 2 * L - 2)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     dgate = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -112,27 +116,27 @@ def _gated_attention_bwd_dq_kernel(
         tile = tl.where(index < left, index, index - left + right)
         dq, dgate, rest, mean_bias = _dq_step(
             dq, dgate, rest, mean_bias, q, dout, gate, tl.where(index < left, bias_left, bias_right), lse, delta,
-            row_key, k_base, v_base, copies, first, tile * BLOCK_N, length, T, W, stride_kt, stride_vt, scale,
+            row_key, k_base, v_base, copies, first, tile * BLOCK_N, length, L, W, stride_kt, stride_vt, scale,
             threshold, keep_scale, D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, True, False, DROPOUT, PRECISION, WARPS,
         )  # fmt: skip
     for index in range(left, right + (tl.cdiv(length, BLOCK_N) - full if WIDE else 0)):
         tile = tl.where(index < right, index, full) if WIDE else index
         dq, dgate, rest, mean_bias = _dq_step(
             dq, dgate, rest, mean_bias, q, dout, gate, 0.0, lse, delta,
-            row_key, k_base, v_base, copies, first, tile * BLOCK_N, length, T, W, stride_kt, stride_vt, scale,
+            row_key, k_base, v_base, copies, first, tile * BLOCK_N, length, L, W, stride_kt, stride_vt, scale,
             threshold, keep_scale, D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, False, WIDE, DROPOUT, PRECISION, WARPS,
         )  # fmt: skip
     if not WIDE and full * BLOCK_N < length:
         dq, dgate, rest, mean_bias = _dq_step(
             dq, dgate, rest, mean_bias, q, dout, gate, 0.0, lse, delta,
-            row_key, k_base, v_base, copies, first, full * BLOCK_N, length, T, W, stride_kt, stride_vt, scale,
+            row_key, k_base, v_base, copies, first, full * BLOCK_N, length, L, W, stride_kt, stride_vt, scale,
             threshold, keep_scale, D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, False, True, DROPOUT, PRECISION, WARPS,
         )  # fmt: skip
 
     inside = query < T
     tl.store(dgate_ptr + head + query, dgate - rest * mean_bias, mask=inside)
     tl.store(delta_ptr + head + query, delta + rest, mask=inside)
-    dq_at = ((b.to(tl.int64) * T + query[:, None]) * H + h) * D + column[None, :]
+    dq_at = ((frames_before(b, T, PACKED) + query[:, None]) * H + h) * D + column[None, :]
     dq = (dq * dot_scale).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptr + dq_at, dq, mask=inside[:, None] & (column < D)[None, :])
 
@@ -140,7 +144,7 @@ def _gated_attention_bwd_dq_kernel(
 @triton.jit
 def _dkv_step(
     dk, dv, k, v, gate_base, far, lse_base, delta_base, seed_ptr, head, key, q_base, dout_base, copies, first, start,
-    T, W, stride_qt, stride_ot, scale, gate_scale, threshold, keep_scale,
+    T, L, W, stride_qt, stride_ot, scale, gate_scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MARGIN: tl.constexpr,
     FAR: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
@@ -171,7 +175,7 @@ def _dkv_step(
         weights = tl.exp2(scores * scale - (lse - gate * far * scale)[None, :])
     else:
         scores, _ = biased_scores(
-            k, q_rows, gate[None, :], copies, first, start, T, W, MARGIN, BLOCK_N, BLOCK_M, WARPS, D, PRECISION
+            k, q_rows, gate[None, :], copies, first, start, L, W, MARGIN, BLOCK_N, BLOCK_M, WARPS, D, PRECISION
         )
         weights = tl.exp2(scores * scale - lse[None, :])
     dweights = product_of_rows(v, dout_rows, D, PRECISION)
@@ -186,24 +190,27 @@ def _dkv_step(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["utterances", "L"])
 def _gated_attention_bwd_dkv_kernel(
     q_ptr, k_ptr, v_ptr, gate_ptr, rel_bias_ptr, copies_ptr, ends_ptr, lengths_ptr, seed_ptr,
+    offsets_ptr, utterances, L,  # of packed frames; T is N
     dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     T, H, W, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     scale, gate_scale, dot_scale, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MARGIN: tl.constexpr,
-    LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, IN_PIECES: tl.constexpr,
-    WARPS: tl.constexpr,
+    LENGTHS: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    IN_PIECES: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     WIDE: tl.constexpr = D > 64  # the last tile is one of the loop: see above
-    first = tl.program_id(0) * BLOCK_N
-    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    N = T
+    b, h, first, T, L = own_tile(offsets_ptr, utterances, L, N, H, BLOCK_N, PACKED)
+    if PACKED and first >= T:
+        return
     key = first + tl.arange(0, BLOCK_N)
     # Keys past the end compute on the last one; a row of a product depends on no other row, and stores leave them out.
     row = tl.minimum(key, T - 1)
     column = tl.arange(0, BLOCK_D)
-    head = tl.program_id(1).to(tl.int64) * T
+    head = numbers_before(b, h, N, PACKED)
     k_base = k_ptr + b.to(tl.int64) * stride_kb + h * stride_kh
     v_base = v_ptr + b.to(tl.int64) * stride_vb + h * stride_vh
     place = row[:, None].to(tl.int64)
@@ -212,16 +219,16 @@ def _gated_attention_bwd_dkv_kernel(
         k = load_tile(k + column[None, :], row, T, column, False, D, BLOCK_D)
         v = load_tile(v + column[None, :], row, T, column, False, D, BLOCK_D)
     q_base = q_ptr + b.to(tl.int64) * stride_qb + h * stride_qh
-    dout_base = dout_ptr + (b.to(tl.int64) * T * H + h) * D
+    dout_base = dout_ptr + (frames_before(b, T, PACKED) * H + h) * D
     copies = copies_ptr + (H + h) * (4 * W)  # reversed
 
     length = tl.minimum(tl.load(lengths_ptr + b), T).to(tl.int32) if LENGTHS else T
     # A tile past the length takes part in nothing.
     full = tl.where(first < length, T // BLOCK_M, 0)
     low, high = tl.load(ends_ptr + h * 2), tl.load(ends_ptr + h * 2 + 1)
-    left, right = far_tiles(first, 2 * T - 2 - high, 2 * T - 2 - low, T, full, BLOCK_N, BLOCK_M)
-    bias_left = tl.load(rel_bias_ptr + h * (2 * T - 1) + 2 * T - 2)
-    bias_right = tl.load(rel_bias_ptr + h * (2 * T - 1))
+    left, right = far_tiles(first, 2 * L - 2 - high, 2 * L - 2 - low, L, full, BLOCK_N, BLOCK_M)
+    bias_left = tl.load(rel_bias_ptr + h * (2 * L - 1) + 2 * L - 2)
+    bias_right = tl.load(rel_bias_ptr + h * (2 * L - 1))
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
@@ -230,7 +237,7 @@ def _gated_attention_bwd_dkv_kernel(
         dk, dv = _dkv_step(
             dk, dv, k, v, gate_ptr + head, tl.where(index < left, bias_left, bias_right), lse_ptr + head,
             delta_ptr + head, seed_ptr, head, key, q_base, dout_base, copies, first, tile * BLOCK_M,
-            T, W, stride_qt, H * D, scale, gate_scale, threshold, keep_scale,
+            T, L, W, stride_qt, H * D, scale, gate_scale, threshold, keep_scale,
             D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, True, False, DROPOUT, PRECISION, WARPS,
         )  # fmt: skip
     for index in range(left, right + (tl.where(first < length, tl.cdiv(T, BLOCK_M) - full, 0) if WIDE else 0)):
@@ -238,18 +245,18 @@ def _gated_attention_bwd_dkv_kernel(
         dk, dv = _dkv_step(
             dk, dv, k, v, gate_ptr + head, 0.0, lse_ptr + head,
             delta_ptr + head, seed_ptr, head, key, q_base, dout_base, copies, first, tile * BLOCK_M,
-            T, W, stride_qt, H * D, scale, gate_scale, threshold, keep_scale,
+            T, L, W, stride_qt, H * D, scale, gate_scale, threshold, keep_scale,
             D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, False, WIDE, DROPOUT, PRECISION, WARPS,
         )  # fmt: skip
     if not WIDE and (first < length) & (T % BLOCK_M != 0):
         dk, dv = _dkv_step(
             dk, dv, k, v, gate_ptr + head, 0.0, lse_ptr + head,
             delta_ptr + head, seed_ptr, head, key, q_base, dout_base, copies, first, full * BLOCK_M,
-            T, W, stride_qt, H * D, scale, gate_scale, threshold, keep_scale,
+            T, L, W, stride_qt, H * D, scale, gate_scale, threshold, keep_scale,
             D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, False, True, DROPOUT, PRECISION, WARPS,
         )  # fmt: skip
 
-    at = ((b.to(tl.int64) * T + key[:, None]) * H + h) * D + column[None, :]
+    at = ((frames_before(b, T, PACKED) + key[:, None]) * H + h) * D + column[None, :]
     inside = (key < T)[:, None] & (column < D)[None, :]
     valid = (key < length)[:, None]
     dk = tl.where(valid, dk * dot_scale, 0.0).to(dk_ptr.dtype.element_ty)
@@ -300,9 +307,10 @@ def gated_attention_backward(
     dropout_p: float,
     seed: torch.Tensor | None,
     scale: float,
+    offsets: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The op `gated_attention_backward`: dq, dk, dv `[B, T, H, D]`, dgate `[B, H, T]`, drel_bias `[H, 2T - 1]`."""
-    B, T, H, D = q.shape
+    _, T, H, D = q.shape
     grad, out, lse, gate, rel_bias = (t.contiguous() for t in (grad, out, lse, gate, rel_bias))
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
     dgate, delta = torch.empty_like(gate), torch.empty_like(gate)
@@ -311,10 +319,10 @@ def gated_attention_backward(
     # A row whose scores all are -inf has weights of 0. Here, not in the kernels: there it would be done for each tile.
     lse = lse.nan_to_num(float("nan"), float("inf"), 0.0)
     copies, ends = toeplitz(rel_bias, both=True)
-    constants = launch_constants(q, key_lengths, dropout_p)
-    operands = (q, k, v, gate, rel_bias, copies, ends, key_lengths, seed)
+    constants = launch_constants(q, key_lengths, dropout_p, offsets)
+    operands = (q, k, v, gate, rel_bias, copies, ends, key_lengths, seed, *arguments(offsets, rel_bias))
     numbers = (
-        T, H, copies.shape[-1], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        T, H, copies.shape[-1], *strides(offsets, q, k, v),
         scale * LOG2_E, 1 / scale, scale, int(dropout_p * 2**24), 1 / (1 - dropout_p),
     )  # fmt: skip
 
@@ -331,14 +339,14 @@ def gated_attention_backward(
         return fragment_warps(config["ROWS"], config["num_warps"], q.dtype, constants["PRECISION"], chip)
 
     def run_dq(config: Config) -> None:
-        _gated_attention_bwd_dq_kernel[(triton.cdiv(T, config["ROWS"]), B * H)](
+        _gated_attention_bwd_dq_kernel[grid(q, offsets, config["ROWS"])](
             *operands, grad, out, lse, dq, dgate, delta, *numbers,
             BLOCK_M=config["ROWS"], BLOCK_N=config["COLUMNS"], WARPS=warps(config), **constants,
             num_warps=config["num_warps"], num_stages=config["num_stages"],
         )  # fmt: skip
 
     def run_dkv(config: Config) -> None:
-        _gated_attention_bwd_dkv_kernel[(triton.cdiv(T, config["ROWS"]), B * H)](
+        _gated_attention_bwd_dkv_kernel[grid(q, offsets, config["ROWS"])](
             *operands, grad, lse, delta, dk, dv, *numbers,
             BLOCK_M=config["COLUMNS"], BLOCK_N=config["ROWS"], WARPS=warps(config),
             **{**constants, "IN_PIECES": dkv_in_pieces},
@@ -346,7 +354,8 @@ def gated_attention_backward(
         )  # fmt: skip
 
     for name, run in (("dq", run_dq), ("dkv", run_dkv)):
-        arguments = (D, q.dtype, constants["PRECISION"])
-        backward_configs.launch(run, q.device, arguments, (T, B * H), (name, constants["DROPOUT"]))
-    drel_bias = rel_bias_gradient(operands, grad, lse, delta, numbers, constants)
+        depends_on = (D, q.dtype, constants["PRECISION"])
+        also = (name, constants["DROPOUT"], *(["packed"] if constants["PACKED"] else []))
+        backward_configs.launch(run, q.device, depends_on, sizes(q, offsets), also)
+    drel_bias = rel_bias_gradient(operands, grad, lse, delta, numbers, constants, offsets)
     return dq, dk, dv, dgate, drel_bias

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from wavlm_fast import backends
-from wavlm_fast.cli import COMMANDS
+from wavlm_fast.cli import COMMANDS, main
 from wavlm_fast.ops import references
 
 README = Path(__file__).parent.parent.joinpath("README.md").read_text()
@@ -41,3 +42,15 @@ def test_the_table_says_which_backend_has_which_op(column: int, backend: str) ->
 def test_every_command_is_in_the_readme() -> None:
     for command in COMMANDS:
         assert f"`wavlm-fast {command}" in README
+
+
+def test_the_readme_shows_what_the_command_on_batches_prints(capsys) -> None:
+    assert main(["batches", "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)["rows"]
+    shown = _rows(re.search(r"<!-- batches -->\n(.*?)<!-- /batches -->", README, re.DOTALL).group(1))
+    theirs, exact = "transformers", "ours, padding='exact'"
+    assert shown == [[f"{r['seconds']:.2f} s", _percent(r["off"][theirs]), _percent(r["off"][exact])] for r in found]
+
+
+def _percent(part: float) -> str:
+    return "below 0.001 %" if part < 1e-5 else f"{100 * part:.0f} %"

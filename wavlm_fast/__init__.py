@@ -21,6 +21,7 @@ from .models import (
     WavLMForXVector,
     WavLMModel,
 )
+from .ragged import forward_ragged
 from .report import report
 from .swap import accelerate, install, restore, uninstall
 
@@ -34,6 +35,7 @@ __all__ = [
     "WavLMForXVector",
     "WavLMModel",
     "accelerate",
+    "forward_ragged",
     "graphed",
     "install",
     "report",

@@ -22,6 +22,7 @@ COMMANDS = {
     "doctor": "say what is installed, what this machine can do, and what will run where",
     "parity": "prove every op and every model class equal to transformers on this machine",
     "bench": "how much faster, how much memory, how equal: ours against transformers and other runtimes",
+    "batches": "what becomes of an utterance that is padded into a batch: transformers, and ours in both modes",
     "extract": "write the hidden states of audio files",
 }
 _USER_ERROR = 2

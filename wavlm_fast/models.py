@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import WavLMConfig
-from transformers.modeling_outputs import XVectorOutput
+from transformers.modeling_outputs import SequenceClassifierOutput, XVectorOutput
 from transformers.models.wavlm import modeling_wavlm as hf
 
+from . import ops
 from ._private import FRAME_MASK, compute_mask_indices, frame_lengths, tdnn_lengths
 from .freed import MayBeFreed
 from .inputs import check_checkpoint, check_ctc_labels, check_labels, check_lengths, check_mask
@@ -24,8 +25,11 @@ from .leaving import leaving
 from .modules import FastWavLMFeatureEncoder, pool_statistics
 from .modules._masks import forget_made, made
 from .modules._originals import StandIn, become_twin, or_original, own_methods, stands_in_for
+from .modules._packing import Packing, in_front_end, packings, valid_samples
 from .modules._versions import ENCODER_COLLECTS
-from .swap import accelerate
+from .packed_batch import PackedBatch
+from .padding import check_mode, set_mode, with_padding
+from .swap import accelerate_new
 
 
 def _named(cls: type, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -48,12 +52,15 @@ _OWN_MASK = dict(own_methods(hf.WavLMPreTrainedModel)).get(FRAME_MASK)
 class _FastModel(StandIn, MayBeFreed):
     """Construction and loading, in front of each transformers class."""
 
+    def check_labels(self, labels: Tensor, utterances: int) -> None:
+        """Raise TypeError or ValueError for labels that the class's loss cannot take."""
+
     def __init__(self, config: WavLMConfig, *args: Any, **kwargs: Any) -> None:
         if isinstance(config, WavLMConfig):  # what is none, transformers refuses
             check_lengths(config, "conv_dim", "conv_stride", "conv_kernel")
         super().__init__(config, *args, **kwargs)
         become_twin(self)
-        accelerate(self)
+        accelerate_new(self)
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -64,22 +71,34 @@ class _FastModel(StandIn, MayBeFreed):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint as transformers does.
 
+        Args:
+            pretrained_model_name_or_path: folder or hub id.
+            args, kwargs: as transformers takes them, and `padding` as `accelerate` does.
+
         Raises:
             FileNotFoundError: a path at which nothing is.
-            ValueError: a checkpoint of another architecture, unless a config is given with it.
+            ValueError: a checkpoint of another architecture, unless a config is given with it; an unknown `padding`.
         """
+        padding = kwargs.pop("padding", None)
+        if padding is not None:
+            check_mode(padding)
         if kwargs.get("config") is None:
             check_checkpoint(pretrained_model_name_or_path, kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if padding is not None:  # with `output_loading_info` the model is not all that comes
+            set_mode(loaded[0] if isinstance(loaded, tuple) else loaded, padding)
+        return loaded
 
     def _get_feature_vector_attention_mask(
-        self, feature_vector_length: int, attention_mask: Tensor, add_adapter: bool | None = None
-    ) -> Tensor:
+        self, feature_vector_length: int, attention_mask: Tensor | PackedBatch, add_adapter: bool | None = None
+    ) -> Tensor | Packing:
         """The mask `[B, T]` over frames, True where valid, from one `[B, S]` over samples.
 
         transformers writes a one at the last valid frame, which on a GPU copies the number there; no graph can capture
         that. On the CPU, where it refuses lengths past the end, it is asked itself.
         """
+        if isinstance(attention_mask, PackedBatch):
+            return attention_mask.frames
         if attention_mask.device.type == "cpu" or not self._makes_own_masks():
             return super()._get_feature_vector_attention_mask(feature_vector_length, attention_mask, add_adapter)
         samples = attention_mask.cumsum(-1)[:, -1]
@@ -98,9 +117,13 @@ class _FastModel(StandIn, MayBeFreed):
 class WavLMModel(_FastModel, hf.WavLMModel):
     """transformers' `WavLMModel`, fast."""
 
+    @with_padding
     @or_original
     @functools.wraps(hf.WavLMModel.forward)
     def forward(self, input_values: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(attention_mask, PackedBatch):
+            with in_front_end(attention_mask.stages):
+                return super().forward(input_values, attention_mask, *args, **kwargs)
         # Somebody's own front end has inputs and masks of its own shapes.
         if attention_mask is not None and isinstance(self.feature_extractor, FastWavLMFeatureEncoder):
             check_mask(attention_mask, input_values)
@@ -109,14 +132,16 @@ class WavLMModel(_FastModel, hf.WavLMModel):
         finally:
             forget_made()
 
-    def _get_feature_vector_attention_mask(self, *args: Any, **kwargs: Any) -> Tensor:
+    def _get_feature_vector_attention_mask(self, *args: Any, **kwargs: Any) -> Tensor | Packing:
         mask = super()._get_feature_vector_attention_mask(*args, **kwargs)
-        return made(mask) if self._makes_own_masks() else mask
+        return made(mask) if isinstance(mask, Tensor) and self._makes_own_masks() else mask
 
     def _mask_hidden_states(
         self, hidden_states: Tensor, mask_time_indices: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> Tensor:
         """SpecAugment. transformers 5 reads a config entry that its config class lacks (`mask_feature_min_masks`)."""
+        if isinstance(attention_mask, Packing):
+            return self._mask_packed(hidden_states, mask_time_indices, attention_mask)
         config = self.config
         masks_features = config.apply_spec_augment and config.mask_feature_prob > 0 and self.training
         if hasattr(config, "mask_feature_min_masks") or not masks_features or compute_mask_indices is None:
@@ -132,6 +157,27 @@ class WavLMModel(_FastModel, hf.WavLMModel):
         masked = self._spans((batch, channels), config.mask_feature_prob, config.mask_feature_length, None, 0)
         return hidden_states.masked_fill(masked.to(hidden_states.device)[:, None], 0)
 
+    def _mask_packed(self, hidden_states: Tensor, spans: Tensor | None, packing: Packing) -> Tensor:
+        """SpecAugment of packed frames `[1, N, C]`, in spans drawn as for padded rows; given ones are `[B, T]`."""
+        config, batch, channels = self.config, len(packing.lengths), hidden_states.shape[2]
+        drawn = self.training and compute_mask_indices is not None
+        if not getattr(config, "apply_spec_augment", True):
+            return hidden_states
+        if spans is None and config.mask_time_prob > 0 and drawn:
+            valid = torch.arange(packing.longest) < torch.tensor(packing.lengths)[:, None]
+            options = (config.mask_time_prob, config.mask_time_length, valid.long(), config.mask_time_min_masks)
+            spans = self._spans(valid.shape, *options)
+        if spans is not None:
+            places = packing.places(spans.shape[1]).to(spans.device)
+            masked = spans.flatten()[places].to(hidden_states.device)[None, :, None]
+            hidden_states = torch.where(masked, self.masked_spec_embed.to(hidden_states.dtype), hidden_states)
+        if config.mask_feature_prob > 0 and drawn:
+            least = getattr(config, "mask_feature_min_masks", 0)
+            masked = self._spans((batch, channels), config.mask_feature_prob, config.mask_feature_length, None, least)
+            rows = torch.arange(batch).repeat_interleave(torch.tensor(packing.lengths))
+            hidden_states = hidden_states.masked_fill(masked[rows].to(hidden_states.device)[None], 0)
+        return hidden_states
+
     @staticmethod
     def _spans(
         shape: tuple[int, int], prob: float, length: int, attention_mask: Tensor | None, min_masks: int
@@ -144,13 +190,17 @@ class WavLMModel(_FastModel, hf.WavLMModel):
 class WavLMForCTC(_FastModel, hf.WavLMForCTC):
     """transformers' `WavLMForCTC`, fast."""
 
+    def check_labels(self, labels: Tensor, utterances: int) -> None:
+        check_ctc_labels(labels, self.config.vocab_size)
+
+    @with_padding
     @or_original
     @functools.wraps(hf.WavLMForCTC.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = _named(WavLMForCTC, args, kwargs)
         labels = arguments.get("labels")
         if labels is not None:
-            check_ctc_labels(labels, self.config.vocab_size)
+            self.check_labels(labels, len(arguments["input_values"]))
         return super().forward(**arguments)
 
 
@@ -158,18 +208,42 @@ class WavLMForCTC(_FastModel, hf.WavLMForCTC):
 class WavLMForSequenceClassification(_FastModel, hf.WavLMForSequenceClassification):
     """transformers' `WavLMForSequenceClassification`, fast."""
 
+    def check_labels(self, labels: Tensor, utterances: int) -> None:
+        check_labels(labels, self.config.num_labels, utterances)
+
+    @with_padding
     @or_original
     @functools.wraps(hf.WavLMForSequenceClassification.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = _named(WavLMForSequenceClassification, args, kwargs)
         if arguments.get("labels") is not None:
-            check_labels(arguments["labels"], self.config.num_labels, len(arguments["input_values"]))
+            self.check_labels(arguments["labels"], len(arguments["input_values"]))
+        if isinstance(arguments.get("attention_mask"), PackedBatch):
+            return self._of_packed(arguments)
         return super().forward(**arguments)
+
+    def _of_packed(self, arguments: dict[str, Any]) -> SequenceClassifierOutput:
+        """transformers' forward, with the mean over each utterance's frames."""
+        outputs, hidden_states, returned = _frames_for_head(self, arguments)
+        hidden_states = self.projector(hidden_states)
+        packing = arguments["attention_mask"].frames
+        pooled = torch.cat([own.mean(dim=1) for own in packing.utterances(hidden_states)])
+        return SequenceClassifierOutput(
+            logits=self.classifier(pooled),
+            hidden_states=_selected(outputs.hidden_states, returned),
+            attentions=outputs.attentions,
+        )
 
 
 @stands_in_for(hf.WavLMForAudioFrameClassification, public=True)
 class WavLMForAudioFrameClassification(_FastModel, hf.WavLMForAudioFrameClassification):
     """transformers' `WavLMForAudioFrameClassification`, fast."""
+
+    @with_padding
+    @or_original
+    @functools.wraps(hf.WavLMForAudioFrameClassification.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
 
 
 def _selected(hidden_states: tuple | None, wanted: bool | int | list[int]) -> tuple | list | None:
@@ -181,6 +255,29 @@ def _selected(hidden_states: tuple | None, wanted: bool | int | list[int]) -> tu
     return [state if i in kept else None for i, state in enumerate(hidden_states)]
 
 
+def _frames_for_head(model: nn.Module, arguments: dict[str, Any]) -> tuple[Any, Tensor, bool | int | list[int]]:
+    """Outputs of the WavLM in a model, the frames `[B, T, C]` that its head takes, and which hidden states the caller
+    wants; what he leaves open, the config says.
+    """
+    config = model.config
+    wishes = {k: arguments.get(k) for k in ("output_hidden_states", "output_attentions")}
+    wishes = {k: getattr(config, k) if v is None else v for k, v in wishes.items()}
+    returned = wishes["output_hidden_states"]
+    if config.use_weighted_layer_sum and ENCODER_COLLECTS:
+        returned = True  # transformers 4 returns what it needs, asked for or not
+    outputs = model.wavlm(
+        **{k: v for k, v in arguments.items() if k not in ("labels", "return_dict", *wishes)},
+        output_attentions=wishes["output_attentions"],
+        output_hidden_states=True if config.use_weighted_layer_sum else returned,
+        return_dict=True,
+    )
+    if not config.use_weighted_layer_sum:
+        return outputs, outputs.last_hidden_state, returned
+    weights = nn.functional.softmax(model.layer_weights, dim=-1)
+    hidden_states = (torch.stack(outputs.hidden_states, dim=1) * weights.view(-1, 1, 1)).sum(dim=1)
+    return outputs, hidden_states, returned
+
+
 @stands_in_for(hf.WavLMForXVector, public=True)
 class WavLMForXVector(_FastModel, hf.WavLMForXVector):
     """transformers' `WavLMForXVector`, fast: pooling does not loop over the batch."""
@@ -190,26 +287,26 @@ class WavLMForXVector(_FastModel, hf.WavLMForXVector):
             check_lengths(config, "tdnn_dim", "tdnn_kernel", "tdnn_dilation")
         super().__init__(config, *args, **kwargs)
 
+    def check_labels(self, labels: Tensor, utterances: int) -> None:
+        check_labels(labels, self.config.num_labels, utterances)
+
+    def run_original(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' forward; in a graph of rows that are to be as if alone ours, as theirs pools padding."""
+        return super().run_original(*args, **kwargs) if valid_samples() is None else self._forward(*args, **kwargs)
+
+    @with_padding
     @or_original
     @functools.wraps(hf.WavLMForXVector.forward)
     def forward(self, *args: Any, **kwargs: Any) -> XVectorOutput | tuple:
-        config, arguments = self.config, _named(WavLMForXVector, args, kwargs)
-        labels = arguments.pop("labels", None)
+        return self._forward(*args, **kwargs)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> XVectorOutput | tuple:
+        arguments = _named(WavLMForXVector, args, kwargs)
+        labels, in_dict = arguments.pop("labels", None), arguments.pop("return_dict", None)
         if labels is not None:
-            check_labels(labels, config.num_labels, len(arguments["input_values"]))
-        # What the caller leaves open, the config says.
-        wishes = {k: arguments.pop(k, None) for k in ("return_dict", "output_hidden_states", "output_attentions")}
-        wishes = {k: getattr(config, k) if v is None else v for k, v in wishes.items()}
-        returned = wishes["output_hidden_states"]
-        if config.use_weighted_layer_sum and ENCODER_COLLECTS:
-            returned = True  # transformers 4 returns what it needs, asked for or not
-        outputs = self.wavlm(
-            **arguments,
-            output_attentions=wishes["output_attentions"],
-            output_hidden_states=True if config.use_weighted_layer_sum else returned,
-            return_dict=True,
-        )
-        embeddings = self.feature_extractor(self._pooled(outputs, arguments.get("attention_mask")))
+            self.check_labels(labels, len(arguments["input_values"]))
+        outputs, hidden_states, returned = _frames_for_head(self, arguments)
+        embeddings = self.feature_extractor(self._pooled(hidden_states, arguments.get("attention_mask")))
         logits = self.classifier(embeddings)
         result = XVectorOutput(
             loss=None if labels is None else self.objective(logits, labels),
@@ -218,18 +315,26 @@ class WavLMForXVector(_FastModel, hf.WavLMForXVector):
             hidden_states=_selected(outputs.hidden_states, returned),
             attentions=outputs.attentions,
         )
-        return result if wishes["return_dict"] else result.to_tuple()
+        return result if (self.config.return_dict if in_dict is None else in_dict) else result.to_tuple()
 
-    def _pooled(self, outputs: Any, attention_mask: Tensor | None) -> Tensor:
+    def _pooled(self, hidden_states: Tensor, attention_mask: Tensor | PackedBatch | None) -> Tensor:
         """Statistics `[B, 2C]` of the frames after the time-delay layers."""
-        hidden_states = outputs.last_hidden_state
-        if self.config.use_weighted_layer_sum:
-            weights = nn.functional.softmax(self.layer_weights, dim=-1)
-            hidden_states = (torch.stack(outputs.hidden_states, dim=1) * weights.view(-1, 1, 1)).sum(dim=1)
         hidden_states = self.projector(hidden_states)
+        if isinstance(attention_mask, PackedBatch):
+            return self._pooled_packed(hidden_states, attention_mask.frames)
         for layer in self.tdnn:
             hidden_states = layer(hidden_states)
         lengths = None
         if attention_mask is not None:
-            lengths = tdnn_lengths(self, frame_lengths(self, attention_mask.sum(dim=1)))
+            frames = frame_lengths(self, attention_mask.sum(dim=1))
+            if valid_samples() is None:
+                lengths = tdnn_lengths(self, frames)
+            else:
+                lengths = frames - sum((layer.kernel_size - 1) * layer.dilation for layer in self.tdnn)
         return pool_statistics(hidden_states, lengths)
+
+    def _pooled_packed(self, hidden_states: Tensor, packing: Packing) -> Tensor:
+        stages = packings(packing.lengths, [(layer.span, 1) for layer in self.tdnn], hidden_states.device)
+        for index, layer in enumerate(self.tdnn):
+            hidden_states = layer(hidden_states, *stages[index : index + 2])
+        return ops.stats_pool(hidden_states, offsets=stages[-1].offsets)

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.models.wavlm import modeling_wavlm as hf
 
 from . import _private, backends, derived
 from .modules import TWINS, FastModule, Plan
 from .modules._originals import StandIn, why_original
+from .packed_batch import why_alone
+from .padding import asks_for_attentions, mode_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Report:
 
     `derived_bytes` is the memory of packed and merged weights at this moment, `slow_modules` counts WavLM modules by
     class that `accelerate` has not or could not make fast. `missing` says what is lost because torch or transformers
-    are not quite as expected.
+    are not quite as expected. `padding` is what padding means to the model, and `alone` why utterances of exact batches
+    run one at a time, None when they need not.
     """
 
     rows: tuple[Row, ...]
@@ -39,6 +43,8 @@ class Report:
     derived_bytes: int
     slow_modules: dict[str, int]
     missing: tuple[str, ...] = ()
+    padding: str = "transformers"
+    alone: str | None = None
 
     def __str__(self) -> str:
         width = max((len(r.op) for r in self.rows), default=2)
@@ -50,6 +56,9 @@ class Report:
         lines += [
             f"{r.op:<{width}}  {r.count:>5}  {r.backend:<9}  {'; '.join(r.reasons) or 'nothing is'}" for r in self.rows
         ]
+        if self.padding == "exact":
+            how = "packed" if self.alone is None else f"one at a time: {self.alone}"
+            lines.append(f"padding is 'exact': utterances of different lengths run {how}")
         lines += [f"{count} × {name} is not a class we stand in for" for name, count in self.slow_modules.items()]
         return "\n".join([*lines, *self.missing])
 
@@ -81,6 +90,8 @@ def report(model: nn.Module) -> Report:
             elif isinstance(module, tuple(TWINS)) and not isinstance(module, tuple(TWINS.values())):
                 slow[type(module).__name__] += 1
     first = next(model.parameters(), torch.empty(0))
+    wavlm = next((m for m in model.modules() if isinstance(m, hf.WavLMPreTrainedModel)), None)
+    padding = "transformers" if wavlm is None else mode_of(wavlm)
     return Report(
         rows=tuple(Row(op, backend, count, reasons) for (op, backend, reasons), count in counts.items()),
         backend=backends.current(),
@@ -89,6 +100,8 @@ def report(model: nn.Module) -> Report:
         derived_bytes=derived.nbytes(model.parameters()),
         slow_modules=dict(slow),
         missing=_private.missing(),
+        padding=padding,
+        alone=why_alone(wavlm, asks_for_attentions(wavlm, {})) if padding == "exact" else None,
     )
 
 

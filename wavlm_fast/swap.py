@@ -18,14 +18,18 @@ from .freed import refuse
 from .inputs import SAMPLE_RATE
 from .modules import TWINS
 from .modules._originals import public_class
+from .padding import check_mode, set_mode
 
 Module = TypeVar("Module", bound=nn.Module)
+
+# Of models that are built while installed.
+_padding = "transformers"
 
 # Where transformers offers its model classes.
 _NAMESPACES = ("transformers", "transformers.models.wavlm", "transformers.models.wavlm.modeling_wavlm")
 
 
-def accelerate(model: Module, keep_originals: bool = True) -> Module:
+def accelerate(model: Module, keep_originals: bool = True, padding: str | None = None) -> Module:
     """Make a live transformers WavLM fast, in place.
 
     Every module of transformers' WavLM in `model` becomes the fast class that stands in for it. Parameters, buffers,
@@ -39,20 +43,28 @@ def accelerate(model: Module, keep_originals: bool = True) -> Module:
             the present dtype; whatever needs an original (`train`, `state_dict`, saving, copying, other dtypes or
             devices, attention weights as outputs) raises a RuntimeError that says so. The model must be in `eval` mode.
             Where nothing is packed (GPUs, the reference backend) nothing is freed.
+        padding: what a batch with an `attention_mask` means. "transformers", which is the default: transformers' own
+            numbers, which depend on how much padding there is. "exact": every row as if it were alone and unpadded,
+            zeros past its end in every output that has frames, and nothing computed on padding. Masks must be ones
+            followed by zeros. None leaves a model that is fast already in the mode that it is in.
 
     Returns:
         `model`.
 
     Raises:
         TypeError: there is no WavLM in it.
-        ValueError: originals are to be freed of a model that is in training mode.
+        ValueError: originals are to be freed of a model that is in training mode; `padding` is another word.
     """
+    if padding is not None:
+        check_mode(padding)
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     if not any(isinstance(m, tuple(TWINS)) for m in modules):
         raise TypeError(f"accelerate wants a transformers WavLM model, got {_describe(model)}, which contains none")
     if not keep_originals and any(m.training for m in modules):
         raise ValueError("accelerate frees the originals of a model that is in eval mode, this one trains: call eval()")
     _swap(modules, TWINS)
+    if padding is not None:
+        set_mode(model, padding)
     if not keep_originals:
         _free_originals(model)
     return model
@@ -85,22 +97,41 @@ def restore(model: Module) -> Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"restore wants a torch module, got {_describe(model)}")
     refuse("restore()", model.parameters())
+    set_mode(model, "transformers")
     _swap(list(model.modules()), {fast: plain for plain, fast in TWINS.items()})
     forget(model.parameters())
     return model
 
 
-def install() -> None:
+def install(padding: str = "transformers") -> None:
     """Make transformers build fast WavLMs: its classes, and so its Auto classes, pipelines and Trainers.
+
+    Args:
+        padding: of the models that are built while installed, as `accelerate` takes it.
+
+    Raises:
+        ValueError: `padding` is another word.
 
     While installed, `transformers.WavLMModel` is `wavlm_fast.WavLMModel`, a subclass of the class that it replaces.
     Models that exist already stay as they are; `accelerate` them.
     """
+    check_mode(padding)
+    global _padding
+    _padding = padding
     _offer({plain.__name__: public_class(fast) for plain, fast in TWINS.items() if issubclass(plain, PreTrainedModel)})
+
+
+def accelerate_new(model: nn.Module) -> None:
+    """`accelerate` a model that has just been built, in the mode that `install` said."""
+    accelerate(model)
+    if _padding != "transformers":
+        set_mode(model, _padding)
 
 
 def uninstall() -> None:
     """Undo `install`. Models built in between stay fast; `restore` them."""
+    global _padding
+    _padding = "transformers"
     _offer({plain.__name__: plain for plain in TWINS if issubclass(plain, PreTrainedModel)})
 
 

@@ -24,10 +24,15 @@ def tiny(monkeypatch):
         "frames": cases.Spec("WavLMForAudioFrameClassification", SIZES, "logits"),
         "xvector": cases.Spec("WavLMForXVector", SIZES, "embeddings"),
         "train": cases.Spec(options={**SIZES, **cases.NOTHING_RANDOM}),
+        "train-ctc": cases.Spec("WavLMForCTC", {**SIZES, **cases.NOTHING_RANDOM, "final_dropout": 0.0}, "logits"),
     }
     made = [
         cases.of("base", 1, 0.5, "latency", stages=True, layers=True),
-        cases.Case("base", (0.5, 0.3), "ragged", ragged="ragged"),
+        cases.Case("base", (0.5, 0.3), "padded", ragged="ragged"),
+        *(
+            cases.Case(model, (0.45, 0.9, 0.4), "ragged", ragged="in all ways", train=model == "train-ctc")
+            for model in ("base", "xvector", "train-ctc")
+        ),
         *(cases.of(model, 1, 0.6, "classes") for model in ("ctc", "classification", "frames", "xvector")),
         cases.of("train", 1, 0.5, "training", train=True),
         cases.of("base", 1, 1, "length", memory=True),

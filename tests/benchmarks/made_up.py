@@ -16,7 +16,7 @@ CASES = {
     "base 8x10": ("throughput", "WavLMModel", 8, 10.0),
     "base 1x120": ("long", "WavLMModel", 1, 120.0),
     "xvector 1x10": ("classes", "WavLMForXVector", 1, 10.0),
-    "base ragged 8x2-15": ("ragged", "WavLMModel", 8, 15.0),
+    "base ragged 8x2-15": ("padded", "WavLMModel", 8, 15.0),
     "train 4x5": ("training", "WavLMModel", 4, 5.0),
     "length 1x3": ("length", "WavLMModel", 1, 3.0),
     "batch 2x5": ("batch", "WavLMModel", 2, 5.0),

@@ -46,13 +46,14 @@ def test_tf32_is_compiled_where_it_exists():
     assert not torch.backends.cuda.matmul.allow_tf32
 
 
-def test_attention_is_compiled_with_wide_heads():
+def test_attention_is_compiled_with_wide_heads_and_for_packed_frames():
     found = tasks(["sm_80"], ["bf16"], "gated_attention", [0])
-    heads = Counter((t.launch.name, t.launch.arguments["D"]) for t in found if "D" in t.launch.arguments)
+    launches = [(t.launch.name, t.launch.arguments) for t in found if "D" in t.launch.arguments]
+    heads = Counter((name, arguments["D"], arguments["PACKED"]) for name, arguments in launches)
     assert set(heads.values()) == {1}
     assert set(heads) == {
-        (f"gated_attention_{kernel}_kernel", D) for kernel in ("fwd", "bwd_dq", "bwd_dkv", "bwd_dbias")
-        for D in (64, 80, 128)
+        (f"gated_attention_{kernel}_kernel", D, packed) for kernel in ("fwd", "bwd_dq", "bwd_dkv", "bwd_dbias")
+        for D in (64, 80, 128) for packed in (False, True)
     }  # fmt: skip
 
 

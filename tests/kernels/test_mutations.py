@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import test_gated_attention as attention
+import test_packed_attention as packed_attention
 import test_packed_front as packed_front
 import test_pointwise as pointwise
 import test_products as products
@@ -97,6 +98,14 @@ def dropped_out():
     attend(dropout_p=0.3, T=70)
 
 
+def packed(dropout_p=0.0):
+    attention.check(packed_attention.packed([5, 40, 18], dropout_p=dropout_p))
+
+
+def packed_dropped_out():
+    packed(0.3)
+
+
 def packed_strided():
     args, packed = packed_front.strided([21, 3, 38, 6], 3, 2, False)
     products.compare("strided_conv", args, packed=packed)
@@ -177,6 +186,34 @@ MISTAKES = {
     "drel_bias, deterministic: off by one": (
         "gated_attention_dbias._gated_attention_bwd_dbias_sum_kernel", "* BLOCK_N + column + T - 1",
         "* BLOCK_N + column + T", attend_deterministically,
+    ),
+    "packed: boundary shifted by one": (
+        "_packed_tiles.frames_of", "offsets_ptr + b), 0)", "offsets_ptr + b) - 1, 0)", packed,
+    ),
+    "packed: end shifted by one": (
+        "_packed_tiles.frames_of", "offsets_ptr + b + 1), N)", "offsets_ptr + b + 1) + 1, N)", packed,
+    ),
+    "packed: places begin a tile late": ("_packed_tiles.utterance_at", "+ b <= place", "+ b < place", packed),
+    "packed: bias of the utterance's own length": (
+        "_packed_tiles.own_tile", "* BLOCK, frames, L", "* BLOCK, frames, frames", packed,
+    ),
+    "packed: gates of the first utterance": (
+        "_packed_tiles.numbers_before", "h.to(tl.int64) * N + b", "h.to(tl.int64) * N", packed,
+    ),
+    "packed: keys of the whole buffer": (FWD, "if LENGTHS else T", "if LENGTHS else N - b", packed),
+    "packed: dropout of the utterance's own rows": (
+        FWD, "row_keys(seed_ptr, head + row)", "row_keys(seed_ptr, row)", packed_dropped_out,
+    ),
+    "packed, dq: keys of the whole buffer": (DQ, "if LENGTHS else T", "if LENGTHS else N - b", packed),
+    "packed, dk, dv: queries of the whole buffer": (
+        DKV, "left, right = far_tiles(", "T = N - b\n    left, right = far_tiles(", packed,
+    ),
+    "packed, drel_bias: of the first utterance alone": (
+        DBIAS, "utterance += (item >=", "utterance += 0 * (item >=", packed,
+    ),
+    "packed, drel_bias: last tile of an utterance dropped": (DBIAS, "(tile < tiles)", "(tile < tiles - 1)", packed),
+    "packed, drel_bias: last place dropped": (
+        DBIAS, "T // BLOCK_M + utterances", "T // BLOCK_M + utterances - 1", packed,
     ),
     "product: last row dropped": (PRODUCT, "(unit < units)[:, None]", "(unit < units - 1)[:, None]", dilated),
     "product: last block of the sum dropped": (

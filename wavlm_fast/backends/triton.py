@@ -97,10 +97,13 @@ def _why_not_add_layer_norm_backward(
     return _why_not_add_layer_norm(sum)
 
 
-def _why_not_gated_attention(q: torch.Tensor, *rest: Any) -> str | None:
+def _why_not_gated_attention(
+    q: torch.Tensor, k: Any, v: Any, gate: Any, rel_bias: Any, key_lengths: Any, dropout_p: float, seed: Any,
+    scale: float, offsets: torch.Tensor | None = None,
+) -> str | None:  # fmt: skip
     if q.dtype not in _DTYPES:
         return f"the Triton gated_attention takes float32, float16 or bfloat16, q is {q.dtype}"
-    head_dim, scale = q.shape[-1], rest[-1]
+    head_dim = q.shape[-1]
     if head_dim % 16 or not 0 < head_dim <= 128:
         return f"the Triton gated_attention takes a head_dim that is a multiple of 16 up to 128, q has {head_dim}"
     if not scale > 0:
@@ -108,8 +111,8 @@ def _why_not_gated_attention(q: torch.Tensor, *rest: Any) -> str | None:
     return None
 
 
-def _why_not_gated_attention_backward(grad: torch.Tensor, q: torch.Tensor, *rest: Any) -> str | None:
-    return _why_not_gated_attention(q, *rest)
+def _why_not_gated_attention_backward(grad: torch.Tensor, *rest: Any) -> str | None:
+    return _why_not_gated_attention(*rest[:6], *rest[8:])  # without out and lse
 
 
 def _why_not_dtype(op: str, x: torch.Tensor) -> str | None:
@@ -161,9 +164,9 @@ def _why_not_waveform_conv_backward(grad: torch.Tensor, *rest: Any) -> str | Non
 TABLE: dict[str, Implementation] = {
     "add_layer_norm": _kernel("add_layer_norm", "add_layer_norm", _why_not_add_layer_norm),
     "add_layer_norm_backward": _kernel("add_layer_norm_backward", "add_layer_norm", _why_not_add_layer_norm_backward),
-    "gated_attention": _kernel("gated_attention", "gated_attention", _why_not_gated_attention),
+    "gated_attention": _kernel("gated_attention", "gated_attention", _why_not_gated_attention, packed=True),
     "gated_attention_backward": _kernel(
-        "gated_attention_backward", "gated_attention_backward", _why_not_gated_attention_backward
+        "gated_attention_backward", "gated_attention_backward", _why_not_gated_attention_backward, packed=True
     ),
     "strided_conv": _kernel("strided_conv", "strided_conv", _why_not_strided_conv, packed=True),
     "strided_conv_backward": _all_gradients(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .._private import version
+from ._packing import Packing
 
 
 class _Made(threading.local):
@@ -55,6 +57,22 @@ def prefix_lengths(mask: Tensor) -> Tensor | None:
         if in_graph:
             return None
     return None if bool((valid[:, 1:] & ~valid[:, :-1]).any()) else valid.sum(-1)
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Which frames count as keys, as the fused ops take it: lengths of padded rows, or offsets of packed ones."""
+
+    lengths: Tensor | None = None
+    offsets: Tensor | None = None
+
+
+def keys_of(mask: Tensor | Packing | None) -> Keys | None:
+    """What a mask or packing says to the fused ops; None when no lengths can say it."""
+    if isinstance(mask, Packing):
+        return Keys(offsets=mask.offsets)
+    lengths = None if mask is None else prefix_lengths(mask)
+    return Keys(lengths) if mask is None or lengths is not None else None
 
 
 def zero_padding(hidden_states: Tensor, mask: Tensor | None) -> Tensor:

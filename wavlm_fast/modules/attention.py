@@ -14,8 +14,9 @@ from .._private import hooks_of, relative_positions_bucket
 from ..derived import concatenated
 from ..ops._define import accumulation_dtype
 from ..ops.gated_attention import bias_rows
-from ._masks import prefix_lengths
+from ._masks import keys_of
 from ._originals import or_original, stands_in_for
+from ._packing import Packing
 from ._plain import is_capture, same_dtype, why_not_plain
 from ._steps import EXAMPLE_FRAMES, FastModule, Plan, frames_like, linear, named, plan_linear, why_not_linear
 from ._versions import RETURNS_WEIGHTS_UNASKED
@@ -62,7 +63,11 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
     def _why_not_fused(self) -> str | None:
         if RETURNS_WEIGHTS_UNASKED and any(not is_capture(hook) for hook in hooks_of(self)[0].values()):
             return "a forward hook may read the attention weights"
-        return self._why_not_rel_bias()
+        return self.why_not_rel_bias()
+
+    def why_not_packed(self) -> str | None:
+        """Why packed frames cannot be attended; None when they can."""
+        return self._why_not_fused()
 
     def why_not_fused(self) -> str | None:
         """Why the attention cannot be a part of its layer's op; None when it can."""
@@ -98,7 +103,7 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Packing | None = None,
         position_bias: Tensor | None = None,
         output_attentions: bool = False,
         index: int = 0,
@@ -108,7 +113,7 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
 
         Args:
             hidden_states: `[B, T, C]`.
-            attention_mask: `[B, T]`, 1 or True where a frame counts as a key, or None.
+            attention_mask: `[B, T]`, 1 or True where a frame counts as a key, or None; of packed frames their packing.
             position_bias: what an earlier layer returned, or None to build it from `rel_attn_embed`.
             output_attentions: whether to return weights.
             index: the layer's number, unused, as in transformers.
@@ -118,15 +123,15 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
             position bias for the next layer.
         """
         if position_bias is None:
-            position_bias = self.position_bias(*hidden_states.shape[:2])
+            position_bias = self.position_bias(hidden_states, attention_mask)
         q, k, v = self._project(hidden_states)
         gate = self._gate(hidden_states).to(accumulation_dtype(q.dtype))
-        lengths = None if attention_mask is None else prefix_lengths(attention_mask)
+        keys = keys_of(attention_mask)
         fused = not output_attentions and position_bias.dim() == 2 and self._why_not_fused() is None
-        if fused and (attention_mask is None or lengths is not None):
+        if fused and keys is not None:
             rel_bias = position_bias.to(gate.dtype)
-            dropout_p = self.dropout if self.training else 0.0
-            out, weights = ops.gated_attention(q, k, v, gate, rel_bias, lengths, dropout_p, self.scaling), None
+            options = (self.dropout if self.training else 0.0, self.scaling, keys.offsets)
+            out, weights = ops.gated_attention(q, k, v, gate, rel_bias, keys.lengths, *options), None
         else:
             out, weights = self._attend_dense(q, k, v, gate, position_bias, attention_mask)
             weights = weights if output_attentions or RETURNS_WEIGHTS_UNASKED else None
@@ -145,14 +150,15 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
             position_bias = dense_bias(position_bias, hidden_states.shape[0])
         return super().run_original(hidden_states, attention_mask, position_bias, *args, **kwargs)
 
-    def _why_not_rel_bias(self) -> str | None:
+    def why_not_rel_bias(self) -> str | None:
         embedding = getattr(self, "rel_attn_embed", None)  # the first layer alone has one
         return None if embedding is None else named("rel_attn_embed", why_not_plain(embedding, nn.Embedding))
 
-    def position_bias(self, batch: int, frames: int) -> Tensor:
+    def position_bias(self, hidden_states: Tensor, mask: Tensor | Packing | None) -> Tensor:
         """The compact bias; the dense one where the embedding may answer for every pair of frames on its own."""
-        if self._why_not_rel_bias() is None:
-            return self.compute_rel_bias(frames)
+        batch, frames = hidden_states.shape[:2]
+        if self.why_not_rel_bias() is None:
+            return self.compute_rel_bias(mask.longest if isinstance(mask, Packing) else frames)
         return self.dense_position_bias(batch, frames)
 
     def dense_position_bias(self, batch: int, frames: int) -> Tensor:

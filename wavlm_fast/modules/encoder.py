@@ -12,9 +12,11 @@ from transformers.models.wavlm import modeling_wavlm as hf
 from .._private import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 from ._masks import zero_padding
 from ._originals import or_original, stands_in_for
+from ._packing import Packing
 from ._steps import FastModule, Plan
 from ._versions import DRAWS_FOR_EVERY_LAYER, ENCODER_COLLECTS
 from .attention import bias_for
+from .encoder_layer import why_layer_not_packed
 from .positional_conv import FastWavLMPositionalConvEmbedding
 
 
@@ -30,11 +32,21 @@ class _FastEncoder(FastModule):
     def plan(self) -> Iterator[Plan]:
         return iter(())
 
+    def why_not_packed(self) -> str | None:
+        """Why packed frames cannot come in; None when they can."""
+        if not isinstance(self.pos_conv_embed, FastWavLMPositionalConvEmbedding):
+            return f"pos_conv_embed is called: it is a {type(self.pos_conv_embed).__name__}"
+        for index, layer in enumerate(self.layers):
+            reason = why_layer_not_packed(layer)
+            if reason is not None:
+                return f"layer {index}: {reason}"
+        return None
+
     @or_original
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Packing | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool = False,
         return_dict: bool = True,
@@ -44,7 +56,7 @@ class _FastEncoder(FastModule):
 
         Args:
             hidden_states: `[B, T, C]`.
-            attention_mask: `[B, T]` bool, True where a frame is valid, or None.
+            attention_mask: `[B, T]` bool, True where a frame is valid, or None; of packed frames their packing.
             output_attentions: whether the layers return attention weights; None for what the config says.
             output_hidden_states: whether to collect every layer's input (transformers 4; 5 collects by hooks).
             return_dict: whether to return a `BaseModelOutput`.
@@ -54,7 +66,7 @@ class _FastEncoder(FastModule):
         """
         if output_attentions is None:
             output_attentions = bool(getattr(self.config, "output_attentions", False))
-        hidden_states = self._enter(self._embed_positions(zero_padding(hidden_states, attention_mask)))
+        hidden_states = self._enter(self._embed_positions(hidden_states, attention_mask))
         collects_states = ENCODER_COLLECTS and output_hidden_states
         collects_weights = ENCODER_COLLECTS and output_attentions
         states, weights, position_bias = [], [], None
@@ -81,7 +93,7 @@ class _FastEncoder(FastModule):
         layer: nn.Module,
         index: int,
         hidden_states: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | Packing | None,
         position_bias: Tensor | None,
         output_attentions: bool,
     ) -> tuple:
@@ -95,10 +107,12 @@ class _FastEncoder(FastModule):
             return layer(hidden_states, attention_mask, position_bias, **options)
         return layer(hidden_states, attention_mask=attention_mask, position_bias=position_bias, **options)
 
-    def _embed_positions(self, hidden_states: Tensor) -> Tensor:
-        embedding = self.pos_conv_embed
+    def _embed_positions(self, hidden_states: Tensor, mask: Tensor | Packing | None) -> Tensor:
+        embedding, packing = self.pos_conv_embed, mask if isinstance(mask, Packing) else None
+        if packing is None:
+            hidden_states = zero_padding(hidden_states, mask)
         if isinstance(embedding, FastWavLMPositionalConvEmbedding):
-            return embedding.added_to(hidden_states)
+            return embedding.added_to(hidden_states, packing)
         return hidden_states + embedding(hidden_states)
 
     def _drops(self, index: int) -> bool:

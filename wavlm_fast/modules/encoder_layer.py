@@ -11,8 +11,9 @@ from transformers.models.wavlm import modeling_wavlm as hf
 
 from .. import ops
 from ..ops._define import accumulation_dtype, needs_grad
-from ._masks import prefix_lengths
+from ._masks import keys_of
 from ._originals import or_original, stands_in_for
+from ._packing import Packing
 from ._plain import fused_activation, same_dtype
 from ._steps import (
     FastModule,
@@ -92,6 +93,13 @@ class _FastLayer(FastModule):
             position_bias = attention.dense_position_bias(batch, frames)
         return super().run_original(hidden_states, attention_mask, position_bias, *args, **kwargs)
 
+    def why_not_packed(self) -> str | None:
+        """Why packed frames cannot come in; None when they can."""
+        for name, cls in (("attention", FastWavLMAttention), ("feed_forward", FastWavLMFeedForward)):
+            if not isinstance(getattr(self, name), cls):
+                return f"{name} is called: it is a {type(getattr(self, name)).__name__}"
+        return named("attention", self.attention.why_not_packed())
+
     def _why_not_whole(self) -> str | None:
         for name, cls in (("attention", FastWavLMAttention), ("feed_forward", FastWavLMFeedForward)):
             part = getattr(self, name)
@@ -150,7 +158,7 @@ class _FastLayer(FastModule):
         return x, rel_bias, None, *parameters, *self._options().values()
 
     def _run_whole(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, position_bias: Tensor | None
+        self, hidden_states: Tensor, attention_mask: Tensor | Packing | None, position_bias: Tensor | None
     ) -> tuple[Tensor, Tensor] | None:
         """The layer's output and the position bias; None where it has to run step by step."""
         if hidden_states.device.type != "cpu" or self._why_not_whole() is not None:
@@ -158,17 +166,22 @@ class _FastLayer(FastModule):
         parameters = self._parameters_of_op()
         if needs_grad(hidden_states, position_bias, *(p for group in parameters for p in group)):
             return None
-        lengths = None if attention_mask is None else prefix_lengths(attention_mask)
         if position_bias is None:
-            position_bias = self.attention.position_bias(*hidden_states.shape[:2])
-        fits = position_bias.dim() == 2 and (attention_mask is None or lengths is not None)
+            position_bias = self.attention.position_bias(hidden_states, attention_mask)
+        keys = keys_of(attention_mask)
+        fits = position_bias.dim() == 2 and keys is not None
         if not fits or not same_dtype(hidden_states, *parameters[0], *parameters[1]):
             return None
         rel_bias = position_bias.to(accumulation_dtype(parameters[0][0].dtype))
-        return ops.encoder_layer(hidden_states, rel_bias, lengths, *parameters, **self._options()), position_bias
+        options = {**self._options(), "offsets": keys.offsets}
+        return ops.encoder_layer(hidden_states, rel_bias, keys.lengths, *parameters, **options), position_bias
 
     def _attend(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, position_bias: Tensor | None, **kwargs: object
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | Packing | None,
+        position_bias: Tensor | None,
+        **kwargs: object,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The attention module's output, weights or None, and position bias."""
         position_bias = bias_for(self.attention, position_bias, hidden_states.shape[0])
@@ -176,6 +189,12 @@ class _FastLayer(FastModule):
             hidden_states, attention_mask=attention_mask, position_bias=position_bias, **kwargs
         )
         return self.dropout(out), weights, position_bias
+
+
+def why_layer_not_packed(layer: nn.Module) -> str | None:
+    """Why a layer, perhaps inside of what shards or wraps it, cannot take packed frames; None when it can."""
+    inside = next((module for module in layer.modules() if isinstance(module, _FastLayer)), None)
+    return f"it is a {type(layer).__name__}" if inside is None else inside.why_not_packed()
 
 
 def _outputs(hidden_states: Tensor, position_bias: Tensor, weights: Tensor | None, wanted: bool) -> tuple:
@@ -197,7 +216,7 @@ class FastWavLMEncoderLayer(_FastLayer, hf.WavLMEncoderLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Packing | None = None,
         position_bias: Tensor | None = None,
         output_attentions: bool = False,
         index: int = 0,
@@ -229,7 +248,7 @@ class FastWavLMEncoderLayerStableLayerNorm(_FastLayer, hf.WavLMEncoderLayerStabl
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Packing | None = None,
         position_bias: Tensor | None = None,
         output_attentions: bool = False,
         **kwargs: object,

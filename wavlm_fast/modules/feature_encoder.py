@@ -12,8 +12,9 @@ from transformers.models.wavlm import modeling_wavlm as hf
 from .. import ops
 from .._private import is_frozen
 from ..inputs import SAMPLE_RATE, check_waveform
-from ..ops._define import needs_grad
+from ..ops._define import accumulation_dtype, needs_grad
 from ._originals import or_original, stands_in_for
+from ._packing import Packing, resized, stages_of, valid_samples
 from ._plain import fused_activation, same_dtype, why_not_plain
 from ._steps import FastModule, Plan, frames_like, has_kernel, named, why_not_norm
 
@@ -68,22 +69,29 @@ class _FastConvLayer(FastModule):
         return x, conv.weight, conv.bias, conv.stride[0], *affine, 1e-5, activation, False
 
     @or_original
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Convolution, norm and activation, `[B, C, T]` to `[B, C', T']`."""
+    def forward(
+        self, hidden_states: Tensor, packing: Packing | None = None, after: Packing | None = None
+    ) -> Tensor:
+        """Convolution, norm and activation, `[B, C, T]` to `[B, C', T']`; packed frames `[1, C, N]` with their packing
+        before and after.
+        """
         conv = self.conv
         if _why_not_conv(conv) is not None or not same_dtype(hidden_states, conv.weight, conv.bias):
-            return super().forward(hidden_states)
+            if packing is None:
+                return super().forward(hidden_states)
+            return torch.cat([super().forward(own) for own in packing.utterances(hidden_states, 2)], 2)
         fuse_norm = self._why_not_norm() is None
         activation = fused_activation(self.activation) if fuse_norm else None
-        frames = self._convolve(hidden_states, self.norm if fuse_norm else "none", activation or "none")
+        packed = {} if packing is None else resized(packing, after)
+        frames = self._convolve(hidden_states, self.norm if fuse_norm else "none", activation or "none", packed)
         if not fuse_norm:
-            frames = self._apply_norm(frames)
+            frames = self._apply_norm(frames) if after is None else after.each(self._apply_norm, frames)
         frames = frames.transpose(1, 2)
         return self.activation(frames) if activation is None else frames
 
-    def _convolve(self, hidden_states: Tensor, norm: str, activation: str) -> Tensor:
+    def _convolve(self, hidden_states: Tensor, norm: str, activation: str, packed: dict[str, Any]) -> Tensor:
         """Time-major `[B, T', C']`."""
-        conv, options = self.conv, {"stride": self.conv.stride[0], "activation": activation}
+        conv, options = self.conv, {"stride": self.conv.stride[0], "activation": activation, **packed}
         if norm != "none":
             layer_norm = self.layer_norm
             options |= {"norm_weight": layer_norm.weight, "norm_bias": layer_norm.bias, "eps": layer_norm.eps}
@@ -116,6 +124,25 @@ class FastWavLMGroupNormConvLayer(_FastConvLayer, hf.WavLMGroupNormConvLayer):
 
     norm = "group"
 
+    def forward(self, hidden_states: Tensor, *packed: Packing) -> Tensor:
+        """As its base class's; in a graph of padded rows that are to be as if alone, statistics are of valid frames."""
+        valid = valid_samples()
+        if valid is None or self._why_not_norm() is not None:
+            return super().forward(hidden_states, *packed)
+        return self._forward_over(hidden_states, valid)
+
+    def _forward_over(self, hidden_states: Tensor, samples: Tensor) -> Tensor:
+        """The layer in plain torch on padded rows `[B, 1, S]` with so many valid samples each, `[B]`."""
+        frames = self.conv(hidden_states)
+        lengths = torch.div(samples - self.conv.kernel_size[0], self.conv.stride[0], rounding_mode="floor") + 1
+        valid = (torch.arange(frames.shape[2], device=frames.device) < lengths[:, None])[:, None]
+        wide = torch.where(valid, frames.to(accumulation_dtype(frames.dtype)), 0)
+        count = lengths[:, None, None].to(wide.dtype)
+        centred = torch.where(valid, wide - wide.sum(2, keepdim=True) / count, 0)
+        deviation = (centred.square().sum(2, keepdim=True) / count + self.layer_norm.eps).sqrt()
+        normed = centred / deviation * self.layer_norm.weight[:, None] + self.layer_norm.bias[:, None]
+        return self.activation(normed.to(frames.dtype))
+
     def _why_not_norm(self) -> str | None:
         norm = self.layer_norm
         reason = why_not_plain(norm, nn.GroupNorm)
@@ -146,6 +173,13 @@ class FastWavLMFeatureEncoder(FastModule, hf.WavLMFeatureEncoder):
             return "the layers differ in eps or activation"
         if len({layer.conv.bias is None for layer in layers}) > 1:
             return "some layers have a bias and some have none"
+        return None
+
+    def why_not_packed(self) -> str | None:
+        """Why packed samples cannot come in; None when they can."""
+        for index, layer in enumerate(self.conv_layers):
+            if not isinstance(layer, _FastConvLayer):
+                return f"feature_extractor layer {index} is called: it is a {type(layer).__name__}"
         return None
 
     def _options(self) -> dict[str, Any]:
@@ -183,7 +217,7 @@ class FastWavLMFeatureEncoder(FastModule, hf.WavLMFeatureEncoder):
 
     @or_original
     def forward(self, input_values: Tensor) -> Tensor:
-        """Waveform `[B, S]` to channel-major frames `[B, C, T]`, whose memory is time-major.
+        """Waveform `[B, S]`, or packed ones `[1, S]`, to channel-major frames `[B, C, T]`, whose memory is time-major.
 
         Raises:
             ValueError, TypeError: the waveform's shape, length or dtype does not fit.
@@ -192,13 +226,18 @@ class FastWavLMFeatureEncoder(FastModule, hf.WavLMFeatureEncoder):
         check_waveform(input_values, convs)
         parameters = [p for layer in self.conv_layers for p in layer.parameters()]
         wants_gradient = needs_grad(input_values, *parameters)
-        if not wants_gradient and self._why_not_whole() is None and same_dtype(input_values, *parameters):
-            return ops.feature_encoder(input_values, **self._options()).transpose(1, 2)
+        stages = stages_of(input_values)
+        # Off the CPU the op runs as its layers, and would have to look at the offsets to make theirs.
+        whole = valid_samples() is None and (stages is None or input_values.device.type == "cpu")
+        if whole and not wants_gradient and self._why_not_whole() is None and same_dtype(input_values, *parameters):
+            packed = {} if stages is None else resized(stages[0], stages[-1])
+            return ops.feature_encoder(input_values, **self._options(), **packed).transpose(1, 2)
         hidden_states = input_values[:, None]
         checkpointed = any(getattr(layer, "gradient_checkpointing", False) for layer in self.conv_layers)
         if not is_frozen(self) and self.training and checkpointed and torch.is_grad_enabled():
             # Reentrant checkpointing records nothing unless an input needs a gradient.
             hidden_states = hidden_states.detach().requires_grad_() if not input_values.requires_grad else hidden_states
-        for conv_layer in self.conv_layers:
-            hidden_states = conv_layer(hidden_states)
+        for index, conv_layer in enumerate(self.conv_layers):
+            packed = () if stages is None else stages[index : index + 2]
+            hidden_states = conv_layer(hidden_states, *packed)
         return hidden_states

@@ -13,6 +13,7 @@ from .._private import WeightNormHook, WeightNormParametrization, hooks_of, weig
 from ..derived import derived, linked
 from ..ops._define import accumulation_dtype, needs_grad
 from ._originals import or_original, stands_in_for
+from ._packing import Packing
 from ._plain import (
     fused_activation,
     has_hooks,
@@ -111,25 +112,27 @@ class FastWavLMPositionalConvEmbedding(FastModule, hf.WavLMPositionalConvEmbeddi
         return frames_like(weight, conv.in_channels), weight, conv.bias, conv.groups, activation, True, False
 
     @or_original
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[B, T, C]` frames to their positional embedding, the same shape."""
+    def forward(self, hidden_states: Tensor, packing: Packing | None = None) -> Tensor:
+        """`[B, T, C]` frames, or packed ones `[1, N, C]`, to their positional embedding, the same shape."""
         conv = self.conv
-        if self._why_not_fused() is not None:
-            return super().forward(hidden_states)
-        weight = _weight(conv)
-        if not same_dtype(hidden_states, weight, conv.bias):
-            return super().forward(hidden_states)
+        weight = _weight(conv) if self._why_not_fused() is None else None
+        if weight is None or not same_dtype(hidden_states, weight, conv.bias):
+            return super().forward(hidden_states) if packing is None else packing.each(super().forward, hidden_states)
         activation = fused_activation(self.activation)
         options = {"groups": conv.groups, "activation": activation or "none", "residual": False}
+        options["offsets"] = None if packing is None else packing.offsets
         out = ops.positional_conv(hidden_states, weight, conv.bias, **options)
         return self.activation(out.transpose(1, 2)).transpose(1, 2) if activation is None else out
 
-    def added_to(self, hidden_states: Tensor) -> Tensor:
+    def added_to(self, hidden_states: Tensor, packing: Packing | None = None) -> Tensor:
         """`hidden_states + self(hidden_states)`."""
         conv, activation = self.conv, fused_activation(self.activation)
+        packed = () if packing is None else (packing,)
         if activation is None or self.why_called() is not None or self._why_not_fused() is not None:
-            return hidden_states + self(hidden_states)
+            return hidden_states + self(hidden_states, *packed)
         weight = _weight(conv)
         if not same_dtype(hidden_states, weight, conv.bias):
-            return hidden_states + self(hidden_states)
-        return ops.positional_conv(hidden_states, weight, conv.bias, groups=conv.groups, activation=activation)
+            return hidden_states + self(hidden_states, *packed)
+        options = {"groups": conv.groups, "activation": activation}
+        options["offsets"] = None if packing is None else packing.offsets
+        return ops.positional_conv(hidden_states, weight, conv.bias, **options)

@@ -1,0 +1,174 @@
+"""What padding means to a model: transformers' numbers, or every utterance as if it were alone ("exact").
+
+In the exact mode a padded batch goes through the model packed, one utterance behind the other, and comes out padded
+again: nothing is computed on padding. Where a module cannot take packed frames, utterances run one at a time. In a
+graph, which cannot depend on lengths, rows stay padded, and what padding would reach is masked.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+from transformers.models.wavlm import modeling_wavlm as hf
+
+from ._private import frame_lengths
+from .inputs import check_mask
+from .leaving import leaving
+from .losses import loss_of
+from .modules import FastWavLMFeatureEncoder
+from .modules._packing import with_valid_samples
+from .packed_batch import (
+    PackedBatch,
+    padded,
+    run_alone,
+    run_packed,
+    samples_needed,
+    stacked,
+    wavlm_of,
+    why_alone,
+    zero_past,
+)
+
+MODES = ("transformers", "exact")
+_MODE = "_wavlm_fast_padding"
+
+
+def check_mode(padding: object) -> None:
+    """Raise ValueError unless it is one of the modes."""
+    if padding not in MODES:
+        raise ValueError(f"padding must be one of {', '.join(map(repr, MODES))}, got {padding!r}")
+
+
+def mode_of(model: nn.Module) -> str:
+    """What padding means to a WavLM."""
+    return model.__dict__.get(_MODE, "transformers")
+
+
+def set_mode(model: nn.Module, padding: str) -> None:
+    """Say what padding means to every WavLM in a module. It is kept on them, and so copied and pickled with them."""
+    for module in model.modules():
+        if isinstance(module, hf.WavLMPreTrainedModel):
+            module.__dict__.pop(_MODE, None)
+            if padding != "transformers":
+                module.__dict__[_MODE] = padding
+
+
+def with_padding(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a model class, in the mode of the model."""
+    names = tuple(inspect.signature(forward).parameters)[1:]
+
+    @functools.wraps(forward)
+    def chosen(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _MODE not in self.__dict__:
+            return forward(self, *args, **kwargs)
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if given.get("attention_mask") is None or isinstance(given["attention_mask"], PackedBatch):
+            return forward(self, **given)
+        return _exact(functools.partial(forward, self), self, given)
+
+    chosen.__signature__ = inspect.signature(forward)
+    del chosen.__wrapped__  # as `or_original`
+    return chosen
+
+
+def _exact(forward: Callable[..., Any], model: PreTrainedModel, given: dict[str, Any]) -> Any:
+    """A padded batch, every row as if it were alone."""
+    labels, in_dict = given.pop("labels", None), given.pop("return_dict", None)
+    waveforms, mask = given["input_values"], given["attention_mask"]
+    if labels is not None:
+        model.check_labels(labels, len(waveforms))
+    if _in_graph(waveforms):
+        outputs, lengths = _masked(forward, model, given)
+    else:
+        outputs, lengths = _unpadded(forward, model, given, _lengths_of(model, mask, waveforms))
+    if labels is not None:
+        outputs = type(outputs)(**{**outputs, "loss": loss_of(model, outputs["logits"], labels, lengths)})
+    return outputs if (model.config.return_dict if in_dict is None else in_dict) else outputs.to_tuple()
+
+
+def _in_graph(waveforms: Tensor) -> bool:
+    if torch.compiler.is_compiling() or leaving() is not None:
+        return True
+    return waveforms.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _unpadded(
+    forward: Callable[..., Any], model: PreTrainedModel, given: dict[str, Any], samples: list[int]
+) -> tuple[ModelOutput, Sequence[int]]:
+    """The outputs of a padded batch with so many valid samples in its rows, and the valid frames of the last."""
+    waveforms = given["input_values"]
+    width = waveforms.shape[1]
+    rows = [row[:n] for row, n in zip(waveforms, samples, strict=True)]
+    if why_alone(model, asks_for_attentions(model, given)) is None:
+        batch = PackedBatch(model, samples, waveforms.device)
+        if set(samples) == {width}:
+            outputs = forward(**{**given, "attention_mask": None, "return_dict": True})
+        else:
+            packed = run_packed(forward, batch, rows, given)
+            outputs = padded(model, packed, batch.frames, frames_after(model, width, False))
+        return outputs, batch.frames.lengths
+    parts = run_alone(forward, rows, given)
+    after_adapter = ("last_hidden_state", "logits")
+    outputs = stacked(model, parts, lambda name: frames_after(model, width, None if name in after_adapter else False))
+    return outputs, [frames_after(model, n, None) for n in samples]
+
+
+def asks_for_attentions(model: PreTrainedModel, given: dict[str, Any]) -> bool:
+    """Whether a call with these arguments returns attention weights."""
+    asked = given.get("output_attentions")
+    return bool(model.config.output_attentions if asked is None else asked)
+
+
+def frames_after(model: PreTrainedModel, samples: int, add_adapter: bool | None) -> int:
+    """Frames of a waveform of so many samples; with `add_adapter` None after the adapter, where the model has one."""
+    return int(frame_lengths(wavlm_of(model), torch.tensor([samples]), add_adapter))
+
+
+def _masked(forward: Callable[..., Any], model: PreTrainedModel, given: dict[str, Any]) -> tuple[ModelOutput, Tensor]:
+    """The outputs of a padded batch whose lengths cannot be looked at, and the valid frames `[B]`."""
+    if wavlm_of(model).adapter is not None:
+        warnings.warn(
+            "padding reaches the utterances through the adapter's convolutions in a graph", UserWarning, stacklevel=2
+        )
+    samples = given["attention_mask"].ne(0).sum(-1)
+    with with_valid_samples(samples):
+        outputs = forward(**{**given, "return_dict": True})
+    lengths = frame_lengths(wavlm_of(model), samples, False).to(torch.long)
+    return zero_past(model, outputs, lengths), lengths
+
+
+def _lengths_of(model: PreTrainedModel, mask: Tensor, waveforms: Tensor) -> list[int]:
+    """The valid samples of every row.
+
+    Raises:
+        ValueError: a row that is not ones followed by zeros, or holds too few samples for a frame.
+    """
+    needed = samples_needed(model)
+    if isinstance(wavlm_of(model).feature_extractor, FastWavLMFeatureEncoder):
+        check_mask(mask, waveforms)
+    elif mask.shape != waveforms.shape[:2]:
+        raise ValueError(
+            f"padding 'exact' wants a mask over the second dimension of input_values, {list(waveforms.shape[:2])}, got "
+            f"{list(mask.shape)}"
+        )
+    valid = mask.ne(0)
+    lengths = valid.sum(-1)
+    broken = (valid != (torch.arange(mask.shape[1], device=mask.device) < lengths[:, None])).any(-1)
+    found, holes = torch.stack([lengths, broken.to(lengths.dtype)]).tolist()  # waits for the device, once
+    for row, (length, hole) in enumerate(zip(found, holes, strict=True)):
+        if hole:
+            raise ValueError(f"padding 'exact' wants an attention_mask of ones followed by zeros, row {row} is none")
+        if length < needed:
+            raise ValueError(
+                f"padding 'exact' wants at least {needed} samples in every row, what the model needs, row {row} has "
+                f"{length}"
+            )
+    return found
