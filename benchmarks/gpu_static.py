@@ -28,7 +28,7 @@ from wavlm_fast.kernels._tuning import MOST, forced
 
 from .gpu_architectures import ARCHITECTURES, Architecture
 from .gpu_bound import bound
-from .gpu_cases import BATCH, DTYPES, MODELS, Case, cases, packed, wide_heads
+from .gpu_cases import BATCH, DTYPES, MODELS, Case, cases, packed, packed_stages, wide_heads
 from .gpu_code import KINDS
 from .gpu_compile import Built, Launch, build
 
@@ -133,6 +133,8 @@ def _cases(dtype: torch.dtype) -> Iterator[Case]:
             yield from cases(model, dtype, batch=batch)
         yield from wide_heads(dtype, batch)
         yield from packed(dtype, batch)
+    for model in MODELS:
+        yield from packed_stages(model, dtype)
 
 
 def tasks(
