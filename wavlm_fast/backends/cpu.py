@@ -55,18 +55,16 @@ for _schema in (
     "Tensor?[] norm_biases, int[] taps, int[] strides, int[] channels, bool[] filtered, str norm, float eps, "
     "str activation) -> Tensor",
     "positional_spectra(Tensor weight) -> Tensor",
-    "positional_conv(Tensor x, Tensor weight, Tensor? spectra, Tensor? bias, str activation, bool residual, bool save) "
-    "-> (Tensor, Tensor)",
-    "positional_conv_backward(Tensor grad, Tensor? residual, Tensor x, Tensor weight, bool[] wanted) "
-    "-> (Tensor, Tensor)",
+    "positional_conv(Tensor x, Tensor weight, Tensor? spectra, Tensor? bias, str activation, bool residual, bool save, "
+    "Tensor? offsets=None) -> (Tensor, Tensor)",
+    "positional_conv_backward(Tensor grad, Tensor? residual, Tensor x, Tensor weight, bool[] wanted, "
+    "Tensor? offsets=None) -> (Tensor, Tensor)",
 ):
     _library.define(_schema)
 # Those that do not take packed frames yet.
 _DENSE = (
     "gated_attention",
     "gated_attention_backward",
-    "stats_pool",
-    "stats_pool_backward",
 )
 for _name in _KERNELS:
     _schema = schemas[_name]
@@ -145,7 +143,8 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 def _cpp(name: str, why_not: Callable[..., str | None]) -> Implementation:
     """The C++ kernel `name`, which needs the extension and whatever else `why_not` asks for."""
-    return Implementation(getattr(_native, name).default, lambda *args: EXTENSION_PROBLEM or why_not(*args))
+    native = getattr(_native, name).default
+    return Implementation(native, lambda *args: EXTENSION_PROBLEM or why_not(*args), packed=name not in _DENSE)
 
 
 def _why_not_add_layer_norm(x: torch.Tensor, residual: torch.Tensor, *rest: object) -> str | None:
@@ -238,9 +237,9 @@ TABLE: dict[str, Implementation] = {
     **_of_frames("stats_pool"),
     "waveform_conv": Implementation(front_end.waveform_conv, _why_not_waveform_conv),
     "waveform_conv_backward": Implementation(front_end.waveform_conv_backward, _why_not_waveform_conv_backward),
-    "positional_conv": Implementation(positional_conv.positional_conv, _why_not_positional_conv),
+    "positional_conv": Implementation(positional_conv.positional_conv, _why_not_positional_conv, packed=True),
     "positional_conv_backward": Implementation(
-        positional_conv.positional_conv_backward, _why_not_positional_conv_backward
+        positional_conv.positional_conv_backward, _why_not_positional_conv_backward, packed=True
     ),
     "linear_act": Implementation(products.linear_act, _why_not_product),
     "linear_act_backward": Implementation(gradients.linear_act_backward, _why_not_gradient),
