@@ -11,7 +11,7 @@ import torch
 from wavlm_fast.backends.triton import TABLE
 
 from .cases import MODELS as SPECS
-from .gpu_compile import Launch, record
+from .gpu_compile import Launch, record, recording
 
 BATCH, SAMPLES = 8, 160_000  # 8 utterances of 10 s at 16 kHz
 KERNELS = (3, 3, 3, 3, 2, 2)  # of the strided convolutions
@@ -42,6 +42,8 @@ class Model:
 MODELS = {name: Model.of(name) for name in ("base", "large")}
 # The models' heads have 64 channels. These fill a tile of 128, and leave some of it empty.
 WIDE_HEADS = (128, 80)
+# What takes packed frames and makes fewer of them.
+RESIZED = ("waveform_conv", "strided_conv", "tdnn")
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,23 @@ def wide_heads(dtype: torch.dtype, batch: int = BATCH) -> Iterator[Case]:
     for D in WIDE_HEADS:
         model, new = replace(MODELS["base"], channels=8 * D, heads=8), _New(dtype, batch, SAMPLES)
         yield from (Case(f"heads of {D}", *found) for found in _attention(model, new))
+
+
+def packed(model: str, dtype: torch.dtype) -> Iterator[Case]:
+    """What takes packed frames, forward and backward, on BATCH utterances one behind the other."""
+    offsets = torch.empty(BATCH + 1, dtype=torch.int32, device="meta")
+    for case in cases(model, dtype, batch=1, samples=BATCH * SAMPLES):
+        if case.op.removesuffix("_backward") in RESIZED:
+            args = (*case.args, offsets, offsets, _out_frames(case))
+            yield Case(f"{model} packed", case.op, args, case.what)
+
+
+def _out_frames(case: Case) -> int:
+    if case.op.endswith("_backward"):
+        return case.args[0].shape[1]
+    with recording():
+        out = TABLE[case.op].fn(*case.args)
+    return (out[0] if isinstance(out, tuple) else out).shape[1]
 
 
 def _attention(m: Model, new: _New) -> Iterator[tuple[str, tuple, str]]:

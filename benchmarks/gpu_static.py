@@ -28,7 +28,7 @@ from wavlm_fast.kernels._tuning import MOST, forced
 
 from .gpu_architectures import ARCHITECTURES, Architecture
 from .gpu_bound import bound
-from .gpu_cases import BATCH, DTYPES, MODELS, Case, cases, wide_heads
+from .gpu_cases import BATCH, DTYPES, MODELS, Case, cases, packed, wide_heads
 from .gpu_code import KINDS
 from .gpu_compile import Built, Launch, build
 
@@ -110,8 +110,8 @@ def _multiplying(dtype: str) -> Iterator[None]:
 def launches(
     architecture: Architecture, dtype: str, indices: Iterable[int] = range(MOST)
 ) -> Iterator[tuple[str, Launch, int]]:
-    """Every distinct launch of both models and of attention with wide heads: its op, itself, and the index of its
-    configuration in the kernel's list.
+    """Every distinct launch of both models, of attention with wide heads and of packed frames: its op, itself, and the
+    index of its configuration in the kernel's list.
 
     Defaults have index 0 and come first; kernels without a list have only that.
     """
@@ -132,6 +132,8 @@ def _cases(dtype: torch.dtype) -> Iterator[Case]:
         for model in MODELS:
             yield from cases(model, dtype, batch=batch)
         yield from wide_heads(dtype, batch)
+    for model in MODELS:
+        yield from packed(model, dtype)
 
 
 def tasks(

@@ -6,6 +6,8 @@
 No im2col buffer exists: a tile of rows is read where it lies. A convolution's gradient with respect to its input is the
 same sum, once per phase of its stride, and so gathers instead of adding atomically. The gradient with respect to the
 weight splits its long sum over utterances and frames into parts that are added in order.
+
+Of packed frames every row finds its utterance: tiles are full, and a window that leaves its utterance reads zeros.
 """
 
 import torch
@@ -13,6 +15,7 @@ import triton
 import triton.language as tl
 
 from ._activation import activate
+from ._packed import apart, extent, first_place, following, places, utterance_at
 from ._precision import dot_precision
 from ._tuning import Config, tunable
 
@@ -20,6 +23,7 @@ from ._tuning import Config, tunable
 @triton.jit
 def _frames_product_kernel(
     x_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, residual_ptr, out_ptr, pre_ptr,
+    offsets_ptr, out_offsets_ptr, utterances,  # of packed frames, of which `units` are all places, else None
     frames_in, frames_out, units, length, first, phase, eps,  # length: taps · C
     GROUPS: tl.constexpr, C: tl.constexpr, N: tl.constexpr,  # channels of one group, in and out
     STRIDE: tl.constexpr, STEP: tl.constexpr, OUT_STRIDE: tl.constexpr,
@@ -35,11 +39,22 @@ def _frames_product_kernel(
     b = tl.program_id(2).to(tl.int64)
     unit = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     # Rows past the end repeat the last one, and stores leave them out.
-    frame = tl.minimum(unit, units - 1) * STRIDE + first
+    if offsets_ptr is None:
+        frame = tl.minimum(unit, units - 1) * STRIDE + first
+        x_row = b * frames_in + frame[:, None]
+        own_frames = frames_in
+    else:
+        place = tl.minimum(unit, units - 1)
+        own = utterance_at(place, out_offsets_ptr, utterances, OUT_STRIDE)
+        own_unit = place - first_place(out_offsets_ptr, own, OUT_STRIDE)
+        frame = own_unit * STRIDE + first
+        own_first, own_frames = extent(offsets_ptr, own)
+        x_row = (own_first + frame)[:, None]
+        own_frames = own_frames[:, None]
     k = tl.arange(0, BLOCK_K)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     inside_n = n < N
-    x_rows = x_ptr + (b * frames_in + frame[:, None]) * (GROUPS * C) + group * C
+    x_rows = x_ptr + x_row * (GROUPS * C) + group * C
     weight_tile = weight_ptr + group.to(tl.int64) * TO_GROUP + k[:, None] * TO_K + n[None, :] * TO_N
 
     # The sum runs over taps and channels at once: a block may hold several taps of few channels.
@@ -53,7 +68,7 @@ def _frames_product_kernel(
             x_at = x_rows + (start + k[None, :] + tap * TAP)
         if PADDED:
             # Unsigned, frames before the first are past the end as well.
-            x_mask = (frame[:, None] + tap * STEP).to(tl.uint32) < frames_in
+            x_mask = (frame[:, None] + tap * STEP).to(tl.uint32) < own_frames
             if not WHOLE:
                 x_mask = x_mask & (start + k < length)[None, :]
             x = tl.load(x_at, mask=x_mask, other=0.0)
@@ -71,9 +86,15 @@ def _frames_product_kernel(
     column = group * N + n
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + column, mask=inside_n, other=0.0).to(tl.float32)[None, :]
-    out_row = (b * frames_out + unit[:, None] * OUT_STRIDE + phase) * (GROUPS * N)
-    at = out_row + column[None, :]
     inside = (unit < units)[:, None] & inside_n[None, :]
+    if offsets_ptr is None or OUT_STRIDE == 1:
+        out_row = b * frames_out + unit[:, None] * OUT_STRIDE + phase
+    else:
+        out_first, out_frames = extent(out_offsets_ptr, own)
+        out_frame = own_unit * OUT_STRIDE + phase
+        out_row = (out_first + out_frame)[:, None]
+        inside = inside & (out_frame < out_frames)[:, None]
+    at = out_row * (GROUPS * N) + column[None, :]
     if pre_ptr is not None:
         tl.store(pre_ptr + at, acc.to(pre_ptr.dtype.element_ty), mask=inside)
     if NORM:  # the tile holds whole rows
@@ -91,6 +112,7 @@ def _frames_product_kernel(
 @triton.jit
 def _frames_product_bwd_weight_kernel(
     x_ptr, grad_ptr, parts_ptr,  # parts [splits, GROUPS, length, N] fp32
+    offsets_ptr, out_offsets_ptr,  # of packed frames, else None
     frames_in, frames_out, batch, length, first, blocks_per_split,  # length: taps · C
     GROUPS: tl.constexpr, C: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr, STEP: tl.constexpr,
     PADDED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
@@ -105,19 +127,32 @@ def _frames_product_bwd_weight_kernel(
     tap = k // C
     x_columns = x_ptr + group * C + (k + tap * TAP)[None, :]
     grad_columns = grad_ptr + group * N + n[None, :]
-    blocks = tl.cdiv(frames_out, BLOCK_T)
     index = split * blocks_per_split
-    b = (index // blocks).to(tl.int64)
-    block = index % blocks
+    if offsets_ptr is None:
+        blocks = tl.cdiv(frames_out, BLOCK_T)
+        b = (index // blocks).to(tl.int64)
+        block = index % blocks
+        end = batch * blocks
+        own_in, own_out = frames_in, frames_out
+    else:
+        end = frames_out // BLOCK_T + batch
+        b = utterance_at(index, out_offsets_ptr, batch, BLOCK_T)
+        begin = first_place(out_offsets_ptr, b, BLOCK_T)
+        x_first, own_in = extent(offsets_ptr, b)
+        grad_first, own_out = extent(out_offsets_ptr, b)
 
     acc = tl.zeros([BLOCK_K, BLOCK_N], dtype=tl.float32)
-    for _ in range(index, tl.minimum(index + blocks_per_split, batch * blocks)):
+    for place in range(index, tl.minimum(index + blocks_per_split, end)):
+        if offsets_ptr is None:
+            x_first, grad_first = b * frames_in, b * frames_out
+        else:
+            block = place - begin
         frame = block * BLOCK_T + row
         # Where the gradient is 0, x may be any: the last frame again.
-        at = tl.minimum(frame, frames_out - 1) * STRIDE + first
-        x_at = x_columns + (b * frames_in + at[:, None]) * (GROUPS * C)
+        at = tl.minimum(frame, own_out - 1) * STRIDE + first
+        x_at = x_columns + (x_first + at[:, None]) * (GROUPS * C)
         if PADDED:
-            x_mask = (at[:, None] + (tap * STEP)[None, :]).to(tl.uint32) < frames_in
+            x_mask = (at[:, None] + (tap * STEP)[None, :]).to(tl.uint32) < own_in
             if not WHOLE:
                 x_mask = x_mask & (k < length)[None, :]
             x = tl.load(x_at, mask=x_mask, other=0.0)
@@ -125,15 +160,22 @@ def _frames_product_bwd_weight_kernel(
             x = tl.load(x_at, mask=(k < length)[None, :], other=0.0)
         else:
             x = tl.load(x_at)
-        grad_at = grad_columns + (b * frames_out + frame[:, None]) * (GROUPS * N)
-        grad_mask = (frame < frames_out)[:, None]
+        grad_at = grad_columns + (grad_first + frame[:, None]) * (GROUPS * N)
+        grad_mask = (frame < own_out)[:, None]
         if N % BLOCK_N != 0:
             grad_mask = grad_mask & (n < N)[None, :]
         grad = tl.load(grad_at, mask=grad_mask, other=0.0)
         acc = tl.dot(x.T, grad, acc, input_precision=PRECISION)
-        block += 1
-        b += (block == blocks).to(tl.int64)
-        block = tl.where(block == blocks, 0, block)
+        if offsets_ptr is None:
+            block += 1
+            b += (block == blocks).to(tl.int64)
+            block = tl.where(block == blocks, 0, block)
+        else:
+            # Of the next block, so that no load waits for these.
+            b = following(place, b, out_offsets_ptr, batch, BLOCK_T)
+            begin = first_place(out_offsets_ptr, b, BLOCK_T)
+            x_first, own_in = extent(offsets_ptr, b)
+            grad_first, own_out = extent(out_offsets_ptr, b)
     part = (split * GROUPS + group).to(tl.int64) * length + k[:, None]
     tl.store(parts_ptr + part * N + n[None, :], acc, mask=(k < length)[:, None] & (n < N)[None, :])
 
@@ -204,20 +246,27 @@ def frames_product(
     out_stride: int = 1,
     phase: int = 0,
     padded: bool = False,
+    offsets: torch.Tensor | None = None,
+    out_offsets: torch.Tensor | None = None,
 ) -> None:
     """Write `units` frames of `out` `[B, T', G·N]` from `x` `[B, T, G·C]` and `weight` `[G, taps, C, N]`.
 
     `weight` may have any strides with which channels run on from tap to tap, so that most weights are read as they are.
+    Of packed frames, `offsets` are those of `x` and `out_offsets` those of `out`; every frame of a phase is written,
+    whatever `units` says.
     """
     G, taps, C, N = weight.shape
     to_group, to_k, to_n = weight.view(G, taps * C, N).stride()
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
     precision = dot_precision(x.dtype, x.device)
+    utterances = 0 if offsets is None else offsets.shape[0] - 1
+    if utterances:
+        units = places(out.shape[1], utterances, out_stride)
 
     def run(config: Config) -> None:
         grid = (G * triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(units, config["BLOCK_T"]), x.shape[0])
         _frames_product_kernel[grid](
-            x, weight, bias, norm_weight, norm_bias, residual, out, pre,
+            x, weight, bias, norm_weight, norm_bias, residual, out, pre, offsets, out_offsets, utterances,
             x.shape[1], out.shape[1], units, taps * C, first, phase, eps,
             GROUPS=G, C=C, N=N, STRIDE=stride, STEP=step, OUT_STRIDE=out_stride, PADDED=padded,
             WHOLE=taps * C % config["BLOCK_K"] == 0, TO_GROUP=to_group, TO_K=to_k, TO_N=to_n,
@@ -225,6 +274,7 @@ def frames_product(
         )  # fmt: skip
 
     also = (G, taps, stride, step, out_stride, padded, activation, pre is None, residual is None, precision, to_k, to_n)
+    also += apart(offsets)
     few = G * triton.cdiv(N, 128) * triton.cdiv(units, 128) * x.shape[0] < FEW
     product_configs.launch(run, x.device, (taps * C, N, x.dtype, norm is not None, few), (units, x.shape[0]), also)
 
@@ -247,26 +297,40 @@ def weight_gradient_configs(length: int, N: int, dtype: torch.dtype, target: str
 
 
 def frames_product_weight_gradient(
-    x: torch.Tensor, grad: torch.Tensor, taps: int, groups: int, *, stride: int = 1, step: int = 1, first: int = 0
+    x: torch.Tensor,
+    grad: torch.Tensor,
+    taps: int,
+    groups: int,
+    *,
+    stride: int = 1,
+    step: int = 1,
+    first: int = 0,
+    offsets: torch.Tensor | None = None,
+    out_offsets: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Gradient `[G, taps, C, N]` fp32 of the weight, from `x` `[B, T, G·C]` and the out's gradient `[B, T', G·N]`."""
+    """Gradient `[G, taps, C, N]` fp32 of the weight, from `x` `[B, T, G·C]` and the out's gradient `[B, T', G·N]`.
+
+    Of packed frames, `offsets` are those of `x` and `out_offsets` those of the gradient.
+    """
     B, frames_out, N = grad.shape
+    B = B if offsets is None else offsets.shape[0] - 1
     C, N = x.shape[2] // groups, N // groups
     length, precision = taps * C, dot_precision(x.dtype, x.device)
 
     def run(config: Config) -> torch.Tensor:
         tiles = triton.cdiv(length, config["BLOCK_K"]) * triton.cdiv(N, config["BLOCK_N"])
         # Enough programs to fill a GPU, whichever it is, but sums of at least eight blocks each.
-        blocks = B * triton.cdiv(frames_out, config["BLOCK_T"])
+        block_t = config["BLOCK_T"]
+        blocks = B * triton.cdiv(frames_out, block_t) if offsets is None else places(frames_out, B, block_t)
         per_split = triton.cdiv(blocks, max(1, min(triton.cdiv(512, tiles * groups), blocks // 8)))
         splits = triton.cdiv(blocks, per_split)
         parts = torch.empty(splits, groups, taps, C, N, dtype=torch.float32, device=x.device)
         _frames_product_bwd_weight_kernel[(tiles, groups, splits)](
-            x, grad, parts, x.shape[1], frames_out, B, length, first, per_split,
+            x, grad, parts, offsets, out_offsets, x.shape[1], frames_out, B, length, first, per_split,
             GROUPS=groups, C=C, N=N, STRIDE=stride, STEP=step, PADDED=first != 0,
             WHOLE=length % config["BLOCK_K"] == 0, PRECISION=precision, **config,
         )  # fmt: skip
         return parts.sum(0) if splits > 1 else parts[0]
 
-    also = (groups, taps, stride, step, first != 0, precision)
+    also = (groups, taps, stride, step, first != 0, precision, *apart(offsets))
     return weight_gradient_configs.launch(run, x.device, (length, N, x.dtype), (frames_out, B), also)

@@ -4,6 +4,7 @@ import torch
 
 from ._finish_backward import finish_backward
 from ._frames_product import frames_product, frames_product_weight_gradient
+from ._packed import in_memory
 
 
 def tdnn(
@@ -13,13 +14,20 @@ def tdnn(
     kernel_size: int,
     dilation: int,
     activation: str,
+    offsets: torch.Tensor | None = None,
+    out_offsets: torch.Tensor | None = None,
+    out_frames: int | None = None,
 ) -> torch.Tensor:
     """The op `tdnn`: `[B, T', C']`."""
-    x = x.contiguous()
-    out = x.new_empty(x.shape[0], x.shape[1] - (kernel_size - 1) * dilation, weight.shape[0])
+    x, (offsets, out_offsets) = x.contiguous(), in_memory(offsets, out_offsets)
+    frames = x.shape[1] - (kernel_size - 1) * dilation if out_frames is None else out_frames
+    out = x.new_empty(x.shape[0], frames, weight.shape[0])
     if out.numel():
         taps = weight.contiguous().unflatten(1, (kernel_size, -1)).permute(1, 2, 0)  # [K, C, C'], a view
-        frames_product(x, taps[None], out, out.shape[1], bias=bias, activation=activation, step=dilation)
+        frames_product(
+            x, taps[None], out, frames, bias=bias, activation=activation, step=dilation, offsets=offsets,
+            out_offsets=out_offsets,
+        )  # fmt: skip
     return out
 
 
@@ -32,13 +40,21 @@ def tdnn_backward(
     kernel_size: int,
     dilation: int,
     activation: str,
+    offsets: torch.Tensor | None = None,
+    out_offsets: torch.Tensor | None = None,
+    out_frames: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The op `tdnn_backward`: gradients of x, weight and bias. Where relu let a value through, `out` is it."""
     x, grad, out = x.contiguous(), grad.contiguous(), out.contiguous()
+    offsets, out_offsets = in_memory(offsets, out_offsets)
     dpre, sums = finish_backward(grad, out, None, activation)
     dx = torch.empty_like(x)
     taps = weight.unflatten(1, (kernel_size, -1)).transpose(0, 1).contiguous()  # [K, C', C]
-    frames_product(dpre, taps[None], dx, x.shape[1], step=-dilation, padded=True)
-    dweight = frames_product_weight_gradient(x, dpre, kernel_size, 1, step=dilation)[0]  # [K, C, C']
+    frames_product(
+        dpre, taps[None], dx, x.shape[1], step=-dilation, padded=True, offsets=out_offsets, out_offsets=offsets
+    )
+    dweight = frames_product_weight_gradient(
+        x, dpre, kernel_size, 1, step=dilation, offsets=offsets, out_offsets=out_offsets
+    )[0]  # [K, C, C']
     dweight = dweight.flatten(0, 1).t().to(weight.dtype, memory_format=torch.contiguous_format)
     return dx, dweight, x.new_empty(0) if bias is None else sums[0].to(bias.dtype)

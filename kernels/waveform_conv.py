@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ._activation import activate
+from ._packed import apart, extent, first_place, in_memory, places, sum_places, utterance_at
 from ._tuning import Config, tunable
 
 # Taps, and one column of ones: [16, 16] holds the sums of the windows and their number too.
@@ -19,15 +20,30 @@ PROGRAM_FRAMES, PROGRAMS = 512, 512
 
 
 @triton.jit
+def utterance_of_program(offsets_ptr, out_offsets_ptr, utterances, size):
+    """Of the program's place, of `size` frames: its utterance, its first sample and first frame, and its frames."""
+    own = utterance_at(tl.program_id(0), out_offsets_ptr, utterances, size)
+    start, _ = extent(offsets_ptr, own)
+    out_start, own_frames = extent(out_offsets_ptr, own)
+    return own, start, out_start, own_frames
+
+
+@triton.jit
 def _waveform_gram_kernel(
     waveform_ptr, parts_ptr,  # [B, programs, BLOCK_K, BLOCK_K] fp64
+    offsets_ptr, out_offsets_ptr, utterances,  # of packed samples and frames, else None
     S, T, K, STRIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
-    frame = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    if offsets_ptr is None:
+        start, own_frames, block = b * S, T, tl.program_id(0)
+    else:
+        own, start, _, own_frames = utterance_of_program(offsets_ptr, out_offsets_ptr, utterances, BLOCK_T)
+        block = tl.program_id(0) - first_place(out_offsets_ptr, own, BLOCK_T)
+    frame = block * BLOCK_T + tl.arange(0, BLOCK_T)
     k = tl.arange(0, BLOCK_K)
-    inside = frame < T
-    windows = waveform_ptr + b * S + frame * STRIDE
+    inside = frame < own_frames
+    windows = waveform_ptr + start + frame * STRIDE
     x = tl.load(windows[:, None] + k[None, :], mask=inside[:, None] & (k < K)[None, :], other=0.0).to(tl.float64)
     x = tl.where(inside[:, None] & (k == K)[None, :], 1.0, x)
     part = parts_ptr + (b * tl.num_programs(0) + tl.program_id(0)) * (BLOCK_K * BLOCK_K)
@@ -88,13 +104,13 @@ def load_taps(
 
 @triton.jit
 def convolve(
-    waveform_ptr, taps, total, centre, row, frame, S,
+    waveform_ptr, taps, total, centre, frame,
     K: tl.constexpr, STRIDE: tl.constexpr, DOT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The convolution [T, C] of the utterance at `row`, less `centre` unless that is None: a product in half precision,
-    exact enough to take the centre away afterwards; else sums in fp32.
+    """The convolution [T, C] of the utterance, less `centre` unless that is None: a product in half precision, exact
+    enough to take the centre away afterwards; else sums in fp32.
     """
-    windows = waveform_ptr + row * S + frame * STRIDE
+    windows = waveform_ptr + frame * STRIDE
     if DOT:
         k = tl.arange(0, BLOCK_K)
         x = tl.load(windows[:, None] + k[None, :], mask=(k < K)[None, :], other=0.0)
@@ -122,12 +138,20 @@ def load_vector(pointer, at, inside, default, VOLATILE: tl.constexpr = False):
 @triton.jit
 def _waveform_conv_fwd_kernel(
     waveform_ptr, taps_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, centre_ptr, rstd_ptr, offset_ptr, out_ptr,
+    offsets_ptr, out_offsets_ptr, utterances,  # of packed samples and frames, else None
     S, T, C, eps, tiles_per_program,
     K: tl.constexpr, STRIDE: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A program takes all channels of some frames, tile after tile: what every frame needs is read once."""
-    b = tl.program_id(1).to(tl.int64)
+    if offsets_ptr is None:
+        b = tl.program_id(1).to(tl.int64)
+        start, out_start, own_frames = b * S, b * T, T
+        first = tl.program_id(0) * tiles_per_program
+    else:
+        size = tiles_per_program * BLOCK_T
+        b, start, out_start, own_frames = utterance_of_program(offsets_ptr, out_offsets_ptr, utterances, size)
+        first = (tl.program_id(0) - first_place(out_offsets_ptr, b, size)) * tiles_per_program
     channel = tl.arange(0, BLOCK_C)
     inside = channel < C
     taps, total = load_taps(taps_ptr, channel, C, K, DOT, BLOCK_K)
@@ -139,23 +163,22 @@ def _waveform_conv_fwd_kernel(
         offset = load_vector(offset_ptr, b * C + channel, inside, 0.0)[None, :]
     else:
         bias = load_vector(bias_ptr, channel, inside, 0.0)[None, :]
-    first = tl.program_id(0) * tiles_per_program
-    for tile in range(first, tl.minimum(first + tiles_per_program, tl.cdiv(T, BLOCK_T))):
+    for tile in range(first, tl.minimum(first + tiles_per_program, tl.cdiv(own_frames, BLOCK_T))):
         unit = tile * BLOCK_T + tl.arange(0, BLOCK_T)
         # Frames past the end repeat the last one; the store leaves them out.
-        frame = tl.minimum(unit, T - 1)
+        frame = tl.minimum(unit, own_frames - 1)
         if NORM == "group":
-            acc = convolve(waveform_ptr, taps, total, centre, b, frame, S, K, STRIDE, DOT, BLOCK_K) * rstd + offset
+            acc = convolve(waveform_ptr + start, taps, total, centre, frame, K, STRIDE, DOT, BLOCK_K) * rstd + offset
         else:
-            acc = convolve(waveform_ptr, taps, total, None, b, frame, S, K, STRIDE, DOT, BLOCK_K) + bias
+            acc = convolve(waveform_ptr + start, taps, total, None, frame, K, STRIDE, DOT, BLOCK_K) + bias
         if NORM == "layer":  # the tile holds whole rows
             centred = tl.where(inside[None, :], acc - tl.sum(acc, axis=1)[:, None] / C, 0.0)
             acc = centred * (1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + eps))[:, None]
         if NORM != "none":
             acc = acc * gain + shift
         out = activate(acc, ACTIVATION).to(out_ptr.dtype.element_ty)
-        at = (b * T + unit[:, None]) * C + channel[None, :]
-        tl.store(out_ptr + at, out, mask=(unit < T)[:, None] & inside[None, :])
+        at = (out_start + unit[:, None]) * C + channel[None, :]
+        tl.store(out_ptr + at, out, mask=(unit < own_frames)[:, None] & inside[None, :])
 
 
 def taps_of(weight: torch.Tensor) -> torch.Tensor:
@@ -179,23 +202,34 @@ def gram_configs(target: str) -> tuple[Config, ...]:
 
 
 def group_statistics(
-    waveform: torch.Tensor, weight: torch.Tensor, stride: int, frames: int, eps: float
+    waveform: torch.Tensor,
+    weight: torch.Tensor,
+    stride: int,
+    frames: int,
+    eps: float,
+    offsets: torch.Tensor | None = None,
+    out_offsets: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What norms the convolution of each utterance over time: centre `[B]`, rstd and offset `[B, C]`, fp32."""
-    (B, S), (C, _, K) = waveform.shape, weight.shape
+    (rows, S), (C, _, K) = waveform.shape, weight.shape
+    B = rows if offsets is None else offsets.shape[0] - 1
 
     def run(config: Config) -> torch.Tensor:
-        programs = triton.cdiv(frames, config["BLOCK_T"])
-        parts = torch.empty(B, programs, BLOCK_K, BLOCK_K, dtype=torch.float64, device=waveform.device)
-        _waveform_gram_kernel[(programs, B)](waveform, parts, S, frames, K, STRIDE=stride, BLOCK_K=BLOCK_K, **config)
-        return parts
+        size = config["BLOCK_T"]
+        programs = triton.cdiv(frames, size) if offsets is None else places(frames, B, size)
+        parts = torch.empty(rows, programs, BLOCK_K, BLOCK_K, dtype=torch.float64, device=waveform.device)
+        _waveform_gram_kernel[(programs, rows)](
+            waveform, parts, offsets, out_offsets, B, S, frames, K, STRIDE=stride, BLOCK_K=BLOCK_K, **config
+        )
+        return parts.sum(1) if offsets is None else sum_places(parts[0], out_offsets, size)
 
-    parts = gram_configs.launch(run, waveform.device, (), (frames, B), (K, stride, waveform.dtype))
+    also = (K, stride, waveform.dtype, *apart(offsets))
+    gram = gram_configs.launch(run, waveform.device, (), (frames, B), also)
     centre, rstd, offset = (
         torch.empty(shape, dtype=torch.float32, device=waveform.device) for shape in (B, (B, C), (B, C))
     )
     _waveform_norm_kernel[(triton.cdiv(C, 16), B)](
-        parts.sum(1), weight, centre, rstd, offset, C, K, eps, BLOCK_C=16, BLOCK_K=BLOCK_K, num_warps=4
+        gram, weight, centre, rstd, offset, C, K, eps, BLOCK_C=16, BLOCK_K=BLOCK_K, num_warps=4
     )
     return centre, rstd, offset
 
@@ -220,27 +254,38 @@ def waveform_conv(
     norm_bias: torch.Tensor | None,
     eps: float,
     activation: str,
+    offsets: torch.Tensor | None = None,
+    out_offsets: torch.Tensor | None = None,
+    out_frames: int | None = None,
 ) -> torch.Tensor:
     """The op `waveform_conv`: `[B, T, C]`."""
     waveform, weight = waveform.contiguous(), weight.contiguous()
+    offsets, out_offsets = packed = in_memory(offsets, out_offsets)
     (B, S), (C, _, K) = waveform.shape, weight.shape
-    frames = (S - K) // stride + 1
+    frames = (S - K) // stride + 1 if out_frames is None else out_frames
     out = waveform.new_empty(B, frames, C)
     if not out.numel():
         return out
-    statistics = group_statistics(waveform, weight, stride, frames, eps) if norm == "group" else (None, None, None)
+    statistics = (None, None, None)
+    if norm == "group":
+        statistics = group_statistics(waveform, weight, stride, frames, eps, *packed)
     taps = taps_of(weight)
+    utterances = 0 if offsets is None else offsets.shape[0] - 1
 
     def run(config: Config) -> None:
         tiles = triton.cdiv(frames, config["BLOCK_T"])
         # Programs enough to fill a GPU come before few loads of the weight.
         per_program = min(triton.cdiv(PROGRAM_FRAMES, config["BLOCK_T"]), triton.cdiv(B * tiles, PROGRAMS))
-        _waveform_conv_fwd_kernel[(triton.cdiv(tiles, per_program), B)](
-            waveform, taps, bias, norm_weight, norm_bias, *statistics, out, S, frames, C, eps, per_program,
+        programs = triton.cdiv(tiles, per_program)
+        if utterances:
+            programs = places(frames, utterances, per_program * config["BLOCK_T"])
+        _waveform_conv_fwd_kernel[(programs, B)](
+            waveform, taps, bias, norm_weight, norm_bias, *statistics, out, *packed, utterances,
+            S, frames, C, eps, per_program,
             K=K, STRIDE=stride, NORM=norm, ACTIVATION=activation, DOT=uses_dot(waveform, weight), BLOCK_K=BLOCK_K,
             **config,
         )  # fmt: skip
 
-    also = (K, stride, activation, waveform.dtype, weight.dtype)
+    also = (K, stride, activation, waveform.dtype, weight.dtype, *apart(offsets))
     frame_configs.launch(run, waveform.device, (C, norm), (frames, B), also)
     return out

@@ -167,13 +167,13 @@ MISTAKES = {
         PRODUCT, "range(0, length, BLOCK_K)", "range(0, length - BLOCK_K, BLOCK_K)", strided,
     ),
     "product: last frame taken for padding": (
-        PRODUCT, "(tl.uint32) < frames_in", "(tl.uint32) < frames_in - 1", positional,
+        PRODUCT, "(tl.uint32) < own_frames", "(tl.uint32) < own_frames - 1", positional,
     ),
     "product: residual dropped": (
         PRODUCT, "acc += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)", "acc += 0.0", positional,
     ),
     "product: unbiased variance": (PRODUCT, "axis=1) / N + eps)", "axis=1) / (N - 1) + eps)", strided),
-    "input gradient: wrong phase": (PRODUCT, "OUT_STRIDE + phase)", "OUT_STRIDE + (OUT_STRIDE - 1 - phase))",
+    "input gradient: wrong phase": (PRODUCT, "* OUT_STRIDE + phase\n    else", "* OUT_STRIDE + (OUT_STRIDE - 1 - phase)\n    else",
                                     lambda: strided(frames=38)),
     "weight gradient: tail rows dropped": (WEIGHT, "tl.cdiv(frames_out, BLOCK_T)", "frames_out // BLOCK_T", dilated),
     "weight gradient: padding ignored": (WEIGHT, "* STRIDE + first", "* STRIDE", positional),
@@ -194,7 +194,8 @@ MISTAKES = {
     ),
     "group norm: mean not taken away": ("waveform_conv._waveform_norm_kernel", "(-middle * rstd)", "(0 * rstd)", group),
     "waveform_conv: tail tile skipped": (
-        "waveform_conv._waveform_conv_fwd_kernel", "tl.cdiv(T, BLOCK_T)", "T // BLOCK_T", lambda: convolve("none"),
+        "waveform_conv._waveform_conv_fwd_kernel", "tl.cdiv(own_frames, BLOCK_T)", "own_frames // BLOCK_T",
+        lambda: convolve("none"),
     ),
     "waveform_conv, layer norm: unbiased variance": (
         "waveform_conv._waveform_conv_fwd_kernel", "axis=1) / C + eps)", "axis=1) / (C - 1) + eps)", layer,

@@ -10,13 +10,15 @@ from wavlm_fast.kernels import _finish_backward
 SUMS = 8  # sums over frames, in another order than the reference's
 
 
-def compare(op, args, save=True, floor=0.0, in_order=None):
+def compare(op, args, save=True, floor=0.0, in_order=None, packed=()):
     """Forward and backward of an op that saves what comes before its activation; `args` without `save`.
+
+    `packed` are the arguments of packed frames, of which the reference computes one utterance after the other.
 
     `in_order` is the output by plain torch too, its sums one product after the other as a program adds them. What torch
     makes of a long sum depends on the CPU: some libraries keep many partial sums, and err a quarter as much.
     """
-    tail = (True,) if save else ()
+    tail = (*((True,) if save else ()), *packed)
     truth, plain = (REFERENCE[op].fn(*a, *tail) for a in (wide(args), args))
     found = kernel(op)(*args, *tail)
     truth, plain, found = ((t,) if isinstance(t, torch.Tensor) else t for t in (truth, plain, found))
@@ -30,7 +32,7 @@ def compare(op, args, save=True, floor=0.0, in_order=None):
     # The gradient is that of what was saved, as it was rounded: the rounding is the forward's error.
     given = [grad, *args[:3], plain[saved], *args[3:]]
     wanted = [isinstance(a, torch.Tensor) for a in args if a is None or isinstance(a, torch.Tensor)]
-    given.append(wanted)
+    given += [wanted, *packed]
     true, theirs = (REFERENCE[f"{op}_backward"].fn(*a) for a in (wide(given), given))
     ours = kernel(f"{op}_backward")(*given)
     for index, (o, t, p) in enumerate(zip(ours, true, theirs, strict=True)):

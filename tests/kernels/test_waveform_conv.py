@@ -16,14 +16,16 @@ def inputs(B, S, C, K, stride, norm, activation, bias=True, dtype=torch.float32)
     return [waveform, weight, vectors[0] if bias else None, stride, norm, *norms, 1e-5, activation]
 
 
-def check(args, floor=0.0):
-    truth, plain = (REFERENCE["waveform_conv"].fn(*a) for a in (wide(args), args))
-    found = kernel("waveform_conv")(*args)
+def check(args, floor=0.0, packed=()):
+    """`packed` are the arguments of packed samples, of which the reference computes one utterance after the other."""
+    truth, plain = (REFERENCE["waveform_conv"].fn(*a, *packed) for a in (wide(args), args))
+    found = kernel("waveform_conv")(*args, *packed)
     assert_close(found, truth, plain)
     grad = randn(*found.shape, seed=4, dtype=found.dtype)
     wanted = [args[i] is not None for i in (0, 1, 2, 5, 6)]
-    true, theirs = (REFERENCE["waveform_conv_backward"].fn(*a, wanted) for a in (wide([grad, *args]), [grad, *args]))
-    ours = kernel("waveform_conv_backward")(grad, *args, wanted)
+    given = [grad, *args]
+    true, theirs = (REFERENCE["waveform_conv_backward"].fn(*a, wanted, *packed) for a in (wide(given), given))
+    ours = kernel("waveform_conv_backward")(*given, wanted, *packed)
     for index, (o, t, p) in enumerate(zip(ours, true, theirs, strict=True)):
         # Group norm takes the bias away: its gradient is zero but for rounding.
         cancels = index == 2 and args[4] == "group"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..ops._define import only
-from . import Implementation
+from . import Implementation, offsets_at
 
 NAME = "triton"
 
@@ -36,7 +36,7 @@ def why_not(device: torch.device | None = None) -> str | None:
     return None
 
 
-def _kernel(op: str, file: str, why_not: Callable[..., str | None]) -> Implementation:
+def _kernel(op: str, file: str, why_not: Callable[..., str | None], packed: bool = False) -> Implementation:
     """The host function `op` of kernels/`file`.py, imported at the first call: Triton may not be there."""
 
     def run(*args: Any) -> Any:
@@ -50,22 +50,31 @@ def _kernel(op: str, file: str, why_not: Callable[..., str | None]) -> Implement
             return "Triton's interpreter computes bfloat16 wrongly: it truncates and multiplies the bits"
         return why_not(*args)
 
-    return Implementation(run, refuse)
+    return Implementation(run, refuse, packed)
 
 
 def _all_gradients(
-    op: str, file: str, why_not: Callable[..., str | None], tells_first: bool = False
+    op: str, file: str, why_not: Callable[..., str | None], tells_first: bool = False, packed: bool = False
 ) -> Implementation:
-    """A backward whose last argument says which gradients are wanted; the kernels compute them all, but for the first
-    where they are told whether it is wanted.
+    """A backward whose last argument, before those of packed frames, says which gradients are wanted; the kernels
+    compute them all, but for the first where they are told whether it is wanted.
     """
     kernel = _kernel(op, file, why_not)
 
-    def run(*args: Any) -> Any:
-        told = (args[-1][0],) if tells_first else ()
-        return only(args[-1], *kernel.fn(*args[:-1], *told), like=args[1])
+    def split(args: tuple) -> tuple[tuple, list[bool], tuple]:
+        at = offsets_at[op] - 1 if packed else len(args) - 1
+        return args[:at], args[at], args[at + 1 :]
 
-    return Implementation(run, lambda *args: kernel.why_not(*args[:-1]))
+    def run(*args: Any) -> Any:
+        operands, wanted, offsets = split(args)
+        told = (wanted[0],) if tells_first else ()
+        return only(wanted, *kernel.fn(*operands, *told, *offsets), like=args[1])
+
+    def refuse(*args: Any) -> str | None:
+        operands, _, offsets = split(args)
+        return kernel.why_not(*operands, *offsets)
+
+    return Implementation(run, refuse, packed)
 
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -121,11 +130,17 @@ def _why_not_strided_conv_backward(
     return _why_not_strided_conv(x, weight, bias, stride, norm)
 
 
-def _of_frames(op: str, backward: Callable[..., Implementation] = _all_gradients) -> dict[str, Implementation]:
+def _of_frames(
+    op: str, backward: Callable[..., Implementation] = _all_gradients, packed: bool = False
+) -> dict[str, Implementation]:
     """An op of which x alone decides, and its backward."""
+
+    def refuse_backward(grad: torch.Tensor, x: torch.Tensor, *rest: Any) -> str | None:
+        return _why_not_dtype(op, x)
+
     return {
-        op: _kernel(op, op, lambda x, *rest: _why_not_dtype(op, x)),
-        f"{op}_backward": backward(f"{op}_backward", op, lambda grad, x, *rest: _why_not_dtype(op, x)),
+        op: _kernel(op, op, lambda x, *rest: _why_not_dtype(op, x), packed),
+        f"{op}_backward": backward(f"{op}_backward", op, refuse_backward, packed=packed),
     }
 
 
@@ -150,15 +165,18 @@ TABLE: dict[str, Implementation] = {
     "gated_attention_backward": _kernel(
         "gated_attention_backward", "gated_attention_backward", _why_not_gated_attention_backward
     ),
-    "strided_conv": _kernel("strided_conv", "strided_conv", _why_not_strided_conv),
-    "strided_conv_backward": _all_gradients("strided_conv_backward", "strided_conv", _why_not_strided_conv_backward),
-    **_of_frames("tdnn"),
+    "strided_conv": _kernel("strided_conv", "strided_conv", _why_not_strided_conv, packed=True),
+    "strided_conv_backward": _all_gradients(
+        "strided_conv_backward", "strided_conv", _why_not_strided_conv_backward, packed=True
+    ),
+    **_of_frames("tdnn", packed=True),
     **_of_frames("positional_conv"),
     **_of_frames("linear_act"),
     **_of_frames("stats_pool", _kernel),
     **_of_frames("position_gate", _kernel),
-    "waveform_conv": _kernel("waveform_conv", "waveform_conv", _why_not_waveform_conv),
+    "waveform_conv": _kernel("waveform_conv", "waveform_conv", _why_not_waveform_conv, packed=True),
     "waveform_conv_backward": _all_gradients(
-        "waveform_conv_backward", "waveform_conv_backward", _why_not_waveform_conv_backward, tells_first=True
+        "waveform_conv_backward", "waveform_conv_backward", _why_not_waveform_conv_backward, tells_first=True,
+        packed=True,
     ),
 }
