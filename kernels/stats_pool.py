@@ -2,7 +2,7 @@
 
 Each program reduces one piece of an utterance to a count, a mean and a sum of squares around that mean; a second kernel
 merges the pieces (Chan, Golub and LeVeque 1983). Frames are read once and large means cost no precision. Of packed
-frames a piece is a place of _packed.py: how many programs there are depends on all frames, not on the longest utterance.
+frames a piece is a place of _packed.py: all frames decide how many programs there are, not the longest utterance.
 """
 
 import torch
@@ -63,13 +63,13 @@ def _stats_pool_piece_kernel(
     x_ptr, lengths_ptr, offsets_ptr, parts_ptr,  # [all pieces, 2, C] fp32
     utterances, T, C, LENGTHS: tl.constexpr, PIECE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    b, piece, own = _own_piece(offsets_ptr, utterances, PIECE)
+    b, own_piece, own_place = _own_piece(offsets_ptr, utterances, PIECE)
     own_first, _, length = _own_frames(offsets_ptr, lengths_ptr, b, T, LENGTHS)
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     count = 0.0
     mean = tl.zeros([BLOCK_C], dtype=tl.float32)
     squares = tl.zeros([BLOCK_C], dtype=tl.float32)
-    first = piece * PIECE
+    first = own_piece * PIECE
     for start in range(first, tl.minimum(first + PIECE, length), BLOCK_T):
         frame = start + tl.arange(0, BLOCK_T)
         valid = (frame < length)[:, None] & (channel < C)[None, :]
@@ -78,7 +78,7 @@ def _stats_pool_piece_kernel(
         middle = tl.sum(x, axis=0) / here
         centred = tl.where(valid, x - middle[None, :], 0.0)
         count, mean, squares = _merge(count, mean, squares, here, middle, tl.sum(centred * centred, axis=0))
-    part = parts_ptr + own * 2 * C + channel
+    part = parts_ptr + own_place * 2 * C + channel
     tl.store(part, mean, mask=channel < C)
     tl.store(part + C, squares, mask=channel < C)
 
@@ -113,7 +113,7 @@ def _stats_pool_bwd_kernel(
     grad_ptr, x_ptr, parts_ptr, lengths_ptr, offsets_ptr, out_ptr, dx_ptr, utterances, T, C, pieces,
     LENGTHS: tl.constexpr, PIECE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    b, own_piece, _ = _own_piece(offsets_ptr, utterances, PIECE)
+    b, own_piece, own_place = _own_piece(offsets_ptr, utterances, PIECE)
     own_first, frames, length = _own_frames(offsets_ptr, lengths_ptr, b, T, LENGTHS)
     own_part, own_parts = _own_parts(offsets_ptr, b, length, pieces, PIECE)
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -164,8 +164,9 @@ def _pieces(x: torch.Tensor, lengths: torch.Tensor | None, offsets: torch.Tensor
 
     def run(config: Config) -> None:
         _stats_pool_piece_kernel[(triton.cdiv(C, config["BLOCK_C"]), pieces, rows)](
-            x, lengths, offsets, parts, _utterances(x, offsets), T, C, LENGTHS=lengths is not None, PIECE=PIECE, **config
-        )
+            x, lengths, offsets, parts, _utterances(x, offsets), T, C,
+            LENGTHS=lengths is not None, PIECE=PIECE, **config,
+        )  # fmt: skip
 
     tile_configs.launch(run, x.device, (), (T, B, C), ("pieces", x.dtype, *apart(offsets)))
     return parts
