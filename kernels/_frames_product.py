@@ -41,7 +41,6 @@ def _frames_product_kernel(
     # Rows past the end repeat the last one, and stores leave them out.
     if offsets_ptr is None:
         frame = tl.minimum(unit, units - 1) * STRIDE + first
-        x_row = b * frames_in + frame[:, None]
         own_frames = frames_in
     else:
         place = tl.minimum(unit, units - 1)
@@ -49,11 +48,11 @@ def _frames_product_kernel(
         own_unit = place - first_place(out_offsets_ptr, own, OUT_STRIDE)
         frame = own_unit * STRIDE + first
         own_first, own_frames = extent(offsets_ptr, own)
-        x_row = (own_first + frame)[:, None]
         own_frames = own_frames[:, None]
     k = tl.arange(0, BLOCK_K)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     inside_n = n < N
+    x_row = b * frames_in + frame[:, None] if offsets_ptr is None else (own_first + frame)[:, None]
     x_rows = x_ptr + x_row * (GROUPS * C) + group * C
     weight_tile = weight_ptr + group.to(tl.int64) * TO_GROUP + k[:, None] * TO_K + n[None, :] * TO_N
 
@@ -86,15 +85,16 @@ def _frames_product_kernel(
     column = group * N + n
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + column, mask=inside_n, other=0.0).to(tl.float32)[None, :]
-    inside = (unit < units)[:, None] & inside_n[None, :]
     if offsets_ptr is None or OUT_STRIDE == 1:
         out_row = b * frames_out + unit[:, None] * OUT_STRIDE + phase
     else:
         out_first, out_frames = extent(out_offsets_ptr, own)
         out_frame = own_unit * OUT_STRIDE + phase
         out_row = (out_first + out_frame)[:, None]
-        inside = inside & (out_frame < out_frames)[:, None]
     at = out_row * (GROUPS * N) + column[None, :]
+    inside = (unit < units)[:, None] & inside_n[None, :]
+    if offsets_ptr is not None and OUT_STRIDE > 1:
+        inside = inside & (out_frame < out_frames)[:, None]
     if pre_ptr is not None:
         tl.store(pre_ptr + at, acc.to(pre_ptr.dtype.element_ty), mask=inside)
     if NORM:  # the tile holds whole rows
@@ -127,15 +127,15 @@ def _frames_product_bwd_weight_kernel(
     tap = k // C
     x_columns = x_ptr + group * C + (k + tap * TAP)[None, :]
     grad_columns = grad_ptr + group * N + n[None, :]
+    blocks = tl.cdiv(frames_out, BLOCK_T)
     index = split * blocks_per_split
     if offsets_ptr is None:
-        blocks = tl.cdiv(frames_out, BLOCK_T)
         b = (index // blocks).to(tl.int64)
         block = index % blocks
-        end = batch * blocks
         own_in, own_out = frames_in, frames_out
+        end = tl.minimum(index + blocks_per_split, batch * blocks)
     else:
-        end = frames_out // BLOCK_T + batch
+        end = tl.minimum(index + blocks_per_split, frames_out // BLOCK_T + batch)
         b = utterance_at(index, out_offsets_ptr, batch, BLOCK_T)
         begin = first_place(out_offsets_ptr, b, BLOCK_T)
         if not SAME:
@@ -143,16 +143,16 @@ def _frames_product_bwd_weight_kernel(
         grad_first, own_out = extent(out_offsets_ptr, b)
 
     acc = tl.zeros([BLOCK_K, BLOCK_N], dtype=tl.float32)
-    for place in range(index, tl.minimum(index + blocks_per_split, end)):
-        if offsets_ptr is None:
-            x_first, grad_first = b * frames_in, b * frames_out
-        else:
+    for place in range(index, end):
+        if offsets_ptr is not None:
             block = place - begin
             if SAME:
                 x_first, own_in = grad_first, own_out
         frame = block * BLOCK_T + row
         # Where the gradient is 0, x may be any: the last frame again.
         at = tl.minimum(frame, own_out - 1) * STRIDE + first
+        if offsets_ptr is None:
+            x_first = b * frames_in
         x_at = x_columns + (x_first + at[:, None]) * (GROUPS * C)
         if PADDED:
             x_mask = (at[:, None] + (tap * STEP)[None, :]).to(tl.uint32) < own_in
@@ -163,6 +163,8 @@ def _frames_product_bwd_weight_kernel(
             x = tl.load(x_at, mask=(k < length)[None, :], other=0.0)
         else:
             x = tl.load(x_at)
+        if offsets_ptr is None:
+            grad_first = b * frames_out
         grad_at = grad_columns + (grad_first + frame[:, None]) * (GROUPS * N)
         grad_mask = (frame < own_out)[:, None]
         if N % BLOCK_N != 0:
@@ -175,7 +177,7 @@ def _frames_product_bwd_weight_kernel(
             block = tl.where(block == blocks, 0, block)
         else:
             # Of the next block, so that no load waits for these.
-            b = following(place, b, out_offsets_ptr, batch, BLOCK_T)
+            b = tl.minimum(following(place, b, out_offsets_ptr, BLOCK_T), batch - 1)
             begin = first_place(out_offsets_ptr, b, BLOCK_T)
             if not SAME:
                 x_first, own_in = extent(offsets_ptr, b)
@@ -263,7 +265,7 @@ def frames_product(
     to_group, to_k, to_n = weight.view(G, taps * C, N).stride()
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
     precision = dot_precision(x.dtype, x.device)
-    utterances = 0 if offsets is None else offsets.shape[0] - 1
+    utterances = None if offsets is None else offsets.shape[0] - 1
     if utterances:
         units = places(out.shape[1], utterances, out_stride)
 

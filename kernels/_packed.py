@@ -46,10 +46,10 @@ def utterance_at(place, offsets_ptr, utterances, size):
 
 
 @triton.jit
-def following(place, b, offsets_ptr, utterances, size):
-    """The utterance of the place behind `place`, which is one of utterance `b`."""
+def following(place, b, offsets_ptr, size):
+    """The utterance of the place behind `place`, which is one of utterance `b`; behind the last, one that is not."""
     ends = place + 1 == first_place(offsets_ptr, b + 1, size)
-    return tl.minimum(b + ends.to(tl.int32), utterances - 1)
+    return b + ends.to(tl.int32)
 
 
 @triton.jit

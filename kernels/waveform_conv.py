@@ -212,14 +212,15 @@ def group_statistics(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What norms the convolution of each utterance over time: centre `[B]`, rstd and offset `[B, C]`, fp32."""
     (rows, S), (C, _, K) = waveform.shape, weight.shape
-    B = rows if offsets is None else offsets.shape[0] - 1
+    utterances = None if offsets is None else offsets.shape[0] - 1
+    B = utterances or rows
 
     def run(config: Config) -> torch.Tensor:
         size = config["BLOCK_T"]
         programs = triton.cdiv(frames, size) if offsets is None else places(frames, B, size)
         parts = torch.empty(rows, programs, BLOCK_K, BLOCK_K, dtype=torch.float64, device=waveform.device)
         _waveform_gram_kernel[(programs, rows)](
-            waveform, parts, offsets, out_offsets, B, S, frames, K, STRIDE=stride, BLOCK_K=BLOCK_K, **config
+            waveform, parts, offsets, out_offsets, utterances, S, frames, K, STRIDE=stride, BLOCK_K=BLOCK_K, **config
         )
         return parts.sum(1) if offsets is None else sum_places(parts[0], out_offsets, size)
 
@@ -270,7 +271,7 @@ def waveform_conv(
     if norm == "group":
         statistics = group_statistics(waveform, weight, stride, frames, eps, *packed)
     taps = taps_of(weight)
-    utterances = 0 if offsets is None else offsets.shape[0] - 1
+    utterances = None if offsets is None else offsets.shape[0] - 1
 
     def run(config: Config) -> None:
         tiles = triton.cdiv(frames, config["BLOCK_T"])

@@ -106,14 +106,13 @@ def _waveform_conv_bwd_kernel(
         end = B * tiles
     else:
         end = T // BLOCK_T + B
-        after = utterance_at(first, out_offsets_ptr, B, BLOCK_T)
+        own = utterance_at(first, out_offsets_ptr, B, BLOCK_T)
     for index in range(first, tl.minimum(first + tiles_per_program, end)):
         if offsets_ptr is None:
             b = (index // tiles).to(tl.int64)
             tile, start, out_start, own_frames = index % tiles, b * S, b * T, T
         else:
-            b = after
-            after = following(index, b, out_offsets_ptr, B, BLOCK_T)
+            b = own
             tile = index - first_place(out_offsets_ptr, b, BLOCK_T)
             start, _ = extent(offsets_ptr, b)
             out_start, own_frames = extent(out_offsets_ptr, b)
@@ -162,6 +161,8 @@ def _waveform_conv_bwd_kernel(
             x -= centre
         x = tl.where((k == K)[:, None], 1.0, x).to(dy.dtype)
         dtaps = tl.dot(x, dy, dtaps, input_precision="ieee")
+        if offsets_ptr is not None:
+            own = following(index, b, out_offsets_ptr, BLOCK_T)
     tl.store(dtaps_ptr + (program * BLOCK_K + k[:, None]) * C + channel[None, :], dtaps, mask=inside[None, :])
     if NORM == "layer":
         tl.store(vectors_ptr + program * 2 * C + channel, dgain, mask=inside)
@@ -232,7 +233,8 @@ def waveform_conv_backward(
     grad, waveform, weight = grad.contiguous(), waveform.contiguous(), weight.contiguous()
     offsets, out_offsets = packed = in_memory(offsets, out_offsets)
     (rows, S), (C, _, K), T = waveform.shape, weight.shape, grad.shape[1]
-    B = rows if offsets is None else offsets.shape[0] - 1
+    utterances = None if offsets is None else offsets.shape[0] - 1
+    B = utterances or rows
     constants = {"K": K, "STRIDE": stride, "ACTIVATION": activation, "DOT": uses_dot(waveform, weight)}
     also = (K, stride, activation, grad.dtype, weight.dtype, *apart(offsets))
     taps = taps_of(weight)
@@ -247,8 +249,8 @@ def waveform_conv_backward(
             programs = triton.cdiv(tiles, per_program) if offsets is None else places(T, B, size)
             parts = torch.empty(rows, programs, 2, C, dtype=torch.float32, device=grad.device)
             _waveform_conv_bwd_sums_kernel[(programs, rows, triton.cdiv(C, config["BLOCK_C"]))](
-                grad, waveform, taps, norm_weight, norm_bias, *statistics, parts, *packed, B, S, T, C, per_program,
-                BLOCK_K=BLOCK_K, **constants, **config,
+                grad, waveform, taps, norm_weight, norm_bias, *statistics, parts, *packed, utterances,
+                S, T, C, per_program, BLOCK_K=BLOCK_K, **constants, **config,
             )  # fmt: skip
             return parts.sum(1) if offsets is None else sum_places(parts[0], out_offsets, size)
 
@@ -298,7 +300,7 @@ def _waveform_gradient(
     windows = torch.empty(B, T, K, dtype=torch.float32, device=dy.device)
     frames_product(dy, weight.view(1, 1, C, K).to(dy.dtype), windows, T)
     dwaveform = torch.empty_like(waveform)
-    utterances = 0 if offsets is None else offsets.shape[0] - 1
+    utterances = None if offsets is None else offsets.shape[0] - 1
     blocks = places(S, utterances, 1024) if utterances else triton.cdiv(S, 1024)
     _waveform_conv_bwd_overlap_kernel[(blocks, B)](
         windows, dwaveform, offsets, out_offsets, utterances, S, T, K=K, STRIDE=stride, BLOCK=1024

@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import test_gated_attention as attention
+import test_packed_front as packed_front
 import test_pointwise as pointwise
 import test_products as products
 import test_waveform_conv as waveform
@@ -96,6 +97,21 @@ def dropped_out():
     attend(dropout_p=0.3, T=70)
 
 
+def packed_strided():
+    args, packed = packed_front.strided([21, 3, 38, 6], 3, 2, False)
+    products.compare("strided_conv", args, packed=packed)
+
+
+def packed_dilated():
+    args, packed = packed_front.dilated([21, 5, 38, 6], 3, 2)
+    products.compare("tdnn", args, save=False, packed=packed)
+
+
+def packed_group():
+    args, packed = packed_front.waveform([163, 30, 330], "group")
+    waveform.check(args, packed=packed)
+
+
 FWD, DQ, DKV = (
     f"gated_attention{n}" for n in ("._gated_attention_fwd_kernel", "_backward._gated_attention_bwd_dq_kernel",
                                     "_backward._gated_attention_bwd_dkv_kernel")
@@ -173,8 +189,45 @@ MISTAKES = {
         PRODUCT, "acc += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)", "acc += 0.0", positional,
     ),
     "product: unbiased variance": (PRODUCT, "axis=1) / N + eps)", "axis=1) / (N - 1) + eps)", strided),
-    "input gradient: wrong phase": (PRODUCT, "* OUT_STRIDE + phase\n    else", "* OUT_STRIDE + (OUT_STRIDE - 1 - phase)\n    else",
-                                    lambda: strided(frames=38)),
+    "input gradient: wrong phase": (
+        PRODUCT, "unit[:, None] * OUT_STRIDE + phase", "unit[:, None] * OUT_STRIDE + (OUT_STRIDE - 1 - phase)",
+        lambda: strided(frames=38),
+    ),
+    "packed: boundaries one frame early": (
+        "_packed.extent", "first = tl.load(offsets_ptr + b)", "first = tl.load(offsets_ptr + b) - (b > 0)",
+        packed_strided,
+    ),
+    "packed: first frames taken for the utterance before": (
+        "_packed.utterance_at", "<= place", "< place", packed_strided,
+    ),
+    "packed: a place too few between utterances": (
+        "_packed.first_place", "start // size + b", "start // size", packed_strided,
+    ),
+    "packed: blocks stay with an utterance": ("_packed.following", "b + ends.to(tl.int32)", "b", packed_strided),
+    "packed: windows reach a frame into the next utterance": (
+        PRODUCT, "own_frames = own_frames[:, None]",
+        "own_frames = (own_frames + (own < utterances - 1))[:, None]", packed_dilated,
+    ),
+    "packed input gradient: last frames dropped": (
+        PRODUCT, "(out_frame < out_frames)", "(out_frame < out_frames - 1)", packed_strided,
+    ),
+    "packed group norm: statistics over the whole batch": (
+        "_packed._sum_places_kernel",
+        "first = first_place(offsets_ptr, b, size).to(tl.int64)\n    _, frames = extent(offsets_ptr, b)",
+        "first = b.to(tl.int64) * 0\n    frames = size * first_place(offsets_ptr, tl.num_programs(1), size)",
+        packed_group,
+    ),
+    "packed group norm: statistics of the first utterance": (
+        "waveform_conv._waveform_conv_fwd_kernel", "b * C + channel, inside, 1.0", "channel, inside, 1.0", packed_group,
+    ),
+    "packed group norm's gradient: mean over all frames": (
+        WAVE_BWD, "sums_ptr + b * 2 * C + channel, mask=inside, other=0.0) / own_frames",
+        "sums_ptr + b * 2 * C + channel, mask=inside, other=0.0) / T", packed_group,
+    ),
+    "packed waveform's gradient: a window of the next utterance": (
+        "waveform_conv_backward._waveform_conv_bwd_overlap_kernel", "(frame < own_frames)",
+        "(frame < own_frames + (own == 0))", packed_group,
+    ),
     "weight gradient: tail rows dropped": (WEIGHT, "tl.cdiv(frames_out, BLOCK_T)", "frames_out // BLOCK_T", dilated),
     "weight gradient: padding ignored": (WEIGHT, "* STRIDE + first", "* STRIDE", positional),
     "norm's gradient: unbiased variance": (FINISH, "axis=1) / C + eps)", "axis=1) / (C - 1) + eps)", strided),

@@ -1,25 +1,26 @@
-"""Packed frames through the kernels of the feature encoder and the x-vector head: each utterance as if it were alone."""
+"""Packed frames through the kernels of the feature encoder and the x-vector head: each utterance as if alone."""
 
 import sys
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 
 import pytest
 import torch
-from cases import DEVICE, DTYPES, kernel, randn
+from cases import DEVICE, DTYPES, assert_close, kernel, randn, wide
 from test_products import compare
 from test_waveform_conv import check as check_waveform
 from test_waveform_conv import inputs as waveform_inputs
 
 from wavlm_fast import use_backend
-from wavlm_fast.kernels import _finish_backward, waveform_conv, waveform_conv_backward
+from wavlm_fast.backends.reference import TABLE as REFERENCE
+from wavlm_fast.kernels import waveform_conv, waveform_conv_backward
 
 sys.path.append(str(Path(__file__).parents[1] / "ops"))
 from op_contract import learning
 from packed_calls import CALLS, EXTRA
 
-# Out frames of utterances that end before, at and behind the end of a tile: of 16, 32, 64 and 512 frames.
-AROUND_TILES = {"products": (63, 1, 64, 65, 15, 128, 17, 16, 31), "waveform": (512, 3, 15, 513, 16, 17, 511, 2)}
+# Out frames of utterances that end before, at and behind the end of a tile: of 16, 32 and 64 frames.
+AROUND_TILES = (63, 1, 64, 65, 15, 128, 17, 16, 31)
 
 
 def offsets_of(lengths):
@@ -65,10 +66,10 @@ FORMS = {
         )
         for taps, dilation in ((3, 2), (1, 1))
     },
-    # Of one frame a group norm leaves the sign of rounding errors.
     **{
-        f"waveform_conv {norm}": (15 if norm == "group" else 10, 5, lambda n, dtype, norm=norm: waveform(n, norm, dtype))
-        for norm in ("none", "group", "layer")
+        f"waveform_conv {norm}": (least, 5, lambda n, dtype, norm=norm: waveform(n, norm, dtype))
+        # Of one frame a group norm leaves the sign of rounding errors, and of two no gradient but such errors.
+        for norm, least in (("none", 10), ("group", 20), ("layer", 10))
     },
 }  # fmt: skip
 
@@ -79,26 +80,48 @@ def check(form, args, packed):
     return compare(form.split()[0], args, save=form.startswith("strided"), packed=packed)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("extra", EXTRA)
-@pytest.mark.parametrize("form", FORMS)
+def cases():
+    """All lengths in fp32 for one form of each op, and for the others what the slow interpreter has time for."""
+    for form, extra, dtype in product(FORMS, EXTRA, DTYPES):
+        first = form in ("strided_conv 3 2 False", "tdnn 3 2", "waveform_conv group")
+        if DEVICE != "cpu" or extra == "sorted" or ((first or "among" in extra) and dtype == torch.float32):
+            yield form, extra, dtype
+
+
+@pytest.mark.parametrize(("form", "extra", "dtype"), [*cases()])
 def test_each_utterance_is_as_if_alone(form, extra, dtype):
     least, _, arguments = FORMS[form]
-    check(form, *arguments([least + n for n in EXTRA[extra]], dtype))
+    lengths = [least + n for n in EXTRA[extra]]
+    if extra == "many" and form.startswith("waveform") and DEVICE == "cpu":
+        lengths = lengths[:12]
+    check(form, *arguments(lengths, dtype))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [form for form in FORMS if not form.startswith("waveform")])
 def test_lengths_around_those_of_tiles(form):
     least, stride, arguments = FORMS[form]
-    around = AROUND_TILES["waveform" if form.startswith("waveform") else "products"]
-    check(form, *arguments([least + (frames - 1) * stride + i % stride for i, frames in enumerate(around)], torch.float32))
+    lengths = [least + (frames - 1) * stride + i % stride for i, frames in enumerate(AROUND_TILES)]
+    check(form, *arguments(lengths, torch.float32))
+
+
+@pytest.mark.parametrize("norm", ["none", "group", "layer"])
+def test_waveforms_around_the_lengths_of_tiles(norm):
+    lengths = [10 + 5 * (frames - 1) + i for i, frames in enumerate((15, 16, 17, 3, 32))]
+    check_waveform(*_with_packed(waveform(lengths, norm)))
+
+
+def test_statistics_of_more_than_one_part():
+    """Of 511, 512 and 513 frames, and two other utterances between."""
+    args, packed = waveform([10 + 5 * (frames - 1) for frames in (512, 2, 513, 3, 511)], "group", C=3)
+    truth, plain = (REFERENCE["waveform_conv"].fn(*a, *packed) for a in (wide(args), args))
+    assert_close(kernel("waveform_conv")(*args, *packed), truth, plain)
 
 
 @pytest.mark.parametrize("norm", ["none", "group", "layer"])
 def test_programs_that_take_several_tiles(norm, monkeypatch):
     monkeypatch.setattr(waveform_conv, "PROGRAMS", 4)
     monkeypatch.setattr(waveform_conv_backward, "PARTS", 2)
-    check_waveform(*_with_packed(waveform([330, 15, 700, 20, 160], norm)))
+    check_waveform(*_with_packed(waveform([330, 20, 500, 25, 160], norm)))
 
 
 def _with_packed(made):
@@ -108,8 +131,8 @@ def _with_packed(made):
 @pytest.mark.parametrize("form", FORMS)
 def test_nothing_passes_a_boundary(form):
     """NaN in one utterance reaches no other, and the others are what they were, bit for bit."""
-    least, stride, arguments = FORMS[form]
-    op, extra = form.split()[0], (40, 7, 0, 23)
+    least, _, arguments = FORMS[form]
+    op, extra = form.split()[0], (20, 7, 0, 23)
     args, packed = arguments([least + n for n in extra], torch.float32)
     offsets, out_offsets, _ = packed
     tail = [True] if op == "strided_conv" else []
@@ -127,7 +150,7 @@ def test_nothing_passes_a_boundary(form):
 
     clean = run(args[0], grad, *saved)
     assert not any(x.isnan().any() for x in clean)
-    for b in range(len(extra)):
+    for b in (1, 2):
         poisoned = [t.clone() for t in (args[0], grad, *saved)]
         for at, t in zip((offsets, out_offsets, out_offsets), poisoned, strict=False):
             t[:, at[b] : at[b + 1]] = float("nan")
