@@ -105,6 +105,12 @@ def packed_stages(model: str, dtype: torch.dtype) -> Iterator[Case]:
         if case.op.removesuffix("_backward") in RESIZED:
             args = (*case.args, offsets, offsets, _out_frames(case))
             yield Case(f"{model} packed", case.op, args, case.what)
+        elif case.op.startswith("positional_conv"):
+            yield Case(f"{model} packed", case.op, (*case.args, offsets), case.what)
+        elif case.op.startswith("stats_pool"):
+            # Lengths have nothing to say, and what is pooled is of each utterance.
+            args = [a.new_empty(BATCH, a.shape[1]) if a.dim() == 2 else a if a.dim() == 3 else None for a in case.args]
+            yield Case(f"{model} packed", case.op, (*args, offsets), case.what)
 
 
 def _out_frames(case: Case) -> int:

@@ -18,6 +18,7 @@
 #include "dispatch.h"
 #include "integers.h"
 #include "packed_conv_entry.h"
+#include "packed_frames.h"
 #include "scratch.h"
 
 namespace wavlm_fast {
@@ -121,11 +122,28 @@ PositionalConv<T> call_on(const Tensor& weight, const std::vector<float>& roots)
 }
 
 template <class T>
-PositionalConv<T> call_on(const Tensor& x, const Tensor& weight, const std::vector<float>& roots) {
+PositionalConv<T> call_on(const Tensor& x, const Tensor& weight, const std::vector<float>& roots,
+                          const std::vector<int64_t>& bounds, const std::vector<Row>& rows) {
   PositionalConv<T> call = call_on<T>(weight, roots);
   call.x = data<T>(x);
-  call.B = x.size(0), call.T_ = x.size(1);
+  call.rows = rows.data();
+  call.bounds = bounds.empty() ? nullptr : bounds.data();
+  call.B = bounds.empty() ? x.size(0) : bounds.size() - 1, call.T_ = x.size(1);
   return call;
+}
+
+// Rows of a convolution with K taps. A transform's product comes back negated over the end of its 2P frames: what a
+// single row of a whole utterance finds there are the zeros before it.
+std::vector<Row> rows_of(const Tensor& x, const std::vector<int64_t>& bounds, int64_t K) {
+  const int64_t P = coefficients(K), whole = 2 * P - K / 2;
+  std::vector<Row> rows;
+  const auto add = [&](int64_t first, int64_t frames) {
+    const int64_t size = frames <= whole ? frames : P;
+    for (int64_t t = 0; t < frames; t += size) rows.push_back({first + t, t, frames - t, std::min(size, frames - t)});
+  };
+  for (size_t b = 1; b < bounds.size(); ++b) add(bounds[b - 1], bounds[b] - bounds[b - 1]);
+  for (int64_t b = 0; bounds.empty() && b < x.size(0); ++b) add(b * x.size(1), x.size(1));
+  return rows;
 }
 
 int64_t groups(const Tensor& weight) { return weight.size(0) / weight.size(1); }
@@ -139,9 +157,8 @@ struct Passes {
   int64_t rows, per_pass, count;
 
   template <class T>
-  Passes(const PositionalConv<T>& call, int64_t B, int64_t bytes, int64_t least) {
+  Passes(const PositionalConv<T>& call, int64_t all, int64_t bytes, int64_t least) : rows(all) {
     const auto& kernels = positional_conv_kernels();
-    rows = B * divided_up(call.T_, call.P);
     const int64_t row_bytes = kernels.row_size(call.P, call.channels) * sizeof(float);
     const int64_t most = std::max(kernels.rows, bytes / row_bytes / kernels.rows * kernels.rows);
     const int64_t even = divided_up(rows, std::max(least, divided_up(rows, most)));
@@ -165,10 +182,10 @@ void run_tasks(int64_t tasks, int64_t scratch_floats, const Body& body) {
 
 // `spectra` of all groups' filters, or null: each task then makes those that it needs.
 template <class T>
-void convolve(const PositionalConv<T>& call, int64_t B, const float* spectra) {
+void convolve(const PositionalConv<T>& call, int64_t rows, const float* spectra) {
   const auto& kernels = positional_conv_kernels();
   const int64_t groups = call.C / call.channels, threads = at::get_num_threads();
-  const Passes passes(call, B, kPassBytes, divided_up(threads, groups));
+  const Passes passes(call, rows, kPassBytes, divided_up(threads, groups));
   const int64_t parts = std::min(divided_up((spectra ? kTasksPerThread : 1) * threads, groups), passes.count);
   const int64_t filters = kernels.filters_size(call.P, call.channels);
   const int64_t work = kernels.scratch_size(call.P, passes.per_pass, call.channels);
@@ -184,9 +201,9 @@ void convolve(const PositionalConv<T>& call, int64_t B, const float* spectra) {
 
 // The gradient of the filters; a group is summed by one thread in the order of its rows.
 template <class T>
-void gradient(const PositionalConv<T>& call, int64_t B) {
+void gradient(const PositionalConv<T>& call, int64_t rows) {
   const auto& kernels = positional_conv_kernels();
-  const Passes passes(call, B, kPassBytes / 2, 1);
+  const Passes passes(call, rows, kPassBytes / 2, 1);
   const int64_t filters = kernels.filters_size(call.P, call.channels);
   const int64_t work = kernels.scratch_size(call.P, passes.per_pass, call.channels);
   run_tasks(call.C / call.channels, work + filters, [&](int64_t group, float* memory) {
@@ -221,25 +238,27 @@ Tensor positional_spectra(const Tensor& weight) {
 // (out, what enters the activation or an empty tensor). `spectra` is what positional_spectra made of the weight.
 std::tuple<Tensor, Tensor> positional_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& spectra,
                                            const std::optional<Tensor>& bias, const std::string& activation,
-                                           bool residual, bool save) {
+                                           bool residual, bool save, const std::optional<Tensor>& offsets) {
   check(x, weight);
   check_vector("positional_conv", "bias", bias, x.size(2));
   TORCH_CHECK(!spectra || (spectra->is_contiguous() && spectra->scalar_type() == at::kFloat &&
                            spectra->numel() == groups(weight) * filters_size(weight)),
               "positional_conv: expected the spectra that positional_spectra makes of the weight");
+  const std::vector<int64_t> bounds = bounds_of("positional_conv", offsets, x);
   const Tensor x_ = x.contiguous(), weight_ = spectra ? weight : weight.contiguous(), out = at::empty_like(x_);
   const Tensor bias_ = bias ? bias->to(at::kFloat).contiguous() : Tensor();
   const Tensor pre = save ? at::empty_like(x_) : at::empty({0}, x.options());
   const std::vector<float> roots = roots_of_passes(coefficients(weight.size(2)));
+  const std::vector<Row> rows = rows_of(x, bounds, weight.size(2));
   with_type(x.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    PositionalConv<T> call = call_on<T>(x_, weight_, roots);
+    PositionalConv<T> call = call_on<T>(x_, weight_, roots, bounds, rows);
     call.bias = data<float>(bias_);
     call.residual = residual ? call.x : nullptr;
     call.pre = save ? mutable_data<T>(pre) : nullptr;
     call.out = mutable_data<T>(out);
     call.activation = activation_number(activation);
-    convolve(call, x.size(0), spectra ? spectra->const_data_ptr<float>() : nullptr);
+    convolve(call, rows.size(), spectra ? spectra->const_data_ptr<float>() : nullptr);
   });
   return {out, pre};
 }
@@ -247,32 +266,35 @@ std::tuple<Tensor, Tensor> positional_conv(const Tensor& x, const Tensor& weight
 // (dx, dweight) from the gradient of the convolution, those of them that are wanted; `residual` is added to dx.
 std::tuple<Tensor, Tensor> positional_conv_backward(const Tensor& grad, const std::optional<Tensor>& residual,
                                                     const Tensor& x, const Tensor& weight,
-                                                    std::array<bool, 2> wanted) {
+                                                    std::array<bool, 2> wanted,
+                                                    const std::optional<Tensor>& offsets) {
   check(x, weight);
   check_alike(x, grad, "grad");
   if (residual) check_alike(x, *residual, "residual");
+  const std::vector<int64_t> bounds = bounds_of("positional_conv_backward", offsets, x);
   const Tensor grad_ = grad.contiguous(), x_ = x.contiguous(), weight_ = weight.contiguous();
   const Tensor residual_ = residual ? residual->contiguous() : Tensor();
   const Tensor dx = wanted[0] ? at::empty_like(x_) : at::empty({0}, x.options());
   const Tensor dweight = wanted[1] ? at::empty_like(weight_) : at::empty({0}, weight.options());
   const std::vector<float> roots = roots_of_passes(coefficients(weight.size(2)));
+  const std::vector<Row> rows = rows_of(x, bounds, weight.size(2));
   with_type(x.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (wanted[1]) {
-      PositionalConv<T> call = call_on<T>(x_, weight_, roots);
+      PositionalConv<T> call = call_on<T>(x_, weight_, roots, bounds, rows);
       call.grad = data<T>(grad_);
       call.out = mutable_data<T>(dweight);
-      gradient(call, x.size(0));
+      gradient(call, rows.size());
     }
     if (wanted[0]) {
       // A frame meets the taps in the opposite order and from the opposite side, and channels change roles.
-      PositionalConv<T> call = call_on<T>(grad_, weight_, roots);
+      PositionalConv<T> call = call_on<T>(grad_, weight_, roots, bounds, rows);
       std::swap(call.filters.out_step, call.filters.in_step);
       call.filters.backwards = true;
       call.padding = call.K - 1 - call.padding;
       call.residual = data<T>(residual_);
       call.out = mutable_data<T>(dx);
-      convolve(call, x.size(0), nullptr);
+      convolve(call, rows.size(), nullptr);
     }
   });
   return {dx, dweight};

@@ -17,18 +17,27 @@ struct Filters {
   bool backwards;  // the last tap first
 };
 
-// out[t] = residual[t] + activation(bias + sum over taps k of x[t + k - padding] filtered), frames outside of x zero.
-// An utterance is cut into blocks of P frames; a row is a block of one utterance, rows count through all utterances.
+// Some frames of one utterance, computed together: its `first` frame among all frames, how many frames of the utterance
+// are before it and from it on, and how many of these are the row's. A block of P frames; an utterance that leaves room
+// for zeros in the 2P frames of a transform is a single row.
+struct Row {
+  std::int64_t first, before, after, count;
+};
+
+// out[t] = residual[t] + activation(bias + sum over taps k of x[t + k - padding] filtered), frames outside of an
+// utterance zero. All frames of all utterances, M of them, lie one behind the other; rows go through all of them.
 template <class T>
 struct PositionalConv {
-  const T* x;  // [B, T, C]
+  const T* x;  // [M, C]
   Filters<T> filters;
   const float* bias;   // [C], or null
-  const T* residual;   // [B, T, C], or null
-  const T* grad;       // [B, T, C], of the output, for the gradient of the filters only
-  T* pre;              // [B, T, C], what enters the activation, or null
-  T* out;              // [B, T, C]; for the gradient of the filters theirs, [C, C / groups, K]
+  const T* residual;   // [M, C], or null
+  const T* grad;       // [M, C], of the output, for the gradient of the filters only
+  T* pre;              // [M, C], what enters the activation, or null
+  T* out;              // [M, C]; for the gradient of the filters theirs, [C, C / groups, K]
   const float* roots;  // of all passes, in their order
+  const Row* rows;
+  const std::int64_t* bounds;  // of utterance b bounds[b] to bounds[b + 1]; null where each of the B has T_ frames
   std::int64_t B, T_, C, channels, K, padding, P;  // `channels` of a group
   int activation;                               // as Activation in activation.h
 };

@@ -43,14 +43,14 @@ struct RowSpectra {
 
 std::size_t row_size(std::int64_t P, std::int64_t channels) { return RowSpectra(nullptr, P, channels).row_step; }
 
-// What a call works in: a transform's work, P vectors of frames, and twice one root of all rows and their spectra.
+// What a call works in: a transform's work, 2P vectors of frames, and twice one root of all rows and their spectra.
 struct Scratch {
   float *work, *frames, *root, *grad_root, *rows, *grad_rows;
 
   Scratch(float* memory, std::int64_t P, std::int64_t count, std::int64_t channels) {
     work = memory;
     frames = work + 2 * kLanes * P;
-    root = frames + kLanes * P;
+    root = frames + 2 * kLanes * P;
     grad_root = root + count * 2 * width_of(channels);
     rows = grad_root + count * 2 * width_of(channels);
     grad_rows = rows + count * row_size(P, channels);
@@ -58,7 +58,7 @@ struct Scratch {
 };
 
 std::size_t scratch_size(std::int64_t P, std::int64_t rows, std::int64_t channels) {
-  return 3 * kLanes * P + 2 * rows * (2 * width_of(channels) + row_size(P, channels));
+  return 4 * kLanes * P + 2 * rows * (2 * width_of(channels) + row_size(P, channels));
 }
 
 // Calls body(channel, lanes) for the vectors of a group.
@@ -69,30 +69,26 @@ WAVLM_FAST_INLINE void each_vector(std::int64_t channels, const Body& body) {
   if (c < channels) body(c, First{static_cast<int>(channels - c)});
 }
 
-template <class T>
-WAVLM_FAST_INLINE Place place_of(const PositionalConv<T>& call, std::int64_t row) {
-  const std::int64_t blocks = (call.T_ + call.P - 1) / call.P;
-  return {row / blocks, row % blocks * call.P};
-}
-
-// Spectra of the frames of rows first .. first + count - 1: of each row's P frames alone, or of 2P that begin `lead`
-// frames before it. Frames outside of the utterance are zero.
+// Spectra of the frames of rows first .. first + count - 1: of each row's own frames, or of 2P that begin `lead` frames
+// before it. Frames outside of the utterance are zero.
 template <bool kAlone, class T>
 void transform_rows(const PositionalConv<T>& call, const T* frames, std::int64_t lead, std::int64_t group,
                     std::int64_t first, std::int64_t count, const RowSpectra& to) {
   const Transform transform{call.P, call.roots};
   static constexpr T zeros[kLanes] = {};
   for (std::int64_t r = 0; r < count; ++r) {
-    const Place place = place_of(call, first + r);
-    const T* utterance = frames + place.b * call.T_ * call.C + group * call.channels;
+    const Row& row = call.rows[first + r];
+    const T* at = frames + row.first * call.C + group * call.channels;
+    const std::int64_t begin = kAlone ? 0 : -row.before, end = kAlone ? row.count : row.after;
     each_vector(call.channels, [&](std::int64_t c, auto lanes) {
       const auto frame = [&](std::int64_t n) {
-        const std::int64_t t = place.t - lead + n;
-        return lanes.load(t >= 0 && t < call.T_ ? utterance + t * call.C + c : zeros);
+        const std::int64_t t = n - lead;
+        return lanes.load(t >= begin && t < end ? at + t * call.C + c : zeros);
       };
-      transform.forward(to.vector(r, c), [&](std::int64_t n) {
-        return kAlone ? Complex{frame(n), Floats{}} : Complex{frame(n), frame(n + call.P)};
-      });
+      if (kAlone && row.count <= call.P) {
+        return transform.forward(to.vector(r, c), [&](std::int64_t n) { return Complex{frame(n), Floats{}}; });
+      }
+      transform.forward(to.vector(r, c), [&](std::int64_t n) { return Complex{frame(n), frame(n + call.P)}; });
     });
   }
 }
@@ -147,7 +143,7 @@ WAVLM_FAST_INLINE void gather(const RowSpectra& rows, std::int64_t f, std::int64
   }
 }
 
-// Frames of a block from their sums, `at` being the first of their channels in [B, T, C].
+// Frames of a row from their sums, `at` being the first of their channels in [M, C].
 template <Activation activation, class T, class Lanes>
 WAVLM_FAST_INLINE void finish(const PositionalConv<T>& call, const float* sums, std::int64_t count, Floats bias,
                               std::int64_t at, Lanes lanes) {
@@ -165,18 +161,23 @@ void invert_rows(const PositionalConv<T>& call, std::int64_t group, std::int64_t
   const Transform transform{call.P, call.roots};
   const float scale = 1.0f / static_cast<float>(call.P);
   for (std::int64_t r = 0; r < count; ++r) {
-    const Place place = place_of(call, first + r);
-    const std::int64_t length = least(call.P, call.T_ - place.t);
+    const Row& row = call.rows[first + r];
     each_vector(call.channels, [&](std::int64_t c, auto lanes) {
       float* work = rows.vector(r, c);
-      transform.inverse(
-          work, [&](std::int64_t f) { return load_complex(work + f * 2 * kLanes); },
-          [&](std::int64_t n, Complex value) { store(frames + n * kLanes, value.re * scale); });
-      if (!all_finite(frames, length * kLanes)) sum_directly(call, group, place, length, c, frames, memory);
+      const auto held = [&](std::int64_t f) { return load_complex(work + f * 2 * kLanes); };
+      if (row.count <= call.P) {
+        transform.inverse(work, held,
+                          [&](std::int64_t n, Complex value) { store(frames + n * kLanes, value.re * scale); });
+      } else {
+        transform.inverse(work, held, [&](std::int64_t n, Complex value) {
+          store(frames + n * kLanes, value.re * scale);
+          store(frames + (n + call.P) * kLanes, value.im * scale);
+        });
+      }
+      if (!all_finite(frames, row.count * kLanes)) sum_directly(call, group, row, c, frames, memory);
       const std::int64_t channel = group * call.channels + c;
-      finish<activation>(call, frames, length,
-                         call.bias ? lanes.load(call.bias + channel) : Floats{},
-                         (place.b * call.T_ + place.t) * call.C + channel, lanes);
+      finish<activation>(call, frames, row.count, call.bias ? lanes.load(call.bias + channel) : Floats{},
+                         row.first * call.C + channel, lanes);
     });
   }
 }

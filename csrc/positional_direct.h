@@ -16,25 +16,17 @@ WAVLM_FAST_INLINE float widened(bf16 value) {
   return result;
 }
 
-// Utterance and first frame of a row.
-struct Place {
-  std::int64_t b, t;
-};
-
 // Frames that the sum over taps gives: of an even number of taps one more, which is cut off and has a gradient of zero.
-template <class T>
-constexpr std::int64_t frames_met(const PositionalConv<T>& call) {
-  return call.T_ + (call.K + 1) % 2;
-}
+constexpr std::int64_t frames_met(std::int64_t frames, std::int64_t K) { return frames + (K + 1) % 2; }
 
-// The first `count` frames of a row, [count][kLanes], for the vector of channels of the group that begins with `out`.
-// `memory` has room for a vector of channels in 2P frames.
+// The frames of a row, [count][kLanes], for the vector of channels of the group that begins with `out`. `memory` has
+// room for a vector of channels in 2P frames.
 template <class T>
-__attribute__((noinline, cold)) void sum_directly(const PositionalConv<T>& call, std::int64_t group, Place place,
-                                                  std::int64_t count, std::int64_t out, float* frames,
-                                                  float* memory) {
+__attribute__((noinline, cold)) void sum_directly(const PositionalConv<T>& call, std::int64_t group, const Row& row,
+                                                  std::int64_t out, float* frames, float* memory) {
   float *panel = memory, *window = memory + call.K * kLanes;  // [K][kLanes] taps, and frames that they meet
-  const T* x = call.x + place.b * call.T_ * call.C + group * call.channels;
+  const std::int64_t count = row.count, met = frames_met(row.before + row.after, call.K);
+  const T* x = call.x + row.first * call.C + group * call.channels;
   for (std::int64_t in = 0; in < call.channels; ++in) {
     const T* filters = call.filters.at + group * call.filters.group_step + in * call.filters.in_step;
     for (std::int64_t k = 0; k < call.K; ++k) {
@@ -45,20 +37,20 @@ __attribute__((noinline, cold)) void sum_directly(const PositionalConv<T>& call,
       }
     }
     for (std::int64_t n = 0; n < count + call.K - 1; ++n) {
-      const std::int64_t t = place.t - call.padding + n;
-      window[n] = t >= 0 && t < call.T_ ? widened(x[t * call.C + in]) : 0.0f;
+      const std::int64_t t = n - call.padding;
+      window[n] = t >= -row.before && t < row.after ? widened(x[t * call.C + in]) : 0.0f;
     }
     for (std::int64_t t = 0; t < count; t += kRows) {
       const Word* rows[kRows];
       for (int r = 0; r < kRows; ++r) rows[r] = window + least(t + r, count - 1);
       Floats sums[kRows][1] = {};
-      const std::int64_t first = place.t - call.padding + t, last = first + kRows - 1 + call.K - 1;
-      if (!call.filters.backwards || (first >= 0 && last < frames_met(call))) {
+      const std::int64_t first = row.before - call.padding + t, last = first + kRows - 1 + call.K - 1;
+      if (!call.filters.backwards || (first >= 0 && last < met)) {
         multiply<Single>(rows, 1, panel, call.K, sums);
       } else {
         // Taps that are not finite do not meet the zeros outside of a gradient, as they do outside of an utterance.
         for (int r = 0; r < kRows; ++r) {
-          for (std::int64_t k = first + r < 0 ? -first - r : 0; k < least(call.K, frames_met(call) - first - r); ++k) {
+          for (std::int64_t k = first + r < 0 ? -first - r : 0; k < least(call.K, met - first - r); ++k) {
             sums[r][0] += load(panel + k * kLanes) * rows[r][k];
           }
         }
@@ -80,13 +72,15 @@ __attribute__((noinline, cold)) void sum_gradient_directly(const PositionalConv<
   for (std::int64_t k = 0; k < call.K; ++k) {
     Floats total = {};
     for (std::int64_t b = 0; b < call.B; ++b) {
-      const std::int64_t at = b * call.T_ * call.C + group * call.channels, ahead = k - call.padding;
+      const std::int64_t first = call.bounds ? call.bounds[b] : b * call.T_;
+      const std::int64_t frames = call.bounds ? call.bounds[b + 1] - first : call.T_;
+      const std::int64_t at = first * call.C + group * call.channels, ahead = k - call.padding;
       Floats sum = {};
       // Zeros on both sides, as torch multiplies them, too: times what is not finite they are NaN.
-      for (std::int64_t t = 0; t < frames_met(call); ++t) {
-        const bool inside = t + ahead >= 0 && t + ahead < call.T_;
+      for (std::int64_t t = 0; t < frames_met(frames, call.K); ++t) {
+        const bool inside = t + ahead >= 0 && t + ahead < frames;
         const float value = inside ? widened(call.x[at + (t + ahead) * call.C + in]) : 0.0f;
-        sum += (t < call.T_ ? load(call.grad + at + t * call.C + out, lanes) : Floats{}) * value;
+        sum += (t < frames ? load(call.grad + at + t * call.C + out, lanes) : Floats{}) * value;
       }
       total += sum;
     }

@@ -6,9 +6,12 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
+#include <vector>
 
 #include "check.h"
 #include "dispatch.h"
+#include "packed_frames.h"
 #include "scratch.h"
 
 namespace wavlm_fast {
@@ -26,20 +29,40 @@ void check(const char* op, const Tensor& x, const std::optional<Tensor>& lengths
   check_lengths(op, lengths, x.size(0));
 }
 
+// Where the utterances of x [B, T, C] or [1, N, C] begin, as frames one behind the other.
+struct Utterances {
+  std::vector<int64_t> bounds;  // of packed frames; empty where every utterance has `frames`
+  int64_t count, frames;
+
+  Utterances(const char* op, const Tensor& x, const std::optional<Tensor>& lengths,
+             const std::optional<Tensor>& offsets) {
+    check(op, x, lengths);
+    TORCH_CHECK(!lengths || !offsets, op, ": expected lengths or offsets, got both");
+    bounds = bounds_of(op, offsets, x);
+    count = bounds.empty() ? x.size(0) : bounds.size() - 1;
+    frames = x.size(1);
+  }
+
+  int64_t first(int64_t b) const { return bounds.empty() ? b * frames : bounds[b]; }
+  int64_t frames_of(int64_t b) const { return first(b + 1) - first(b); }
+};
+
 Tensor as_int64(const std::optional<Tensor>& lengths) {
   return lengths ? lengths->to(at::kLong).contiguous() : Tensor();
 }
 
-// body(columns, b, first channel, work) for every block of channels of every utterance, on all threads.
+// body(columns, b, first channel, work) for every block of channels of every utterance; threads take them as they
+// finish, since utterances differ.
 template <class T, class Body>
-void for_blocks(const Tensor& x, const Tensor& lengths, const Body& body) {
-  const int64_t frames = x.size(1), C = x.size(2), blocks = (C + kPoolChannels - 1) / kPoolChannels;
-  at::parallel_for(0, x.size(0) * blocks, 1, [&](int64_t begin, int64_t end) {
+void for_blocks(const Tensor& x, const Utterances& utterances, const Tensor& lengths, const Body& body) {
+  const int64_t C = x.size(2), blocks = (C + kPoolChannels - 1) / kPoolChannels, tasks = utterances.count * blocks;
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
     auto& work = *static_cast<PoolWork*>(scratch<Scratch::task>(sizeof(PoolWork)));
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / blocks, c = task % blocks * kPoolChannels;
+    for (int64_t task = next++; task < tasks; task = next++) {
+      const int64_t b = task / blocks, c = task % blocks * kPoolChannels, frames = utterances.frames_of(b);
       const int64_t length = lengths.defined() ? lengths.const_data_ptr<int64_t>()[b] : frames;
-      const T* first = static_cast<const T*>(x.const_data_ptr()) + b * frames * C + c;
+      const T* first = static_cast<const T*>(x.const_data_ptr()) + utterances.first(b) * C + c;
       // A length out of range is the caller's mistake, but no reason to read what is not there.
       body(PoolColumns<T>{first, C, std::clamp<int64_t>(length, 0, frames), std::min(kPoolChannels, C - c)}, b, c,
            work);
@@ -48,52 +71,54 @@ void for_blocks(const Tensor& x, const Tensor& lengths, const Body& body) {
 }
 
 template <class T>
-void run_forward(StatsPoolForward<T>* kernel, const Tensor& x, const Tensor& lengths, const Tensor& out) {
+void run_forward(StatsPoolForward<T>* kernel, const Tensor& x, const Utterances& utterances,
+                 const Tensor& lengths, const Tensor& out) {
   const int64_t C = x.size(2);
-  for_blocks<T>(x, lengths, [&](const PoolColumns<T>& columns, int64_t b, int64_t c, PoolWork& work) {
+  for_blocks<T>(x, utterances, lengths, [&](const PoolColumns<T>& columns, int64_t b, int64_t c, PoolWork& work) {
     T* mean = static_cast<T*>(out.mutable_data_ptr()) + b * 2 * C + c;
     kernel(columns, work, mean, mean + C);
   });
 }
 
 template <class T>
-void run_backward(StatsPoolBackward<T>* kernel, const Tensor& grad, const Tensor& x, const Tensor& lengths,
-                  const Tensor& dx) {
-  const int64_t frames = x.size(1), C = x.size(2);
-  for_blocks<T>(x, lengths, [&](const PoolColumns<T>& columns, int64_t b, int64_t c, PoolWork& work) {
+void run_backward(StatsPoolBackward<T>* kernel, const Tensor& grad, const Tensor& x,
+                  const Utterances& utterances, const Tensor& lengths, const Tensor& dx) {
+  const int64_t C = x.size(2);
+  for_blocks<T>(x, utterances, lengths, [&](const PoolColumns<T>& columns, int64_t b, int64_t c, PoolWork& work) {
     const T* grad_mean = static_cast<const T*>(grad.const_data_ptr()) + b * 2 * C + c;
-    kernel(columns, work, grad_mean, grad_mean + C, frames,
-           static_cast<T*>(dx.mutable_data_ptr()) + b * frames * C + c);
+    kernel(columns, work, grad_mean, grad_mean + C, utterances.frames_of(b),
+           static_cast<T*>(dx.mutable_data_ptr()) + utterances.first(b) * C + c);
   });
 }
 
-Tensor stats_pool(const Tensor& x, const std::optional<Tensor>& lengths) {
-  check("stats_pool", x, lengths);
+Tensor stats_pool(const Tensor& x, const std::optional<Tensor>& lengths, const std::optional<Tensor>& offsets) {
+  const Utterances utterances("stats_pool", x, lengths, offsets);
   const Tensor x_ = x.contiguous(), lengths_ = as_int64(lengths);
-  const Tensor out = at::empty({x.size(0), 2 * x.size(2)}, x.options());
+  const Tensor out = at::empty({utterances.count, 2 * x.size(2)}, x.options());
   const auto& kernels = stats_pool_kernels();
   if (x.scalar_type() == at::kFloat) {
-    run_forward<float>(kernels.forward_float, x_, lengths_, out);
+    run_forward<float>(kernels.forward_float, x_, utterances, lengths_, out);
   } else {
-    run_forward<bf16>(kernels.forward_bf16, x_, lengths_, out);
+    run_forward<bf16>(kernels.forward_bf16, x_, utterances, lengths_, out);
   }
   return out;
 }
 
 // The deviation is computed again: `out` has it rounded to the dtype of x.
 Tensor stats_pool_backward(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& lengths,
-                           const Tensor& out) {
-  check("stats_pool_backward", x, lengths);
-  TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.sizes() == at::IntArrayRef({x.size(0), 2 * x.size(2)}),
-              "stats_pool_backward: expected grad of ", x.scalar_type(), " [", x.size(0), ", ", 2 * x.size(2),
+                           const Tensor& out, const std::optional<Tensor>& offsets) {
+  const Utterances utterances("stats_pool_backward", x, lengths, offsets);
+  const int64_t B = utterances.count;
+  TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.sizes() == at::IntArrayRef({B, 2 * x.size(2)}),
+              "stats_pool_backward: expected grad of ", x.scalar_type(), " [", B, ", ", 2 * x.size(2),
               "], got ", grad.scalar_type(), " ", grad.sizes());
   const Tensor grad_ = grad.contiguous(), x_ = x.contiguous(), lengths_ = as_int64(lengths);
   const Tensor dx = at::empty_like(x_);
   const auto& kernels = stats_pool_kernels();
   if (x.scalar_type() == at::kFloat) {
-    run_backward<float>(kernels.backward_float, grad_, x_, lengths_, dx);
+    run_backward<float>(kernels.backward_float, grad_, x_, utterances, lengths_, dx);
   } else {
-    run_backward<bf16>(kernels.backward_bf16, grad_, x_, lengths_, dx);
+    run_backward<bf16>(kernels.backward_bf16, grad_, x_, utterances, lengths_, dx);
   }
   return dx;
 }

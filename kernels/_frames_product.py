@@ -115,7 +115,7 @@ def _frames_product_bwd_weight_kernel(
     offsets_ptr, out_offsets_ptr,  # of packed frames, else None
     frames_in, frames_out, batch, length, first, blocks_per_split,  # length: taps · C
     GROUPS: tl.constexpr, C: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr, STEP: tl.constexpr,
-    PADDED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED: tl.constexpr, WHOLE: tl.constexpr, SAME: tl.constexpr, PRECISION: tl.constexpr,  # SAME: of both offsets
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -138,13 +138,16 @@ def _frames_product_bwd_weight_kernel(
         end = tl.minimum(index + blocks_per_split, frames_out // BLOCK_T + batch)
         b = utterance_at(index, out_offsets_ptr, batch, BLOCK_T)
         begin = first_place(out_offsets_ptr, b, BLOCK_T)
-        x_first, own_in = extent(offsets_ptr, b)
+        if not SAME:
+            x_first, own_in = extent(offsets_ptr, b)
         grad_first, own_out = extent(out_offsets_ptr, b)
 
     acc = tl.zeros([BLOCK_K, BLOCK_N], dtype=tl.float32)
     for place in range(index, end):
         if offsets_ptr is not None:
             block = place - begin
+            if SAME:
+                x_first, own_in = grad_first, own_out
         frame = block * BLOCK_T + row
         # Where the gradient is 0, x may be any: the last frame again.
         at = tl.minimum(frame, own_out - 1) * STRIDE + first
@@ -176,7 +179,8 @@ def _frames_product_bwd_weight_kernel(
             # Of the next block, so that no load waits for these.
             b = tl.minimum(following(place, b, out_offsets_ptr, BLOCK_T), batch - 1)
             begin = first_place(out_offsets_ptr, b, BLOCK_T)
-            x_first, own_in = extent(offsets_ptr, b)
+            if not SAME:
+                x_first, own_in = extent(offsets_ptr, b)
             grad_first, own_out = extent(out_offsets_ptr, b)
     part = (split * GROUPS + group).to(tl.int64) * length + k[:, None]
     tl.store(parts_ptr + part * N + n[None, :], acc, mask=(k < length)[:, None] & (n < N)[None, :])
@@ -330,7 +334,7 @@ def frames_product_weight_gradient(
         _frames_product_bwd_weight_kernel[(tiles, groups, splits)](
             x, grad, parts, offsets, out_offsets, x.shape[1], frames_out, B, length, first, per_split,
             GROUPS=groups, C=C, N=N, STRIDE=stride, STEP=step, PADDED=first != 0,
-            WHOLE=length % config["BLOCK_K"] == 0, PRECISION=precision, **config,
+            WHOLE=length % config["BLOCK_K"] == 0, SAME=offsets is out_offsets, PRECISION=precision, **config,
         )  # fmt: skip
         return parts.sum(0) if splits > 1 else parts[0]
 

@@ -4,6 +4,7 @@ import torch
 
 from ._finish_backward import finish_backward
 from ._frames_product import frames_product, frames_product_weight_gradient
+from ._packed import in_memory
 
 
 def _taps(weight: torch.Tensor, groups: int) -> torch.Tensor:
@@ -24,15 +25,17 @@ def positional_conv(
     activation: str,
     residual: bool,
     save: bool,
+    offsets: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The op `positional_conv`: `[B, T, C]`, and the convolution before its activation when `save` asks for it."""
-    x = x.contiguous()
+    x, (offsets,) = x.contiguous(), in_memory(offsets)
     out = torch.empty_like(x)
     pre = torch.empty_like(x) if save and activation != "none" else None
     if out.numel():
         frames_product(
             x, _taps(_in_order(weight), groups), out, x.shape[1], bias=bias, activation=activation, pre=pre,
-            residual=x if residual else None, first=-(weight.shape[2] // 2), padded=True,
+            residual=x if residual else None, first=-(weight.shape[2] // 2), padded=True, offsets=offsets,
+            out_offsets=offsets,
         )  # fmt: skip
     return out, x.new_empty(0) if pre is None else pre
 
@@ -46,16 +49,20 @@ def positional_conv_backward(
     groups: int,
     activation: str,
     residual: bool,
+    offsets: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The op `positional_conv_backward`: gradients of x, weight and bias."""
-    x, grad = x.contiguous(), grad.contiguous()
+    x, grad, (offsets,) = x.contiguous(), grad.contiguous(), in_memory(offsets)
     taps, half = weight.shape[2], weight.shape[2] // 2
     dpre, sums = finish_backward(grad, pre, None, activation)
     dx = torch.empty_like(x)
     transposed = _taps(weight, groups).transpose(2, 3).contiguous()
     frames_product(
-        dpre, transposed, dx, x.shape[1], residual=grad if residual else None, step=-1, first=half, padded=True
-    )
-    dweight = frames_product_weight_gradient(x, dpre, taps, groups, first=-half)  # [G, K, in, out]
+        dpre, transposed, dx, x.shape[1], residual=grad if residual else None, step=-1, first=half, padded=True,
+        offsets=offsets, out_offsets=offsets,
+    )  # fmt: skip
+    dweight = frames_product_weight_gradient(
+        x, dpre, taps, groups, first=-half, offsets=offsets, out_offsets=offsets
+    )  # [G, K, in, out]
     dweight = dweight.permute(0, 3, 2, 1).flatten(0, 1).to(weight.dtype, memory_format=torch.contiguous_format)
     return dx, dweight, x.new_empty(0) if bias is None else sums[0].to(bias.dtype)

@@ -8,12 +8,12 @@ from wavlm_fast.backends.reference import TABLE as REFERENCE
 from wavlm_fast.kernels import position_gate as position_gate_kernels
 
 
-def compare(op, args, saved=False, tiny=8.0, floor=0.0):
-    truth, plain = (REFERENCE[op].fn(*a) for a in (wide(args), args))
-    found = kernel(op)(*args)
+def compare(op, args, saved=False, tiny=8.0, floor=0.0, packed=()):
+    truth, plain = (REFERENCE[op].fn(*a, *packed) for a in (wide(args), args))
+    found = kernel(op)(*args, *packed)
     assert_close(found, truth, plain, tiny=tiny)
     grad = randn(*found.shape, seed=5, dtype=found.dtype)
-    given = [grad, *args, *([plain] if saved else [])]
+    given = [grad, *args, *([plain] if saved else []), *packed]
     true, theirs = (REFERENCE[f"{op}_backward"].fn(*a) for a in (wide(given), given))
     ours = kernel(f"{op}_backward")(*given)
     if isinstance(ours, torch.Tensor):

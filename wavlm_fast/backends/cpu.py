@@ -57,20 +57,14 @@ for _schema in (
     "Tensor?[] norm_biases, int[] taps, int[] strides, int[] channels, bool[] filtered, str norm, float eps, "
     f"str activation, {_RESIZED}) -> Tensor",
     "positional_spectra(Tensor weight) -> Tensor",
-    "positional_conv(Tensor x, Tensor weight, Tensor? spectra, Tensor? bias, str activation, bool residual, bool save) "
-    "-> (Tensor, Tensor)",
-    "positional_conv_backward(Tensor grad, Tensor? residual, Tensor x, Tensor weight, bool[] wanted) "
-    "-> (Tensor, Tensor)",
+    "positional_conv(Tensor x, Tensor weight, Tensor? spectra, Tensor? bias, str activation, bool residual, bool save, "
+    "Tensor? offsets=None) -> (Tensor, Tensor)",
+    "positional_conv_backward(Tensor grad, Tensor? residual, Tensor x, Tensor weight, bool[] wanted, "
+    "Tensor? offsets=None) -> (Tensor, Tensor)",
 ):
     _library.define(_schema)
-# Those that do not take packed frames yet.
-_DENSE = (
-    "stats_pool",
-    "stats_pool_backward",
-)
 for _name in _KERNELS:
-    _schema = schemas[_name]
-    _library.define(_name + (_schema.replace(", Tensor? offsets=None", "") if _name in _DENSE else _schema))
+    _library.define(_name + schemas[_name])
 _native = torch.ops.wavlm_fast_cpu
 _FOLDER = Path(__file__).parent.parent
 
@@ -241,9 +235,9 @@ TABLE: dict[str, Implementation] = {
     "waveform_conv_backward": Implementation(
         front_end.waveform_conv_backward, _why_not_waveform_conv_backward, packed=True
     ),
-    "positional_conv": Implementation(positional_conv.positional_conv, _why_not_positional_conv),
+    "positional_conv": Implementation(positional_conv.positional_conv, _why_not_positional_conv, packed=True),
     "positional_conv_backward": Implementation(
-        positional_conv.positional_conv_backward, _why_not_positional_conv_backward
+        positional_conv.positional_conv_backward, _why_not_positional_conv_backward, packed=True
     ),
     "linear_act": Implementation(products.linear_act, _why_not_product),
     "linear_act_backward": Implementation(gradients.linear_act_backward, _why_not_gradient),

@@ -1,7 +1,8 @@
 """The positional convolution of the cpu backend by transforms along time, and its gradient.
 
-Frames are transformed in windows of twice the block length, the least power of two that is no less than the kernel. The
-rounding error of a frame is relative to the loudest frames of its window. Where a window holds a NaN or an infinity, or
+Frames are transformed in windows of twice the block length, the least power of two that is no less than the kernel, and
+no window has frames of two utterances: packed frames give the very bits that each utterance gives alone. The rounding
+error of a frame is relative to the loudest frames of its window. Where a window holds a NaN or an infinity, or
 numbers so large that transforms leave the range, its block is summed directly, tap by tap: that takes some tens of
 times as long, and spreads them over as many frames as the kernel has taps and no further.
 """
@@ -20,7 +21,14 @@ _LEAST_CHANNELS = 16  # so many are computed at least
 
 
 def positional_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, activation: str, residual: bool, save: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    activation: str,
+    residual: bool,
+    save: bool,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op of that name."""
     native = torch.ops.wavlm_fast_cpu
@@ -28,7 +36,8 @@ def positional_conv(
     spectra = derived(
         "positional spectra", (weight,), lambda: native.positional_spectra(weight), if_met_before=save
     )
-    return native.positional_conv(x, weight, spectra, bias, activation, residual, save and activation != "none")
+    save = save and activation != "none"
+    return native.positional_conv(x, weight, spectra, bias, activation, residual, save, offsets)
 
 
 def positional_conv_backward(
@@ -41,11 +50,12 @@ def positional_conv_backward(
     activation: str,
     residual: bool,
     wanted: list[bool],
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The op of that name."""
     native = torch.ops.wavlm_fast_cpu
     dpre = grad if activation == "none" else native.activation_backward(grad, pre, activation)
-    dx, dweight = native.positional_conv_backward(dpre, grad if residual else None, x, weight, wanted[:2])
+    dx, dweight = native.positional_conv_backward(dpre, grad if residual else None, x, weight, wanted[:2], offsets)
     return only(wanted, dx, dweight, dpre.sum((0, 1)) if wanted[2] else None, like=x)
 
 

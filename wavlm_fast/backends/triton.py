@@ -173,9 +173,9 @@ TABLE: dict[str, Implementation] = {
         "strided_conv_backward", "strided_conv", _why_not_strided_conv_backward, packed=True
     ),
     **_of_frames("tdnn", packed=True),
-    **_of_frames("positional_conv"),
+    **_of_frames("positional_conv", packed=True),
     **_of_frames("linear_act"),
-    **_of_frames("stats_pool", _kernel),
+    **_of_frames("stats_pool", _kernel, packed=True),
     **_of_frames("position_gate", _kernel),
     "waveform_conv": _kernel("waveform_conv", "waveform_conv", _why_not_waveform_conv, packed=True),
     "waveform_conv_backward": _all_gradients(
