@@ -39,14 +39,16 @@ def frames_of(offsets_ptr, b, N, L):
 
 
 @triton.jit
-def own_tile(offsets_ptr, utterances, L, T, H, BLOCK: tl.constexpr, PACKED: tl.constexpr):
+def own_tile(
+    offsets_ptr, utterances, L, T, H, BLOCK: tl.constexpr, PACKED: tl.constexpr, DIVIDED: tl.constexpr = False
+):
     """What a program of `grid` has: utterance, head, its first frame, the utterance's frames, and the bias's L.
 
     PACKED, T comes as N, the utterance goes by its first frame, as `strides` wants it, and a tile past its frames is
-    to be left out.
+    to be left out. DIVIDED finds the same head the long way, by which registers are allotted otherwise.
     """
     if PACKED:
-        h = tl.program_id(1)
+        h = tl.program_id(1) % H if DIVIDED else tl.program_id(1)
         b = utterance_at(offsets_ptr, utterances, tl.program_id(0), BLOCK)
         begin, frames = frames_of(offsets_ptr, b, T, L)
         return begin, h, tl.maximum(tl.program_id(0) - begin // BLOCK - b, 0) * BLOCK, frames, L

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from cases import DEVICE, DTYPES, assert_close, kernel, randn, wide
 from test_gated_attention import NAMES, check, deterministic, inputs  # noqa: F401  a fixture
-from wavlm_fast.kernels._packed_tiles import places
+from wavlm_fast.kernels._packed_tiles import places, utterance_at
 from wavlm_fast.kernels._target import pretend
 
 from wavlm_fast import ops, use_backend
@@ -54,9 +56,9 @@ def joined(alone):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("extra", EXTRA)
 def test_ragged_batches(extra, dtype):
-    # Each of many utterances has programs of its own: the interpreter is done sooner with whole tiles.
-    with pretend("cdna" if extra == "many" else "cuda"):
-        check(packed([n + 1 for n in EXTRA[extra]], dtype=dtype))
+    # Every utterance has programs of its own, in small tiles several times as slow to interpret.
+    step = 1 if extra != "many" else 8 if dtype == torch.float32 else 2
+    check(packed([n + 1 for n in EXTRA[extra][::step]], dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -109,7 +111,7 @@ def test_dropout_draws_the_reference_mask(dtype):
     check(packed([5, 70, 33], H=2, dropout_p=0.3, dtype=dtype))
 
 
-@pytest.mark.parametrize("lengths", [[140, 3, 133, *[5] * 7], [9 - i for i in range(9)]])
+@pytest.mark.parametrize("lengths", [[140, 3, *[5] * 7], [9 - i for i in range(9)]])
 def test_deterministic_bias_gradient(lengths, deterministic):  # noqa: F811
     args = packed(lengths, dtype=DTYPES[-1])
     check(args)
@@ -155,14 +157,20 @@ def test_offsets_past_the_end_read_no_more_than_there_is():
     assert gradients([*args[:-1], wrong], grad, kernel)[0][:, :33].isfinite().all()
 
 
-@pytest.mark.parametrize("block", [16, 128])
-def test_every_tile_has_a_place(block):
-    lengths = [1, 15, 16, 17, 300, 1, 1, 128, 129, 2] + [int(n) for n in torch.arange(140) * 37 % 261 + 1]
-    ends = list(accumulate(lengths, initial=0))
-    firsts = [end // block + b for b, end in enumerate(ends)]
-    assert firsts[-1] == places(sum(lengths), len(lengths), block)
-    for (first, after), n in zip(pairwise(firsts), lengths, strict=True):
-        assert 0 <= after - first - -(-n // block) <= 1
+@triton.jit
+def _utterances_kernel(offsets_ptr, utterances, found_ptr, BLOCK: tl.constexpr):
+    place = tl.program_id(0)
+    tl.store(found_ptr + place, utterance_at(offsets_ptr, utterances, place, BLOCK))
+
+
+@pytest.mark.parametrize(("utterances", "block"), [(10, 16), (150, 128)])
+def test_every_tile_has_a_place(utterances, block):
+    lengths = [1, 15, 16, 17, 300, 1, 1, 128, 129, 2, *((n * 37) % 261 + 1 for n in range(140))][:utterances]
+    found = torch.full((places(sum(lengths), utterances, block),), -1, dtype=torch.int32, device=DEVICE)
+    _utterances_kernel[found.shape](offsets_of(lengths).to(DEVICE), utterances, found, BLOCK=block)
+    assert found.cpu().equal(found.cpu().sort().values)
+    for b, n in enumerate(lengths):
+        assert 0 <= (found == b).sum().item() - -(-n // block) <= 1
 
 
 def test_through_the_op():
