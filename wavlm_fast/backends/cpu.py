@@ -140,7 +140,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 def _cpp(name: str, why_not: Callable[..., str | None]) -> Implementation:
     """The C++ kernel `name`, which needs the extension and whatever else `why_not` asks for."""
     native = getattr(_native, name).default
-    return Implementation(native, lambda *args: EXTENSION_PROBLEM or why_not(*args), packed=name not in _DENSE)
+    return Implementation(native, lambda *args: EXTENSION_PROBLEM or why_not(*args), packed=True)
 
 
 def _why_not_add_layer_norm(x: torch.Tensor, residual: torch.Tensor, *rest: object) -> str | None:
