@@ -6,7 +6,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
 #include "check.h"
@@ -51,16 +50,19 @@ Tensor as_int64(const std::optional<Tensor>& lengths) {
   return lengths ? lengths->to(at::kLong).contiguous() : Tensor();
 }
 
-// body(columns, b, first channel, work) for every block of channels of every utterance; threads take them as they
-// finish, since utterances differ.
+// body(columns, b, first channel, work) for every block of channels of every utterance. Each thread has blocks that
+// follow each other, of about as many frames as the others' (one more each: an utterance may have none): to share an
+// utterance's frames between threads block by block takes twice as long.
 template <class T, class Body>
 void for_blocks(const Tensor& x, const Utterances& utterances, const Tensor& lengths, const Body& body) {
-  const int64_t C = x.size(2), blocks = (C + kPoolChannels - 1) / kPoolChannels, tasks = utterances.count * blocks;
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+  const int64_t B = utterances.count, C = x.size(2), blocks = (C + kPoolChannels - 1) / kPoolChannels;
+  at::parallel_for(0, (utterances.first(B) + B) * blocks, 1, [&](int64_t begin, int64_t end) {
     auto& work = *static_cast<PoolWork*>(scratch<Scratch::task>(sizeof(PoolWork)));
-    for (int64_t task = next++; task < tasks; task = next++) {
-      const int64_t b = task / blocks, c = task % blocks * kPoolChannels, frames = utterances.frames_of(b);
+    for (int64_t task = 0; task < B * blocks; ++task) {
+      const int64_t b = task / blocks, block = task % blocks, c = block * kPoolChannels;
+      const int64_t frames = utterances.frames_of(b);
+      const int64_t place = (utterances.first(b) + b) * blocks + block * (frames + 1);
+      if (place < begin || place >= end) continue;
       const int64_t length = lengths.defined() ? lengths.const_data_ptr<int64_t>()[b] : frames;
       const T* first = static_cast<const T*>(x.const_data_ptr()) + utterances.first(b) * C + c;
       // A length out of range is the caller's mistake, but no reason to read what is not there.
