@@ -238,8 +238,10 @@ def test_spans_that_are_given_are_masked():
         out = model(**batch_of(waveforms), mask_time_indices=spans).last_hidden_state
         for row, own in enumerate(waveforms):
             frames = _frames(plain, len(own))
-            alone = plain(own[None], mask_time_indices=spans[row : row + 1, :frames]).last_hidden_state
-            torch.testing.assert_close(out[row : row + 1, :frames], alone, rtol=1e-4, atol=1e-4)
+            given = {"mask_time_indices": spans[row : row + 1, :frames]}
+            alone = plain(own[None], **given).last_hidden_state
+            truth = truth_of(plain)(own[None].double(), **given).last_hidden_state
+            assert_tensor_close(f"row {row}", out[row : row + 1, :frames], alone, truth)
 
 
 def test_spans_are_drawn_within_utterances():
