@@ -110,7 +110,8 @@ def run_case(
     """
     rows = {name: Row.of(case, name, p) for name, p in providers.items()}
     yield list(rows.values())
-    checked, checker = (case, subject) if case.group != RAGGED or affordable(case) else narrow(case, subject)
+    whole = case.group != RAGGED or affordable(case, truths=3)
+    checked, checker = (case, subject) if whole else narrow(case, subject)
     judges: dict[str, Judge] = {}
     calls: dict[str, Call] = {}
     for name, provider in providers.items():

@@ -36,9 +36,9 @@ class Verdict:
     remark: str = ""
 
 
-def affordable(case: Case) -> bool:
-    """Whether float64 gets through a case in a minute or so."""
-    return sum(case.operations().values()) <= _EXACT_LIMIT
+def affordable(case: Case, truths: int = 1) -> bool:
+    """Whether float64 gets through a case, so many times, in a minute or so."""
+    return truths * sum(case.operations().values()) <= _EXACT_LIMIT
 
 
 def narrow(case: Case, subject: Subject) -> tuple[Case, Subject]:
