@@ -106,14 +106,14 @@ def restore(model: Module) -> Module:
 def install(padding: str = "transformers") -> None:
     """Make transformers build fast WavLMs: its classes, and so its Auto classes, pipelines and Trainers.
 
+    While installed, `transformers.WavLMModel` is `wavlm_fast.WavLMModel`, a subclass of the class that it replaces.
+    Models that exist already stay as they are; `accelerate` them.
+
     Args:
         padding: of the models that are built while installed, as `accelerate` takes it.
 
     Raises:
         ValueError: `padding` is another word.
-
-    While installed, `transformers.WavLMModel` is `wavlm_fast.WavLMModel`, a subclass of the class that it replaces.
-    Models that exist already stay as they are; `accelerate` them.
     """
     check_mode(padding)
     global _padding
