@@ -180,8 +180,8 @@ Layer<T> layer_of(const std::vector<Tensor>& packed, const std::vector<Tensor>& 
           norm(0), norm(1), norm_first};
 }
 
-// [B, T, C] float32, or bfloat16 where it has products of its own; packed frames beside offsets. Packed weights and biases are of queries, keys and
-// values as one layer, of the attention's output, and of the feed-forward's two layers.
+// [B, T, C] float32, or bfloat16 where it has products of its own; packed frames beside offsets. Packed weights and
+// biases are of queries, keys and values as one layer, of the attention's output, and of the feed-forward's two layers.
 Tensor encoder_layer(const Tensor& x, const Tensor& rel_bias, const std::optional<Tensor>& key_lengths,
                      std::vector<Tensor> packed, std::vector<Tensor> biases, std::vector<Tensor> gate,
                      std::vector<Tensor> norms, at::ArrayRef<double> eps, double scale, std::string activation,

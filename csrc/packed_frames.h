@@ -11,26 +11,30 @@
 
 namespace wavlm_fast {
 
-// The values of the offsets of packed frames `x` [1, N, ...], checked: utterance b is bounds[b] to bounds[b + 1]. None
-// of a dense batch.
+// The values of offsets [B + 1], which go by `name`, checked: they rise from 0 to `frames`.
+inline std::vector<int64_t> values_of(const char* op, const char* name, const at::Tensor& offsets, int64_t frames) {
+  TORCH_CHECK(offsets.scalar_type() == at::kInt && offsets.dim() == 1 && offsets.size(0) > 1 && offsets.is_cpu(), op,
+              ": expected ", name, " of [B + 1] int32 on the CPU, got ", offsets.scalar_type(), " ", offsets.sizes(),
+              " on ", offsets.device());
+  // Before they are copied: a view may have more numbers than there is memory.
+  TORCH_CHECK(offsets.size(0) - 1 <= frames, op, ": expected ", name, " of no more utterances than the ", frames,
+              " frames, got ", offsets.size(0) - 1);
+  const at::Tensor whole = offsets.contiguous();
+  const auto* from = whole.const_data_ptr<int32_t>();
+  const std::vector<int64_t> values(from, from + whole.size(0));
+  const bool rise = std::adjacent_find(values.begin(), values.end(), std::greater_equal<>()) == values.end();
+  TORCH_CHECK(rise && values.front() == 0 && values.back() == frames, op, ": expected ", name, " that rise from 0 to the ",
+              frames, " frames, got ", at::IntArrayRef(values));
+  return values;
+}
+
+// Those of the offsets of packed frames `x` [1, N, ...]: utterance b is bounds[b] to bounds[b + 1]. None of a dense
+// batch.
 inline std::vector<int64_t> bounds_of(const char* op, const std::optional<at::Tensor>& offsets, const at::Tensor& x) {
   if (!offsets) return {};
   TORCH_CHECK(x.dim() > 1 && x.size(0) == 1, op, ": expected packed frames, [1, N, ...], beside offsets, got ",
               x.sizes());
-  TORCH_CHECK(offsets->scalar_type() == at::kInt && offsets->dim() == 1 && offsets->size(0) > 1 && offsets->is_cpu(),
-              op, ": expected offsets of [B + 1] int32 on the CPU, got ", offsets->scalar_type(), " ",
-              offsets->sizes(), " on ", offsets->device());
-  const int64_t frames = x.size(1), utterances = offsets->size(0) - 1;
-  // Before they are copied: a view may have more numbers than there is memory.
-  TORCH_CHECK(utterances <= frames, op, ": expected offsets of no more utterances than the ", frames,
-              " frames, got ", utterances);
-  const at::Tensor values = offsets->contiguous();
-  const auto* from = values.const_data_ptr<int32_t>();
-  const std::vector<int64_t> bounds(from, from + utterances + 1);
-  const bool rise = std::adjacent_find(bounds.begin(), bounds.end(), std::greater_equal<>()) == bounds.end();
-  TORCH_CHECK(rise && bounds.front() == 0 && bounds.back() == frames, op, ": expected offsets that rise from 0 to the ",
-              frames, " frames, got ", at::IntArrayRef(bounds));
-  return bounds;
+  return values_of(op, "offsets", *offsets, x.size(1));
 }
 
 }  // namespace wavlm_fast

@@ -4,12 +4,12 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <algorithm>
 #include <cstdint>
-#include <functional>
 #include <optional>
 #include <utility>
 #include <vector>
+
+#include "packed_frames.h"
 
 namespace wavlm_fast {
 
@@ -35,22 +35,6 @@ class ResizedFrames {
   std::vector<int64_t> in_, out_;  // [B + 1] each; empty where equal utterances follow each other
   int64_t count_, in_frames_, out_frames_;
 };
-
-// The values of offsets [B + 1], checked: they rise from 0 to `frames`.
-inline std::vector<int64_t> values_of(const char* op, const char* name, const at::Tensor& offsets, int64_t frames) {
-  TORCH_CHECK(offsets.scalar_type() == at::kInt && offsets.dim() == 1 && offsets.size(0) > 1 && offsets.is_cpu(), op,
-              ": expected ", name, " of [B + 1] int32 on the CPU, got ", offsets.scalar_type(), " ", offsets.sizes());
-  // Rising, there are no more than frames: how many are read does not depend on what they say.
-  TORCH_CHECK(offsets.size(0) - 1 <= frames, op, ": expected ", name, " of at most ", frames, " utterances, got ",
-              offsets.size(0) - 1);
-  const at::Tensor whole = offsets.contiguous();
-  const auto* at = whole.const_data_ptr<int32_t>();
-  const std::vector<int64_t> values(at, at + whole.size(0));
-  const bool rise = std::adjacent_find(values.begin(), values.end(), std::greater_equal<>()) == values.end();
-  TORCH_CHECK(rise && values.front() == 0 && values.back() == frames, op, ": expected ", name,
-              " that rise from 0 to the ", frames, " frames, got ", values);
-  return values;
-}
 
 // Of `B` utterances of `frames` each, or with offsets of one row of packed frames; `frames_of` gives the output's
 // frames for those of an utterance, less than one where there are too few.

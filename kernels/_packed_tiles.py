@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ._packed import places
+
 # Offsets that a program looks at together.
 LANES = tl.constexpr(128)
 
@@ -67,11 +69,6 @@ def frames_before(b, T, PACKED: tl.constexpr):
 def numbers_before(b, h, N, PACKED: tl.constexpr):
     """The numbers in front of a program's utterance and head in a contiguous `[B, H, N]`."""
     return h.to(tl.int64) * N + b if PACKED else tl.program_id(1).to(tl.int64) * N
-
-
-def places(frames: int, utterances: int, block: int) -> int:
-    """How many places there are for tiles of `block` frames."""
-    return frames // block + utterances
 
 
 def grid(q: torch.Tensor, offsets: torch.Tensor | None, block: int) -> tuple[int, int]:

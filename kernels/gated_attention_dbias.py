@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from ._dropout import keep, row_keys
-from ._packed_tiles import frames_before, frames_of, places, sizes, utterance_at
+from ._packed import places
+from ._packed_tiles import frames_before, frames_of, sizes, utterance_at
 from ._rows import operand, product_of_rows
 from ._target import has_tensor_memory, target
 from ._toeplitz import biased_scores, fragment_warps, row_places

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.wavlm import modeling_wavlm as hf
 
@@ -158,7 +157,7 @@ def _joined(frames: int, *own: Tensor) -> Tensor:
 
 def _rows(frames: int, *own: Tensor) -> Tensor:
     """`[1, T, ...]` of each utterance as `[B, frames, ...]`."""
-    rows = pad_sequence([x[0] for x in own], batch_first=True)
+    rows = nn.utils.rnn.pad_sequence([x[0] for x in own], batch_first=True)
     short = frames - rows.shape[1]
     return torch.cat([rows, rows.new_zeros(rows.shape[0], short, *rows.shape[2:])], 1) if short else rows
 

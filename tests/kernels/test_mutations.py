@@ -179,13 +179,13 @@ MISTAKES = {
         "gated_attention_backward._dkv_step", "tl.where(mask, weights * keep_scale, 0.0)",
         "tl.where(mask, weights, 0.0)", dropped_out,
     ),
-    "drel_bias: off by one": (DBIAS, "* BLOCK_N + column + T - 1", "* BLOCK_N + column + T", attend),
+    "drel_bias: off by one": (DBIAS, "* BLOCK_N + column + L - 1", "* BLOCK_N + column + L", attend),
     "drel_bias: gate dropped": (DBIAS, "(dweights - delta[:, None]) * gate[:, None]", "(dweights - delta[:, None])",
                                 attend),
     "drel_bias: last tile of a diagonal dropped": (DBIAS, "tiles * batch, splits", "tiles * batch - 1, splits", attend),
     "drel_bias, deterministic: off by one": (
-        "gated_attention_dbias._gated_attention_bwd_dbias_sum_kernel", "* BLOCK_N + column + T - 1",
-        "* BLOCK_N + column + T", attend_deterministically,
+        "gated_attention_dbias._gated_attention_bwd_dbias_sum_kernel", "* BLOCK_N + column + L - 1",
+        "* BLOCK_N + column + L", attend_deterministically,
     ),
     "packed: boundary shifted by one": (
         "_packed_tiles.frames_of", "offsets_ptr + b), 0)", "offsets_ptr + b) - 1, 0)", packed,
