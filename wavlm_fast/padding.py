@@ -106,19 +106,17 @@ def _unpadded(
     """The outputs of a padded batch with so many valid samples in its rows, and the valid frames of the last."""
     waveforms = given["input_values"]
     width = waveforms.shape[1]
+    lengths = frame_lengths(wavlm_of(model), torch.tensor(samples), None).tolist()
+    if set(samples) == {width}:
+        return forward(**{**given, "attention_mask": None, "return_dict": True}), lengths
     rows = [row[:n] for row, n in zip(waveforms, samples, strict=True)]
     if why_alone(model, asks_for_attentions(model, given)) is None:
         batch = PackedBatch(model, samples, waveforms.device)
-        if set(samples) == {width}:
-            outputs = forward(**{**given, "attention_mask": None, "return_dict": True})
-        else:
-            packed = run_packed(forward, batch, rows, given)
-            outputs = padded(model, packed, batch.frames, frames_after(model, width, False))
-        return outputs, batch.frames.lengths
-    parts = run_alone(forward, rows, given)
-    after_adapter = ("last_hidden_state", "logits")
+        packed = run_packed(forward, batch, rows, given)
+        return padded(model, packed, batch.frames, frames_after(model, width, False)), lengths
+    parts, after_adapter = run_alone(forward, rows, given), ("last_hidden_state", "logits")
     outputs = stacked(model, parts, lambda name: frames_after(model, width, None if name in after_adapter else False))
-    return outputs, [frames_after(model, n, None) for n in samples]
+    return outputs, lengths
 
 
 def asks_for_attentions(model: PreTrainedModel, given: dict[str, Any]) -> bool:
@@ -134,14 +132,13 @@ def frames_after(model: PreTrainedModel, samples: int, add_adapter: bool | None)
 
 def _masked(forward: Callable[..., Any], model: PreTrainedModel, given: dict[str, Any]) -> tuple[ModelOutput, Tensor]:
     """The outputs of a padded batch whose lengths cannot be looked at, and the valid frames `[B]`."""
-    if wavlm_of(model).adapter is not None:
-        warnings.warn(
-            "padding reaches the utterances through the adapter's convolutions in a graph", UserWarning, stacklevel=2
-        )
     samples = given["attention_mask"].ne(0).sum(-1)
+    lengths = frame_lengths(wavlm_of(model), samples, None).to(torch.long)
+    if wavlm_of(model).adapter is not None:
+        warnings.warn("in a graph padding is transformers': an adapter's convolutions see it", stacklevel=2)
+        return forward(**{**given, "return_dict": True}), lengths
     with with_valid_samples(samples):
         outputs = forward(**{**given, "return_dict": True})
-    lengths = frame_lengths(wavlm_of(model), samples, False).to(torch.long)
     return zero_past(model, outputs, lengths), lengths
 
 

@@ -33,7 +33,7 @@ class Report:
     `derived_bytes` is the memory of packed and merged weights at this moment, `slow_modules` counts WavLM modules by
     class that `accelerate` has not or could not make fast. `missing` says what is lost because torch or transformers
     are not quite as expected. `padding` is what padding means to the model, and `alone` why utterances of exact batches
-    run one at a time, None when they need not.
+    and of `forward_ragged` run one at a time, None when they need not.
     """
 
     rows: tuple[Row, ...]
@@ -101,7 +101,7 @@ def report(model: nn.Module) -> Report:
         slow_modules=dict(slow),
         missing=_private.missing(),
         padding=padding,
-        alone=why_alone(wavlm, asks_for_attentions(wavlm, {})) if padding == "exact" else None,
+        alone=why_alone(wavlm, asks_for_attentions(wavlm, {})) if isinstance(wavlm, StandIn) else None,
     )
 
 

@@ -342,6 +342,16 @@ def test_one_at_a_time_where_a_module_cannot_take_packed_frames(what):
     assert out.last_hidden_state.shape[1:] == usual.last_hidden_state.shape[1:]
 
 
+def test_an_adapter_in_a_graph_says_that_padding_is_transformers():
+    plain = plain_model("WavLMModel", small_config(add_adapter=True, output_hidden_size=24, num_hidden_layers=1))
+    given = batch_of(utterances(), padding=0.0)
+    model = exact(plain).requires_grad_(False)
+    with pytest.warns(UserWarning, match="in a graph padding is transformers'"):
+        traced = torch.jit.trace(model, example_kwarg_inputs=given, strict=False, check_trace=False)
+    found, usual = traced(**given)["last_hidden_state"], plain(**given).last_hidden_state
+    torch.testing.assert_close(found, usual, rtol=1e-3, atol=1e-3)
+
+
 def test_attention_weights():
     plain = plain_model("WavLMForCTC")
     model, waveforms = exact(plain), utterances()
