@@ -24,6 +24,7 @@ _MODEL_CASES = tuple(
         ("WavLMModel", "ragged mask"),
         ("WavLMModel", "changed weights"),
         ("WavLMForXVector", "ragged mask"),
+        ("WavLMForXVector", "exact batch"),
     )
     for form in run_models.FORMS
 )

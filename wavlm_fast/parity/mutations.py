@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, derived
-from ..modules import encoder
+from ..modules import _packing, encoder
 from ..ops._define import arguments_of, schemas
 
 _BACKEND = "reference"
@@ -377,5 +377,9 @@ MUTATIONS: tuple[Mutation, ...] = (
         _ATTENTION, _with(rel_bias=lambda v: v["rel_bias"].roll(1, 1))(_ATTENTION))),
     Mutation("second norm of a layer at another eps", None, lambda: replaced(
         "add_layer_norm", _with(eps=1e-2)("add_layer_norm"))),
+    Mutation("utterances of a packed batch in another order", None, lambda: _patched(
+        _packing.Packing, "padding", lambda right: lambda self, t: lambda x: right(self, t)(x).roll(1, 0))),
+    Mutation("packed frames embedded as one utterance", None, lambda: _patched(
+        encoder.FastWavLMPositionalConvEmbedding, "added_to", lambda right: lambda self, x, _=None: right(self, x))),
     Mutation("pooling over all frames", None, lambda: replaced("stats_pool", _with(lengths=None)("stats_pool"))),
 )  # fmt: skip

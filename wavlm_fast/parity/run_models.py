@@ -32,7 +32,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "group norm": {"feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False},
     "layer norm, stable": {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True},
 }
-INPUTS = ("no mask", "ragged mask", "one sample", "shortest", "changed weights")
+INPUTS = ("no mask", "ragged mask", "one sample", "shortest", "changed weights", "exact batch")
+# Samples of the utterances of an exact batch: not sorted, two equal, the longest as wide as the batch.
+_LENGTHS = (337, 600, 363, 337, 471)
 # How many times `rule.tiny` the gradients of parameters may be off. A low dtype rounds the stream a dozen times on
 # the way, and one gradient's rounding noise is one draw. In float32 the log-sum-exp of an attention row counts: padded
 # frames lack the large channels, their norm blows up the rest, and scores of a few hundred round to as many units.
@@ -54,6 +56,11 @@ class ModelCase:
     @property
     def differentiate(self) -> bool:
         return self.input != "changed weights"
+
+    @property
+    def exact(self) -> bool:
+        """Whether the truth is each utterance alone."""
+        return self.input == "exact batch"
 
 
 @dataclass(frozen=True)
@@ -101,10 +108,13 @@ def _samples(case: ModelCase, conf: WavLMConfig) -> int:
 
 def _inputs(case: ModelCase, conf: WavLMConfig) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    batch, samples = (1 if case.input == "one sample" else 2), _samples(case, conf)
+    samples = _samples(case, conf)
+    batch = 1 if case.input == "one sample" else len(_LENGTHS) if case.exact else 2
     inputs = {"input_values": torch.randn(batch, samples, generator=generator, dtype=torch.float64)}
     if case.input == "ragged mask":
         inputs["attention_mask"] = (torch.arange(samples) < torch.tensor([[samples], [337]])).long()
+    if case.exact:
+        inputs["attention_mask"] = (torch.arange(samples) < torch.tensor(_LENGTHS)[:, None]).long()
     frames = samples
     for kernel, stride in zip(conf.conv_kernel, conf.conv_stride, strict=True):
         frames = (frames - kernel) // stride + 1
@@ -147,10 +157,42 @@ def _flat(output: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _flat(value, f"{prefix}[{i}]")
 
 
-def _run(model: nn.Module, case: ModelCase, inputs: dict[str, Tensor]) -> Outcome:
+def _alone(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The outputs for each utterance of a padded batch alone, as those of the batch: zeros past their ends, and the
+    mean of their losses, or where frames have labels of those of all frames.
+    """
+    frames = [frames_of(model, n) for n in _LENGTHS]
+    found = []
+    for row, (samples, count) in enumerate(zip(_LENGTHS, frames, strict=True)):
+        own = {"input_values": inputs["input_values"][row : row + 1, :samples]}
+        if "labels" in inputs:
+            labels = inputs["labels"][row : row + 1]
+            own["labels"] = labels[:, :count] if labels.dim() == 3 else labels
+        found.append(_call(model, own))
+    joined = {}
+    for name, first in found[0].items():
+        parts = [out[name] for out in found]
+        if name == "loss":
+            shares = frames if inputs["labels"].dim() == 3 else [1] * len(frames)
+            joined[name] = sum(n * part for n, part in zip(shares, parts, strict=True)) / sum(shares)
+        elif first.dim() == 3:
+            joined[name] = nn.utils.rnn.pad_sequence([part[0] for part in parts], batch_first=True)
+        else:
+            joined[name] = torch.cat(parts)
+    return joined
+
+
+def frames_of(model: nn.Module, samples: int) -> int:
+    """Frames that the front end of a model makes of so many samples."""
+    for kernel, stride in zip(model.config.conv_kernel, model.config.conv_stride, strict=True):
+        samples = (samples - kernel) // stride + 1
+    return samples
+
+
+def _run(model: nn.Module, case: ModelCase, inputs: dict[str, Tensor], alone: bool = False) -> Outcome:
     """Outputs, and gradients of the loss."""
     with torch.set_grad_enabled(case.differentiate):
-        outputs = _call(model, inputs)
+        outputs = _alone(model, inputs) if alone else _call(model, inputs)
     if not case.differentiate:
         return Outcome(outputs, {})
     model.zero_grad(set_to_none=True)
@@ -174,9 +216,9 @@ def _rounded_inputs(case: ModelCase, dtype: torch.dtype) -> dict[str, Tensor]:
 def expected(case: ModelCase, dtype: torch.dtype, device: torch.device) -> tuple[Outcome, dict[str, float]]:
     """transformers in float64 on the CPU, and the allowance from transformers in `dtype` on the device."""
     inputs = _rounded_inputs(case, dtype)
-    usual = _run(_model(case.model, case.form, dtype, device, dtype, False), case, inputs)
+    usual = _run(_model(case.model, case.form, dtype, device, dtype, False), case, inputs, case.exact)
     exact = _model(case.model, case.form, torch.float64, torch.device("cpu"), dtype, False)
-    truth = _run(exact, case, inputs)
+    truth = _run(exact, case, inputs, case.exact)
     allowed = {k: allowed_error(usual.outputs[k], t, dtype) for k, t in truth.outputs.items()}
     return truth, allowed | allowed_gradients(usual.gradients, truth.gradients, dict(exact.named_parameters()), dtype)
 
@@ -280,7 +322,10 @@ def absence(backend: str, device: torch.device) -> str | None:
 
 def _fast(case: ModelCase, dtype: torch.dtype, device: torch.device) -> Outcome:
     model = _model(case.model, case.form, dtype, device, dtype, True)
+    swap.accelerate(model, padding="exact" if case.exact else "transformers")
     inputs = _rounded_inputs(case, dtype)
+    if case.exact:  # whatever padding holds
+        inputs["input_values"] = inputs["input_values"].masked_fill(inputs["attention_mask"] == 0, float("nan"))
     if case.differentiate:
         with torch.no_grad():
             outputs = _call(model, inputs)  # derived weights are in use only when no gradient is recorded
