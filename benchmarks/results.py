@@ -14,7 +14,7 @@ from wavlm_fast.errors import UserError, show_everything
 
 from . import tables
 from .document import Found, Row, entries, is_ours, median, memory_beside, ours_beside
-from .providers import BASELINE
+from .providers import BASELINE, EXACT, OURS
 from .table import in_markdown
 
 _HERE = Path(__file__).parent
@@ -88,6 +88,8 @@ def _memory(found: Found) -> tuple[str, str, str] | None:
 
 def _exact(found: Found) -> tuple[str, str, str] | None:
     rows = [row for row in entries(found, "rows") if row["case"] == _RAGGED_CASE and row["dtype"] == "fp32"]
+    if not any(row["family"] == f"{OURS}, {EXACT}" for row in rows):
+        return None
     row = next((row for row in rows if row["family"] == BASELINE and median(row, "ours_faster")), None)
     what = f"an exact batch over {BASELINE} on the padded one, fp32, 8 utterances of 2 to 15 s"
     return row and (what, _ratio(row), _command(row["case"]))

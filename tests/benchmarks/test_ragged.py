@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import OURS_AND_THEIRS
 
 from wavlm_fast.benchmarks import cases, providers, ragged, rounds, tables
 
@@ -14,6 +13,7 @@ WAYS = {
     "wavlm_fast fp32, uniform": "wavlm_fast, uniform",
 }
 EXACT = "wavlm_fast fp32, exact"
+OURS_AND_THEIRS = ("--provider", "transformers", "wavlm_fast")
 
 
 def run(bench, *more, **options):

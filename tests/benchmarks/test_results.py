@@ -88,6 +88,18 @@ def test_headline():
     ]
 
 
+def test_the_headline_of_exact_batches():
+    found = made_up.document()
+    theirs = made_up.row(found, "base ragged 8x2-15", "transformers fp32")
+    theirs["ours_faster"]["median"] = 3.456
+    usual = len(results.headline(found))
+    found["rows"].append({**theirs, "provider": "wavlm_fast fp32, exact", "family": "wavlm_fast, exact", "ours": True})
+    *_, (what, figure, command) = results.headline(found)
+    assert len(results.headline(found)) == usual + 1
+    assert what.startswith("an exact batch over transformers on the padded one, fp32")
+    assert (figure, command) == ("3.46 times as fast", "wavlm-fast bench --case 'base ragged 8x2-15'")
+
+
 def test_a_headline_that_was_not_measured_is_left_out():
     found = made_up.document()
     made_up.row(found, "base 1x10", "transformers fp32")["ours_faster"] = None
@@ -122,7 +134,8 @@ def test_the_command_prints_another_file(files, capsys):
 
 
 def test_the_command_prints_the_headline(files, capsys):
-    results.SOURCE.write_text(json.dumps(made_up.document()))
+    for source in results.RECORDS:
+        source.write_text(json.dumps(made_up.document()))
     assert results.main(["--headline"]) == 0
     out = capsys.readouterr().out
     for figure in results.headline(made_up.document()):
