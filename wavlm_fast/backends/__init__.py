@@ -26,9 +26,6 @@ _NAMES = ("reference", "cpu", "triton")
 # Fastest first, by the kind of device that the tensors are on. ROCm devices are "cuda" to torch.
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 
-# Op name -> the position of its argument `offsets`, where it takes packed frames.
-offsets_at: dict[str, int] = {}
-
 _wanted: ContextVar[str | None] = ContextVar("wavlm_fast_backend", default=None)
 
 
@@ -41,20 +38,16 @@ class Implementation:
     """One backend's way to compute one op.
 
     `fn` takes the arguments of the op's schema. `why_not` takes the same and returns a sentence when `fn` cannot
-    compute this call, None when it can. It must read shapes, dtypes and devices only, never values. Neither gets
-    the arguments of packed frames, from `offsets` on, unless `packed`.
+    compute this call, None when it can. It must read shapes, dtypes and devices only, never values.
     """
 
     fn: Callable[..., Any]
     why_not: Callable[..., str | None] = lambda *args: None
-    packed: bool = False
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend that computes a call, its function of the arguments given to `choose`, and for each faster backend
-    the sentence why it does not.
-    """
+    """The backend that computes a call, and for each faster one the sentence why it does not."""
 
     backend: str
     fn: Callable[..., Any]
@@ -130,7 +123,7 @@ def choose(op: str, args: tuple) -> Choice:
     for name in _PREFERENCE.get(device.type, ("reference",)):
         implementation, reason = _ask(name, op, args, device)
         if reason is None:
-            return Choice(name, _taking(implementation, op), tuple(refused))
+            return Choice(name, implementation.fn, tuple(refused))
         refused.append((name, reason))
         _log_once(op, name, reason)
     raise AssertionError("the reference never refuses")
@@ -139,16 +132,11 @@ def choose(op: str, args: tuple) -> Choice:
 def _named(name: str, op: str, args: tuple, device: torch.device) -> Choice:
     if op not in load(name).TABLE:
         reason = f"the {name} backend has no kernel for {op}"
-        return Choice("reference", _taking(load("reference").TABLE[op], op), ((name, reason),))
+        return Choice("reference", load("reference").TABLE[op].fn, ((name, reason),))
     implementation, reason = _ask(name, op, args, device)
     if reason is not None:
         raise BackendUnavailable(f"{op} cannot run on the {name} backend: {reason}")
-    return Choice(name, _taking(implementation, op))
-
-
-def _taking(implementation: Implementation, op: str) -> Callable[..., Any]:
-    at = None if implementation.packed else offsets_at.get(op)
-    return implementation.fn if at is None else lambda *args: implementation.fn(*args[:at])
+    return Choice(name, implementation.fn)
 
 
 def _ask(name: str, op: str, args: tuple, device: torch.device) -> tuple[Implementation | None, str | None]:
@@ -157,10 +145,6 @@ def _ask(name: str, op: str, args: tuple, device: torch.device) -> tuple[Impleme
     if implementation is None:
         return None, f"no {name} kernel for {op}"
     reason = backend.why_not(device)
-    at = None if implementation.packed else offsets_at.get(op)
-    if reason is None and at is not None:
-        args, packed = args[:at], any(a is not None for a in args[at:])
-        reason = f"the {name} {op} takes no packed frames" if packed else None
     return implementation, implementation.why_not(*args) if reason is None else reason
 
 

@@ -140,7 +140,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 def _cpp(name: str, why_not: Callable[..., str | None]) -> Implementation:
     """The C++ kernel `name`, which needs the extension and whatever else `why_not` asks for."""
     native = getattr(_native, name).default
-    return Implementation(native, lambda *args: EXTENSION_PROBLEM or why_not(*args), packed=True)
+    return Implementation(native, lambda *args: EXTENSION_PROBLEM or why_not(*args))
 
 
 def _why_not_add_layer_norm(x: torch.Tensor, residual: torch.Tensor, *rest: object) -> str | None:
@@ -227,22 +227,20 @@ TABLE: dict[str, Implementation] = {
     "add_layer_norm_backward": _cpp("add_layer_norm_backward", _why_not_add_layer_norm_backward),
     "gated_attention": _cpp("gated_attention", _why_not_gated_attention),
     "gated_attention_backward": _cpp("gated_attention_backward", _why_not_gated_attention_backward),
-    "encoder_layer": Implementation(encoder.encoder_layer, _why_not_encoder_layer, packed=True),
-    "feature_encoder": Implementation(front_end.feature_encoder, _why_not_feature_encoder, packed=True),
+    "encoder_layer": Implementation(encoder.encoder_layer, _why_not_encoder_layer),
+    "feature_encoder": Implementation(front_end.feature_encoder, _why_not_feature_encoder),
     **_of_frames("position_gate"),
     **_of_frames("stats_pool"),
-    "waveform_conv": Implementation(front_end.waveform_conv, _why_not_waveform_conv, packed=True),
-    "waveform_conv_backward": Implementation(
-        front_end.waveform_conv_backward, _why_not_waveform_conv_backward, packed=True
-    ),
-    "positional_conv": Implementation(positional_conv.positional_conv, _why_not_positional_conv, packed=True),
+    "waveform_conv": Implementation(front_end.waveform_conv, _why_not_waveform_conv),
+    "waveform_conv_backward": Implementation(front_end.waveform_conv_backward, _why_not_waveform_conv_backward),
+    "positional_conv": Implementation(positional_conv.positional_conv, _why_not_positional_conv),
     "positional_conv_backward": Implementation(
-        positional_conv.positional_conv_backward, _why_not_positional_conv_backward, packed=True
+        positional_conv.positional_conv_backward, _why_not_positional_conv_backward
     ),
     "linear_act": Implementation(products.linear_act, _why_not_product),
     "linear_act_backward": Implementation(gradients.linear_act_backward, _why_not_gradient),
-    "strided_conv": Implementation(products.strided_conv, _why_not_strided_conv, packed=True),
-    "strided_conv_backward": Implementation(gradients.strided_conv_backward, _why_not_gradient, packed=True),
-    "tdnn": Implementation(products.tdnn, _why_not_product, packed=True),
-    "tdnn_backward": Implementation(gradients.tdnn_backward, _why_not_gradient, packed=True),
+    "strided_conv": Implementation(products.strided_conv, _why_not_strided_conv),
+    "strided_conv_backward": Implementation(gradients.strided_conv_backward, _why_not_gradient),
+    "tdnn": Implementation(products.tdnn, _why_not_product),
+    "tdnn_backward": Implementation(gradients.tdnn_backward, _why_not_gradient),
 }

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..ops._define import only
-from . import Implementation, offsets_at
+from ..ops._define import arguments_of, only, schemas
+from . import Implementation
 
 NAME = "triton"
 
@@ -36,7 +36,7 @@ def why_not(device: torch.device | None = None) -> str | None:
     return None
 
 
-def _kernel(op: str, file: str, why_not: Callable[..., str | None], packed: bool = False) -> Implementation:
+def _kernel(op: str, file: str, why_not: Callable[..., str | None]) -> Implementation:
     """The host function `op` of kernels/`file`.py, imported at the first call: Triton may not be there."""
 
     def run(*args: Any) -> Any:
@@ -50,19 +50,19 @@ def _kernel(op: str, file: str, why_not: Callable[..., str | None], packed: bool
             return "Triton's interpreter computes bfloat16 wrongly: it truncates and multiplies the bits"
         return why_not(*args)
 
-    return Implementation(run, refuse, packed)
+    return Implementation(run, refuse)
 
 
 def _all_gradients(
-    op: str, file: str, why_not: Callable[..., str | None], tells_first: bool = False, packed: bool = False
+    op: str, file: str, why_not: Callable[..., str | None], tells_first: bool = False
 ) -> Implementation:
-    """A backward whose last argument, before those of packed frames, says which gradients are wanted; the kernels
-    compute them all, but for the first where they are told whether it is wanted.
+    """A backward whose argument `wanted` says which gradients are wanted; the kernels compute them all, but for the
+    first where they are told whether it is wanted.
     """
     kernel = _kernel(op, file, why_not)
+    at = list(arguments_of(schemas[op])).index("wanted")
 
     def split(args: tuple) -> tuple[tuple, list[bool], tuple]:
-        at = offsets_at[op] - 1 if packed else len(args) - 1
         return args[:at], args[at], args[at + 1 :]
 
     def run(*args: Any) -> Any:
@@ -74,7 +74,7 @@ def _all_gradients(
         operands, _, offsets = split(args)
         return kernel.why_not(*operands, *offsets)
 
-    return Implementation(run, refuse, packed)
+    return Implementation(run, refuse)
 
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -133,17 +133,15 @@ def _why_not_strided_conv_backward(
     return _why_not_strided_conv(x, weight, bias, stride, norm)
 
 
-def _of_frames(
-    op: str, backward: Callable[..., Implementation] = _all_gradients, packed: bool = False
-) -> dict[str, Implementation]:
+def _of_frames(op: str, backward: Callable[..., Implementation] = _all_gradients) -> dict[str, Implementation]:
     """An op of which x alone decides, and its backward."""
 
     def refuse_backward(grad: torch.Tensor, x: torch.Tensor, *rest: Any) -> str | None:
         return _why_not_dtype(op, x)
 
     return {
-        op: _kernel(op, op, lambda x, *rest: _why_not_dtype(op, x), packed),
-        f"{op}_backward": backward(f"{op}_backward", op, refuse_backward, packed=packed),
+        op: _kernel(op, op, lambda x, *rest: _why_not_dtype(op, x)),
+        f"{op}_backward": backward(f"{op}_backward", op, refuse_backward),
     }
 
 
@@ -164,22 +162,19 @@ def _why_not_waveform_conv_backward(grad: torch.Tensor, *rest: Any) -> str | Non
 TABLE: dict[str, Implementation] = {
     "add_layer_norm": _kernel("add_layer_norm", "add_layer_norm", _why_not_add_layer_norm),
     "add_layer_norm_backward": _kernel("add_layer_norm_backward", "add_layer_norm", _why_not_add_layer_norm_backward),
-    "gated_attention": _kernel("gated_attention", "gated_attention", _why_not_gated_attention, packed=True),
+    "gated_attention": _kernel("gated_attention", "gated_attention", _why_not_gated_attention),
     "gated_attention_backward": _kernel(
-        "gated_attention_backward", "gated_attention_backward", _why_not_gated_attention_backward, packed=True
+        "gated_attention_backward", "gated_attention_backward", _why_not_gated_attention_backward
     ),
-    "strided_conv": _kernel("strided_conv", "strided_conv", _why_not_strided_conv, packed=True),
-    "strided_conv_backward": _all_gradients(
-        "strided_conv_backward", "strided_conv", _why_not_strided_conv_backward, packed=True
-    ),
-    **_of_frames("tdnn", packed=True),
-    **_of_frames("positional_conv", packed=True),
+    "strided_conv": _kernel("strided_conv", "strided_conv", _why_not_strided_conv),
+    "strided_conv_backward": _all_gradients("strided_conv_backward", "strided_conv", _why_not_strided_conv_backward),
+    **_of_frames("tdnn"),
+    **_of_frames("positional_conv"),
     **_of_frames("linear_act"),
-    **_of_frames("stats_pool", _kernel, packed=True),
+    **_of_frames("stats_pool", _kernel),
     **_of_frames("position_gate", _kernel),
-    "waveform_conv": _kernel("waveform_conv", "waveform_conv", _why_not_waveform_conv, packed=True),
+    "waveform_conv": _kernel("waveform_conv", "waveform_conv", _why_not_waveform_conv),
     "waveform_conv_backward": _all_gradients(
-        "waveform_conv_backward", "waveform_conv_backward", _why_not_waveform_conv_backward, tells_first=True,
-        packed=True,
+        "waveform_conv_backward", "waveform_conv_backward", _why_not_waveform_conv_backward, tells_first=True
     ),
 }

@@ -52,7 +52,7 @@ def define(
             values. A backward op refuses what its forward does, and what does not fit the forward's outputs.
     """
     schemas[name] = signature
-    REFERENCE_TABLE[name] = backends.Implementation(kernel, packed=True)
+    REFERENCE_TABLE[name] = backends.Implementation(kernel)
 
     def dispatch(*args: Any) -> Any:
         args = _completed(name, args)
@@ -75,8 +75,6 @@ def define(
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     arguments = arguments_of(signature)
     _names[name] = list(arguments)
-    if "offsets" in arguments:
-        backends.offsets_at[name] = _names[name].index("offsets")
     _lists[name] = tuple(i for i, kind in enumerate(arguments.values()) if kind.endswith("[]"))
     decomposes(op, list(arguments), kernel)
     return op
