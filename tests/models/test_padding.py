@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import pytest
 import torch
+from padding_cases import (
+    LENGTHS,
+    WIDTH,
+    assert_rows_are_alone,
+    batch_of,
+    exact,
+    frames_of,
+    rows_of,
+    utterances,
+)
 from wavlm_cases import (
     FORMS,
     HEADS,
@@ -21,59 +30,9 @@ from wavlm_cases import (
     truth_of,
 )
 
-import wavlm_fast
-from wavlm_fast import accelerate, forward_ragged, report, restore
+from wavlm_fast import accelerate, forward_ragged
 
 pytestmark = ours_only
-
-WIDTH = 640
-LENGTHS = (600, 337, 250, 640, 600, 431)
-HAS_FRAMES = ("last_hidden_state", "extract_features", "hidden_states")
-
-
-def exact(model):
-    return accelerate(copy.deepcopy(model), padding="exact")
-
-
-def utterances(lengths=LENGTHS, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(5)
-    return [(torch.randn(n, generator=generator) * (1 + i)).to(dtype) for i, n in enumerate(lengths)]
-
-
-def batch_of(waveforms, width=WIDTH, padding=float("nan")):
-    """Padded with what would be seen anywhere."""
-    x = waveforms[0].new_full((len(waveforms), width), padding)
-    mask = torch.zeros(len(waveforms), width, dtype=torch.long)
-    for row, own in enumerate(waveforms):
-        x[row, : len(own)], mask[row, : len(own)] = own, 1
-    return {"input_values": x, "attention_mask": mask}
-
-
-def rows_of(name, out, alone):
-    """Pairs of named tensors: what the batch gives for each utterance, cut to its frames, and the outputs for it
-    alone. What is past an utterance's end has to be zero.
-    """
-    for row, expected in enumerate(alone):
-        found = dict(tensors(out))
-        wanted = dict(tensors(expected))
-        assert found.keys() == wanted.keys()
-        for key, value in wanted.items():
-            own = found[key][row : row + 1]
-            if own.shape != value.shape:
-                assert own.dim() > 2, key
-                for dim in range(1, own.dim()):
-                    assert not own.narrow(dim, value.shape[dim], own.shape[dim] - value.shape[dim]).any(), key
-                    own = own.narrow(dim, 0, value.shape[dim])
-            yield f"{key} of row {row}", own, row, key
-
-
-def assert_rows_are_alone(plain, out, waveforms, **kwargs):
-    """The rule of the house: truth is transformers in float64 on each utterance alone."""
-    with torch.no_grad():
-        alone = [plain(w[None], **kwargs) for w in waveforms]
-        truth = [truth_of(plain)(w[None].double(), **kwargs) for w in waveforms]
-    for name, own, row, key in rows_of(plain, out, alone):
-        assert_tensor_close(name, own, dict(tensors(alone[row]))[key], dict(tensors(truth[row]))[key])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -159,22 +118,18 @@ def test_losses_and_gradients_of_a_batch(name, form):
         assert_tensor_close("loss", own.loss, alone, truth_of(plain)(w[None].double(), labels=one[None]).loss)
 
 
-def _frames(model, samples):
-    return int(model._get_feat_extract_output_lengths(torch.tensor(samples)))
-
-
 def _labels(name, config, waveforms):
     """One entry for each utterance."""
     if name != "WavLMForAudioFrameClassification":
         return list(labels_for(name, config, batch=len(waveforms)))
     plain = plain_model(name, config)
-    return [labels_for(name, config, batch=1, frames=_frames(plain, len(w)))[0] for w in waveforms]
+    return [labels_for(name, config, batch=1, frames=frames_of(plain, len(w)))[0] for w in waveforms]
 
 
 def _padded_labels(name, labels, model):
     if name != "WavLMForAudioFrameClassification":
         return torch.stack(labels)
-    padded = torch.zeros(len(labels), _frames(model, WIDTH), labels[0].shape[1], dtype=torch.long)
+    padded = torch.zeros(len(labels), frames_of(model, WIDTH), labels[0].shape[1], dtype=torch.long)
     padded[..., -1] = 1  # of frames that are padding: not to be seen
     for row, own in enumerate(labels):
         padded[row, : len(own)] = own
@@ -185,7 +140,7 @@ def _weights(name, model, waveforms):
     """What each utterance alone has in the loss of a batch."""
     if name != "WavLMForAudioFrameClassification":
         return [1 / len(waveforms)] * len(waveforms)
-    frames = [_frames(model, len(w)) for w in waveforms]
+    frames = [frames_of(model, len(w)) for w in waveforms]
     return [n / sum(frames) for n in frames]
 
 
@@ -233,11 +188,11 @@ def test_spans_that_are_given_are_masked():
     """SpecAugment with given spans is deterministic: each row is the utterance with its own."""
     plain = plain_model("WavLMModel", small_config(mask_time_prob=0.2))
     model, waveforms = exact(plain), utterances()
-    spans = torch.rand(len(waveforms), _frames(plain, WIDTH), generator=torch.Generator().manual_seed(1)) < 0.3
+    spans = torch.rand(len(waveforms), frames_of(plain, WIDTH), generator=torch.Generator().manual_seed(1)) < 0.3
     with torch.no_grad():
         out = model(**batch_of(waveforms), mask_time_indices=spans).last_hidden_state
         for row, own in enumerate(waveforms):
-            frames = _frames(plain, len(own))
+            frames = frames_of(plain, len(own))
             given = {"mask_time_indices": spans[row : row + 1, :frames]}
             alone = plain(own[None], **given).last_hidden_state
             truth = truth_of(plain)(own[None].double(), **given).last_hidden_state
@@ -249,22 +204,21 @@ def test_spans_are_drawn_within_utterances():
     model, given = exact(plain_model("WavLMModel", config)), batch_of(utterances(), padding=0.0)
     seen = {}
     hook = model.encoder.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
-    untouched = model(**given)
+    model(**given)
     before = seen["x"]
     model.train()
     model(**given)
     hook.remove()
-    assert untouched is not None
-    masked = (seen["x"] == model.masked_spec_embed.detach()).all(-1) | (seen["x"] == 0).all(-1)
+    masked = ((seen["x"] == model.masked_spec_embed.detach()) | (seen["x"] == 0)).all(-1)
     changed = (seen["x"] != before).any(-1)
     assert int(changed.sum()) > 0 and seen["x"].shape == before.shape
+    assert 0 < int(masked.sum()) < masked.numel()
     zeroed = (seen["x"] == 0)[0]
     first = 0
     for own in utterances():  # features are masked for whole utterances
-        frames = _frames(model, len(own))
+        frames = frames_of(model, len(own))
         assert zeroed[first : first + frames].all(0).any()
         first += frames
-    assert masked is not None
 
 
 @pytest.mark.parametrize("name", ["WavLMModel", "WavLMForXVector"])
@@ -297,249 +251,3 @@ def test_masks_of_any_dtype(dtype):
         wanted = model(**given).last_hidden_state
         given["attention_mask"] = given["attention_mask"].to(dtype)
         assert torch.equal(model(**given).last_hidden_state, wanted)
-
-
-def _with_adapter(model):
-    return model
-
-
-def _with_patched_method(model):
-    model.encoder.layers[1].attention.compute_bias = model.encoder.layers[1].attention.compute_bias
-    return model
-
-
-def _with_foreign_layer(model):
-    class Layer(torch.nn.Module):
-        def forward(self, hidden_states, *args, position_bias=None, **kwargs):
-            return torch.roll(hidden_states, 1, 1), position_bias
-
-    model.encoder.layers[1] = Layer()
-    return model
-
-
-ALONE = {
-    "an adapter": (_with_adapter, {"add_adapter": True, "output_hidden_size": 24}, "adapter is called"),
-    "a patched method": (_with_patched_method, {}, "compute_bias was replaced"),
-    "a foreign layer": (_with_foreign_layer, {}, "layer 1: it is a Layer"),
-}
-
-
-@pytest.mark.parametrize("what", ALONE)
-def test_one_at_a_time_where_a_module_cannot_take_packed_frames(what):
-    change, options, reason = ALONE[what]
-    plain = plain_model("WavLMModel", small_config(**options))
-    model, waveforms = change(exact(plain)), utterances()
-    told = report(model)
-    assert reason in told.alone
-    assert f"run one at a time: {told.alone}" in str(told)
-    with torch.no_grad():
-        out, alone = model(**batch_of(waveforms)), [model(w[None]) for w in waveforms]
-        lists = forward_ragged(model, waveforms)
-    for label, own, row, key in rows_of(what, out, alone):
-        assert torch.equal(own, dict(tensors(alone[row]))[key]), label
-        assert torch.equal(own, dict(tensors(lists[row]))[key]), label
-    usual = plain(torch.zeros(1, WIDTH))
-    assert out.last_hidden_state.shape[1:] == usual.last_hidden_state.shape[1:]
-
-
-def test_an_adapter_in_a_graph_says_that_padding_is_transformers():
-    plain = plain_model("WavLMModel", small_config(add_adapter=True, output_hidden_size=24, num_hidden_layers=1))
-    given = batch_of(utterances(), padding=0.0)
-    model = exact(plain).requires_grad_(False)
-    with pytest.warns(UserWarning, match="in a graph padding is transformers'"):
-        traced = torch.jit.trace(model, example_kwarg_inputs=given, strict=False, check_trace=False)
-    found, usual = traced(**given)["last_hidden_state"], plain(**given).last_hidden_state
-    torch.testing.assert_close(found, usual, rtol=1e-3, atol=1e-3)
-
-
-def test_attention_weights():
-    plain = plain_model("WavLMForCTC")
-    model, waveforms = exact(plain), utterances()
-    with torch.no_grad():
-        out = model(**batch_of(waveforms), output_attentions=True, output_hidden_states=True)
-    assert_rows_are_alone(plain, out, waveforms, output_attentions=True, output_hidden_states=True)
-
-
-def test_lora():
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(target_modules=["q_proj", "v_proj", "projection"], r=4, init_lora_weights=False)
-    torch.manual_seed(0)
-    plain = accelerate(peft.get_peft_model(plain_model("WavLMForCTC"), config).eval())  # transformers drops LoRA here
-    model = exact(plain)
-    assert report(model).alone is None
-    with torch.no_grad():
-        out = model(**batch_of(utterances()))
-    assert_rows_are_alone(plain, out, utterances())
-
-
-@pytest.mark.parametrize(
-    ("name", "form"),
-    [
-        ("WavLMModel", "base"),
-        ("WavLMForCTC", "large"),
-        ("WavLMForXVector", "base"),
-        ("WavLMForSequenceClassification", "base"),
-    ],
-)
-def test_compiled(name, form):
-    """A graph cannot depend on lengths: rows stay padded, and what padding would reach is masked."""
-    torch._dynamo.reset()
-    plain = plain_model(name, small_config(form, num_hidden_layers=1))
-    model, waveforms = exact(plain), utterances()
-    # Of the last one transformers' forward breaks the graph, with padding or without.
-    whole = name != "WavLMForSequenceClassification"
-    compiled = torch.compile(model, fullgraph=whole, backend="aot_eager")
-    with torch.no_grad():
-        out = compiled(**batch_of(waveforms, padding=1.0))
-    assert_rows_are_alone(plain, out, waveforms)
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("name", ["WavLMModel", "WavLMForXVector"])
-def test_traced_and_exported(name):
-    plain = plain_model(name, small_config(num_hidden_layers=1))
-    model, waveforms = exact(plain), utterances()
-    given = batch_of(waveforms, padding=1.0)
-    with torch.no_grad():
-        traced = torch.jit.trace(model, example_kwarg_inputs=given, strict=False)
-        exported = torch.export.export(model, (), given).module()
-        key = "last_hidden_state" if name == "WavLMModel" else "logits"
-        for first in (traced(**given)[key], exported(**given)[key]):
-            for row, own in enumerate(waveforms):
-                alone, found = plain(own[None])[key], first[row : row + 1]
-                if name == "WavLMModel":
-                    assert not found[:, alone.shape[1] :].any()
-                    found = found[:, : alone.shape[1]]
-                torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-4)
-
-
-def test_the_mode_stays_with_the_model(tmp_path):
-    plain = plain_model("WavLMForCTC")
-    model, given = exact(plain), batch_of(utterances())
-    pickled = accelerate(plain_model("WavLMForCTC"), padding="exact")
-    conv = pickled.wavlm.encoder.pos_conv_embed.conv  # torch pickles no parametrization, nor what is left of it
-    torch.nn.utils.parametrize.remove_parametrizations(conv, "weight")
-    conv._load_state_dict_pre_hooks.clear()
-    with torch.no_grad():
-        wanted = model(**given).logits
-        assert "padding is 'exact': utterances of different lengths run packed" in str(report(model))
-        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(pickled)), model.to("cpu")):
-            assert report(other).padding == "exact"
-            torch.testing.assert_close(other(**given).logits, wanted)
-        assert report(model.to("meta")).padding == "exact"
-        model = exact(plain)
-        accelerate(model)  # says nothing of padding
-        assert torch.equal(model(**given).logits, wanted)
-        model.save_pretrained(tmp_path)
-        assert "padding" not in tmp_path.joinpath("config.json").read_text()
-        loaded = wavlm_fast.WavLMForCTC.from_pretrained(tmp_path, padding="exact")
-        assert torch.equal(loaded(**given).logits, wanted)
-        assert report(wavlm_fast.WavLMForCTC.from_pretrained(tmp_path)).padding == "transformers"
-        given["input_values"] = given["input_values"].nan_to_num()
-        usual = accelerate(model, padding="transformers")(**given).logits
-        assert not torch.allclose(usual, wanted)
-        restored = restore(accelerate(model, padding="exact"))
-        assert not any("wavlm_fast" in key for m in restored.modules() for key in vars(m))
-        torch.testing.assert_close(restored(**given).logits, usual, rtol=1e-3, atol=1e-3)
-
-
-def test_installed():
-    import transformers
-
-    wavlm_fast.install(padding="exact")
-    try:
-        assert report(transformers.WavLMForCTC(small_config())).padding == "exact"
-        assert report(transformers.AutoModel.from_config(small_config())).padding == "exact"
-        wavlm_fast.install()
-        assert report(transformers.WavLMModel(small_config())).padding == "transformers"
-    finally:
-        wavlm_fast.uninstall()
-    assert report(wavlm_fast.WavLMModel(small_config())).padding == "transformers"
-
-
-def test_unknown_modes(tmp_path):
-    sentence = "padding must be one of 'transformers', 'exact', got 'longest'"
-    for call in (
-        lambda: accelerate(plain_model("WavLMModel"), padding="longest"),
-        lambda: wavlm_fast.install(padding="longest"),
-        lambda: wavlm_fast.WavLMModel.from_pretrained(tmp_path, padding="longest"),
-    ):
-        with pytest.raises(ValueError, match=sentence):
-            call()
-
-
-@pytest.mark.parametrize(
-    ("lengths", "holes", "sentence"),
-    [
-        ((600, 29), (), "at least 30 samples in every row, what the model needs, row 1 has 29"),
-        ((600, 500), ((1, 7),), "an attention_mask of ones followed by zeros, row 1 is none"),
-        ((500, 600), ((0, 0),), "an attention_mask of ones followed by zeros, row 0 is none"),
-        ((600, 0), (), "at least one sample of every utterance, got all zeros in rows [1]"),
-    ],
-)
-def test_masks_that_say_no_lengths(lengths, holes, sentence):
-    given = batch_of([torch.zeros(n) for n in lengths], padding=0.0)
-    for at in holes:
-        given["attention_mask"][at] = 0
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 (compared whole)
-        exact(plain_model("WavLMModel"))(**given)
-    assert sentence in str(caught.value)
-
-
-def test_an_utterance_too_short_for_the_time_delay_layers():
-    model = exact(plain_model("WavLMForXVector"))
-    with pytest.raises(ValueError, match="at least 190 samples in every row, what the model needs, row 1 has 189"):
-        model(**batch_of([torch.zeros(600), torch.zeros(189)]))
-
-
-def test_lists_that_are_refused():
-    model = exact(plain_model("WavLMForCTC"))
-    right, empty, wide = torch.zeros(600), torch.zeros(0), torch.zeros(600, dtype=torch.float64)
-
-    def refused(error, sentence, waveforms, **kwargs):
-        with pytest.raises(error) as caught:
-            forward_ragged(model, waveforms, **kwargs)
-        assert sentence in str(caught.value) and "\n" not in str(caught.value)
-
-    refused(ValueError, "at least one waveform, got an empty list", [])
-    refused(TypeError, "wants a list of waveforms, got a Tensor", torch.zeros(2, 600))
-    refused(TypeError, "waveform 1 is a list", [right, [0.0] * 600])
-    refused(ValueError, "waveforms of shape [samples], waveform 1 has [1, 600]", [right, right[None]])
-    refused(ValueError, "at least 30 samples in every waveform, what the model needs, waveform 1 has 0", [right, empty])
-    refused(ValueError, "waveform 0 has 29", [right[:29], right])
-    refused(TypeError, "one dtype on one device, torch.float32 on cpu, waveform 1 is torch.float64", [right, wide])
-    refused(TypeError, "waveform 1 is torch.float32 on meta", [right, right.to("meta")])
-    refused(TypeError, "floating-point samples in -1..1, got torch.int16", [right.short()])
-    refused(ValueError, "wants no attention_mask", [right], attention_mask=torch.ones(1, 600))
-    refused(ValueError, "labels for each of 1 waveforms, got 2", [right], labels=[torch.ones(3), torch.ones(3)])
-    refused(ValueError, "labels must lie in 0..11", [right], labels=[torch.tensor([12])])
-    with pytest.raises(TypeError, match="wants a WavLM that accelerate has made fast, got a .*WavLMModel"):
-        forward_ragged(plain_model("WavLMModel"), [right])
-    with pytest.raises(TypeError, match="made fast, got a torch.nn.modules.linear.Linear"):
-        forward_ragged(torch.nn.Linear(2, 2), [right])
-
-
-def test_no_buffer_of_all_rows(monkeypatch):
-    """A list of one long and many short waveforms never becomes a batch of long ones."""
-    model, largest = exact(plain_model("WavLMModel")), []
-    lengths = (4000, *[60] * 30)
-    mode = _Sizes(largest)
-    with torch.no_grad(), mode:
-        forward_ragged(model, utterances(lengths))
-    frames = sum(_frames(model, n) for n in lengths)
-    first_layer = sum((n - 10) // 5 + 1 for n in lengths)
-    assert max(largest) <= max(first_layer * 16, frames * 96) * 2
-    assert max(largest) < len(lengths) * _frames(model, 4000) * 32
-
-
-class _Sizes(torch.utils._python_dispatch.TorchDispatchMode):
-    """Notes the number of elements of every tensor that an op makes."""
-
-    def __init__(self, sizes):
-        super().__init__()
-        self.sizes = sizes
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.sizes += [t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
-        return out
