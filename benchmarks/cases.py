@@ -192,7 +192,6 @@ def _all() -> Iterator[Case]:
         yield _ragged("large", batch, shortest, longest, families=_IN_ALL_WAYS, dtypes=(torch.float32,))
 
 
-
 CASES = {case.name: case for case in _all()}
 QUICK = ("base 1x2",)
 

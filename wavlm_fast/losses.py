@@ -8,12 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
 from transformers.models.wavlm import modeling_wavlm as hf
 
 from ._private import EVERY_NEGATIVE_CTC_LABEL_PADS
 
 
-def loss_of(model: PreTrainedModel, logits: Tensor, labels: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
+def with_loss(
+    model: PreTrainedModel, outputs: ModelOutput, labels: Tensor | None, lengths: Sequence[int] | Tensor
+) -> ModelOutput:
+    """The outputs of a forward without labels as of one with them."""
+    if labels is None:
+        return outputs
+    return type(outputs)(**{**outputs, "loss": _loss(model, outputs["logits"], labels, lengths)})
+
+
+def _loss(model: PreTrainedModel, logits: Tensor, labels: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
     """The loss of a batch, a scalar; of one utterance what transformers gives for it alone.
 
     Args:

@@ -22,7 +22,7 @@ from transformers.models.wavlm import modeling_wavlm as hf
 from ._private import frame_lengths
 from .inputs import check_mask
 from .leaving import leaving
-from .losses import loss_of
+from .losses import with_loss
 from .modules import FastWavLMFeatureEncoder
 from .modules._packing import with_valid_samples
 from .packed_batch import (
@@ -89,8 +89,7 @@ def _exact(forward: Callable[..., Any], model: PreTrainedModel, given: dict[str,
         outputs, lengths = _masked(forward, model, given)
     else:
         outputs, lengths = _unpadded(forward, model, given, _lengths_of(model, mask, waveforms))
-    if labels is not None:
-        outputs = type(outputs)(**{**outputs, "loss": loss_of(model, outputs["logits"], labels, lengths)})
+    outputs = with_loss(model, outputs, labels, lengths)
     return outputs if (model.config.return_dict if in_dict is None else in_dict) else outputs.to_tuple()
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from .inputs import check_waveform
-from .losses import loss_of
+from .losses import with_loss
 from .modules import FastWavLMFeatureEncoder
 from .modules._originals import StandIn
 from .packed_batch import PackedBatch, run_alone, run_packed, samples_needed, split, wavlm_of, why_alone
@@ -51,8 +51,7 @@ def forward_ragged(model: nn.Module, waveforms: Sequence[Tensor], **kwargs: Any)
     if labels is not None:
         frames = [frames_after(model, len(w), None) for w in waveforms]
         outputs = [
-            type(out)(**{**out, "loss": loss_of(model, out["logits"], own, [count])})
-            for out, own, count in zip(outputs, labels, frames, strict=True)
+            with_loss(model, out, own, [count]) for out, own, count in zip(outputs, labels, frames, strict=True)
         ]
     return outputs if (model.config.return_dict if in_dict is None else in_dict) else [o.to_tuple() for o in outputs]
 

@@ -123,9 +123,7 @@ def install(padding: str = "transformers") -> None:
 
 def accelerate_new(model: nn.Module) -> None:
     """`accelerate` a model that has just been built, in the mode that `install` said."""
-    accelerate(model)
-    if _padding != "transformers":
-        set_mode(model, _padding)
+    accelerate(model, padding=_padding)
 
 
 def uninstall() -> None:

@@ -126,6 +126,13 @@ def check_packed(op: str, name: str, x: Tensor, offsets: Tensor | None) -> None:
     check_offsets(op, "offsets", x, offsets)
 
 
+def check_either(op: str, offsets: Tensor | None, **lengths: Tensor | None) -> None:
+    """Refuse lengths, by their name, beside offsets."""
+    for name, given in lengths.items():
+        if offsets is not None and given is not None:
+            raise ValueError(f"{op} wants {name} or offsets, got both")
+
+
 def check_offsets(op: str, name: str, x: Tensor, offsets: Tensor) -> None:
     check.shape(op, name, offsets, ("B + 1",))
     if offsets.dtype != torch.int32:

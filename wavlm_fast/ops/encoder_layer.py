@@ -11,10 +11,10 @@ from torch import Tensor
 from ..derived import concatenated
 from . import _check as check
 from ._define import accumulation_dtype, autocast, define, references
-from ._packed import check_packed
+from ._packed import check_either, check_packed
 from .add_layer_norm import add_layer_norm, check_norm
 from .add_layer_norm import reference as add_layer_norm_reference
-from .gated_attention import gated_attention
+from .gated_attention import check_rel_bias, gated_attention
 from .gated_attention import reference as gated_attention_reference
 from .linear_act import linear_act
 from .linear_act import reference as linear_act_reference
@@ -185,11 +185,8 @@ def _check(
     for name, parameter in zip(("gate weight", "gate bias", "gate const"), gate, strict=True):
         check.floating(NAME, name, parameter)
     check_packed(NAME, "x", x, offsets)
-    check.shape(NAME, "rel_bias", rel_bias, (heads, 2 * x.shape[1] - 1 if offsets is None else "2L - 1"))
-    if offsets is not None and rel_bias.shape[1] % 2 == 0:
-        raise ValueError(f"{NAME} wants an odd number of rel_bias entries, 2L - 1, got {rel_bias.shape[1]}")
-    if offsets is not None and key_lengths is not None:
-        raise ValueError(f"{NAME} wants key_lengths or offsets, got both")
+    check_rel_bias(NAME, rel_bias, heads, x.shape[1], offsets)
+    check_either(NAME, offsets, key_lengths=key_lengths)
     if rel_bias.dtype != accumulation_dtype(x.dtype):
         raise TypeError(f"{NAME} wants rel_bias of {accumulation_dtype(x.dtype)}, got {rel_bias.dtype}")
     if key_lengths is not None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import _check as check
 from ._define import accumulation_dtype, autocast, define, differentiate
 from ._dropout import keep_mask
-from ._packed import bounds, check_packed
+from ._packed import bounds, check_either, check_packed
 
 NAME = "gated_attention"
 BACKWARD = f"{NAME}_backward"
@@ -206,11 +206,8 @@ def _check(
     check.same(NAME, "q", q, k=k, v=v)
     check.shape(NAME, "gate", gate, (batch, heads, frames))
     check_packed(NAME, "q", q, offsets)
-    check.shape(NAME, "rel_bias", rel_bias, (heads, 2 * frames - 1 if offsets is None else "2L - 1"))
-    if offsets is not None and rel_bias.shape[1] % 2 == 0:
-        raise ValueError(f"{NAME} wants an odd number of rel_bias entries, 2L - 1, got {rel_bias.shape[1]}")
-    if offsets is not None and key_lengths is not None:
-        raise ValueError(f"{NAME} wants key_lengths or offsets, got both")
+    check_rel_bias(NAME, rel_bias, heads, frames, offsets)
+    check_either(NAME, offsets, key_lengths=key_lengths)
     if gate.dtype != accumulation_dtype(q.dtype):
         raise TypeError(f"{NAME} wants a gate of {accumulation_dtype(q.dtype)} for q of {q.dtype}, got {gate.dtype}")
     check.same(NAME, "gate", gate, rel_bias=rel_bias)
@@ -226,6 +223,13 @@ def _check(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.shape[-1] > 1 and x.stride(-1) != 1:
             raise ValueError(f"{NAME} wants {name} with its last dimension contiguous, got strides {x.stride()}")
+
+
+def check_rel_bias(op: str, rel_bias: Tensor, heads: int, frames: int, offsets: Tensor | None) -> None:
+    """Refuse a bias that is not for so many frames, or beside offsets for some number of them."""
+    check.shape(op, "rel_bias", rel_bias, (heads, 2 * frames - 1 if offsets is None else "2L - 1"))
+    if offsets is not None and rel_bias.shape[1] % 2 == 0:
+        raise ValueError(f"{op} wants an odd number of rel_bias entries, 2L - 1, got {rel_bias.shape[1]}")
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, *rest: object) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _check as check
 from ._define import accumulation_dtype, autocast, define, differentiate
-from ._packed import check_packed, joined, utterances
+from ._packed import check_either, check_packed, joined, utterances
 
 NAME = "stats_pool"
 BACKWARD = f"{NAME}_backward"
@@ -58,10 +58,9 @@ def _check(x: Tensor, lengths: Tensor | None, offsets: Tensor | None = None) -> 
     check.floating(NAME, "x", x)
     check.shape(NAME, "x", x, ("B", "T", "C"))
     check_packed(NAME, "x", x, offsets)
+    check_either(NAME, offsets, lengths=lengths)
     if lengths is None:
         return
-    if offsets is not None:
-        raise ValueError(f"{NAME} wants lengths or offsets, got both")
     check.integers(NAME, "lengths", lengths, (x.shape[0],))
     check.same_device(NAME, "x", x, lengths=lengths)
 

@@ -115,9 +115,7 @@ def _inputs(case: ModelCase, conf: WavLMConfig) -> dict[str, Tensor]:
         inputs["attention_mask"] = (torch.arange(samples) < torch.tensor([[samples], [337]])).long()
     if case.exact:
         inputs["attention_mask"] = (torch.arange(samples) < torch.tensor(_LENGTHS)[:, None]).long()
-    frames = samples
-    for kernel, stride in zip(conf.conv_kernel, conf.conv_stride, strict=True):
-        frames = (frames - kernel) // stride + 1
+    frames = _frames(conf, samples)
     if case.model == "WavLMForCTC":
         inputs["labels"] = torch.randint(1, conf.vocab_size, (batch, min(5, frames)), generator=generator)
         if frames > 1:
@@ -161,7 +159,7 @@ def _alone(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The outputs for each utterance of a padded batch alone, as those of the batch: zeros past their ends, and the
     mean of their losses, or where frames have labels of those of all frames.
     """
-    frames = [frames_of(model, n) for n in _LENGTHS]
+    frames = [_frames(model.config, n) for n in _LENGTHS]
     found = []
     for row, (samples, count) in enumerate(zip(_LENGTHS, frames, strict=True)):
         own = {"input_values": inputs["input_values"][row : row + 1, :samples]}
@@ -182,9 +180,9 @@ def _alone(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return joined
 
 
-def frames_of(model: nn.Module, samples: int) -> int:
+def _frames(conf: WavLMConfig, samples: int) -> int:
     """Frames that the front end of a model makes of so many samples."""
-    for kernel, stride in zip(model.config.conv_kernel, model.config.conv_stride, strict=True):
+    for kernel, stride in zip(conf.conv_kernel, conf.conv_stride, strict=True):
         samples = (samples - kernel) // stride + 1
     return samples
 
