@@ -1,5 +1,7 @@
 """No forward on a GPU waits for the device: that is what lets a CUDA graph capture it."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from device_only import Waits, no_gpu_needed, to_device
@@ -11,7 +13,7 @@ triton = pytest.importorskip("triton")
 from wavlm_fast.kernels._target import pretend  # noqa: E402
 
 from benchmarks.gpu_compile import recording  # noqa: E402
-from wavlm_fast import forward_ragged  # noqa: E402
+from wavlm_fast import accelerate, forward_ragged  # noqa: E402
 from wavlm_fast.backends.triton import TABLE  # noqa: E402
 from wavlm_fast.modules import _packing  # noqa: E402
 
@@ -70,6 +72,15 @@ def test_utterances_of_any_lengths(name, form, gradients, monkeypatch):
         assert [out[0].shape[0] for out in outputs] == [1, 1, 1]
     assert {"waveform_conv", "strided_conv", "gated_attention", "position_gate", "positional_conv"} <= mode.ran
     assert ("stats_pool" in mode.ran) == (name == "WavLMForXVector")
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_an_exact_batch_waits_for_its_lengths_unless_a_graph_is_captured(name, capturing, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    model = accelerate(fast_model(name), padding="exact")
+    with torch.no_grad(), nullcontext() if capturing else pytest.raises(Exception, match="(?i)wait|data-?dependent"):
+        forward(model, masked=True)
 
 
 def test_an_adapter_on_top():
