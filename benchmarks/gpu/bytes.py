@@ -9,8 +9,8 @@ Attention, norms and pooling are held to what is asked for. Products are held to
 multiply M·K by K·N numbers ask for at least 2·M·N·K over the root of how many a processor holds, whatever their tiles,
 which for the convolutions of the front end and 256 KB is nearly three times the compulsory bytes.
 
-No GPU is needed. Kernels are counted by formulas (benchmarks/launch_formulas.py), attention by running it in Triton's
-interpreter (benchmarks/counted_bytes.py). Exit status 1 when a bar is missed.
+No GPU is needed. Kernels are counted by formulas (launch_formulas.py), attention by running it in Triton's
+interpreter (counted_bytes.py). Exit status 1 when a bar is missed.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+import wavlm_fast
+from wavlm_fast.backends.triton import TABLE
 from wavlm_fast.kernels._target import pretend
 
-from wavlm_fast.backends.triton import TABLE
-
-from .gpu_cases import BATCH, DTYPES, FRAMES, MODELS, Case, cases
-from .gpu_compile import Launch, recording
+from .cases import BATCH, DTYPES, FRAMES, MODELS, Case, cases
+from .compile import Launch, recording
 from .launch_bytes import Bytes, of_launch
 from .torch_bytes import TorchBytes, matching, sizes, transformers_bytes
 
@@ -102,8 +103,9 @@ def attention(dtype: torch.dtype, head_dim: int) -> dict[str, Bytes]:
     """Bytes of attention and its backward for one head, from the interpreter."""
     # bfloat16 is not computed there; it takes the same tiles as float16.
     name = "float32" if dtype is torch.float32 else "float16"
-    command = [sys.executable, "-m", "benchmarks.counted_bytes", str(BATCH), str(FRAMES), str(head_dim), name, TARGET]
-    root = str(Path(__file__).parents[1])
+    module = f"{__package__}.counted_bytes"
+    command = [sys.executable, "-m", module, str(BATCH), str(FRAMES), str(head_dim), name, TARGET]
+    root = str(Path(wavlm_fast.__file__).parents[1])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     found = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
@@ -153,7 +155,3 @@ def main(arguments: list[str] | None = None) -> int:
         content = {"dtype": args.dtype, "target": TARGET, "rows": [{**asdict(r), "faults": r.faults} for r in found]}
         Path(args.json).write_text(json.dumps(content, indent=1))
     return 1 if faults else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

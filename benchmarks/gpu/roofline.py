@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -23,15 +22,15 @@ from pathlib import Path
 
 from wavlm_fast.kernels._target import pretend
 
-from . import cases, flops
-from .gpu_bound import clocks
-from .gpu_cases import DTYPES
-from .gpu_compile import Built, Launch, build
-from .gpu_devices import DEVICES, Device
-from .gpu_pieces import Call, calls, trips
-from .gpu_static import pretended
+from ..run import cases, flops
+from .bound import clocks
+from .cases import DTYPES
+from .compile import Built, Launch, build
+from .devices import DEVICES, Device
 from .launch_bytes import of_launch as bytes_of_launch
 from .launch_formulas import FORMULAS
+from .pieces import Call, calls, trips
+from .static import pretended
 
 ESTIMATE = "Estimate from data sheets and compiled kernels, not measured on a GPU"
 BATCHES = (8, 1)
@@ -232,7 +231,3 @@ def main(arguments: list[str] | None = None) -> int:
     if args.json:
         args.json.write_text(json.dumps({"what": ESTIMATE, "estimates": [asdict(e) for e in found]}, indent=1))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

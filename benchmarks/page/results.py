@@ -12,12 +12,12 @@ from pathlib import Path
 from wavlm_fast import console
 from wavlm_fast.errors import UserError, show_everything
 
+from ..run.providers import BASELINE, EXACT, OURS
 from . import tables
 from .document import Found, Row, entries, is_ours, median, memory_beside, ours_beside
-from .providers import BASELINE, EXACT, OURS
 from .table import in_markdown
 
-_HERE = Path(__file__).parent
+_HERE = Path(__file__).parents[1]
 SOURCE = _HERE / "results.json"  # the latest full run
 # What was recorded -> the document made of it.
 RECORDS = {
@@ -159,7 +159,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"python -m benchmarks.results: {error}", file=sys.stderr)
         return _USER_ERROR
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

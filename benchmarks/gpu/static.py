@@ -12,7 +12,6 @@ import json
 import math
 import multiprocessing
 import os
-import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,14 +22,15 @@ from typing import Any
 
 import torch
 import triton
+
 from wavlm_fast.kernels._target import pretend
 from wavlm_fast.kernels._tuning import MOST, forced
 
-from .gpu_architectures import ARCHITECTURES, Architecture
-from .gpu_bound import bound
-from .gpu_cases import BATCH, DTYPES, MODELS, Case, cases, packed, packed_stages, wide_heads
-from .gpu_code import KINDS
-from .gpu_compile import Built, Launch, build
+from .architectures import ARCHITECTURES, Architecture
+from .bound import bound
+from .cases import BATCH, DTYPES, MODELS, Case, cases, packed, packed_stages, wide_heads
+from .code import KINDS
+from .compile import Built, Launch, build
 
 # Machine instructions outside the matrix unit per score, in attention's loop over tiles that load their bias: what was
 # reached by a kernel's default and by its other configurations, rounded up. Only ever tighten.
@@ -274,7 +274,3 @@ def main(arguments: list[str] | None = None) -> int:
     wrong = [f"{row.kernel} {row.architecture} {row.dtype}: {fault}" for row in rows for fault in row.faults]
     print("\n".join(wrong) if wrong else f"No fault found in {len(rows)} kernels.")
     return 1 if wrong else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
