@@ -24,6 +24,7 @@ from .models import (
 from .ragged import forward_ragged
 from .report import report
 from .swap import accelerate, install, restore, uninstall
+from .truncated import truncate
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ __all__ = [
     "install",
     "report",
     "restore",
+    "truncate",
     "uninstall",
     "use_backend",
 ]
