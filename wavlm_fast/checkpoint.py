@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import os
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from .inputs import receptive_field as _receptive_field
 from .sensitive import make_sensitive
 
 _PREPROCESSOR = "preprocessor_config.json"
+_WEIGHTS = (".safetensors", ".bin")
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,22 @@ def source(name: str | None) -> Source:
         UserError: the path or id does not lead to one.
     """
     return Source(name, name is not None and _normalises(name, config(name)))
+
+
+def identity(name: str | None) -> str:
+    """A name for the weights of a checkpoint: a digest of a folder's files, or the hub's commit."""
+    if name is None:
+        return "seeded"
+    if not Path(name).is_dir():
+        return str(getattr(config(name), "_commit_hash", None))
+    digest = hashlib.sha256()
+    for path in sorted(Path(name).iterdir()):
+        if path.suffix in _WEIGHTS or path.name == "config.json":
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 24):
+                    digest.update(chunk)
+    return digest.hexdigest()[:32]
 
 
 def prepare(waveform: torch.Tensor, normalise: bool) -> torch.Tensor:
