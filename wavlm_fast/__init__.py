@@ -13,6 +13,7 @@ _guard()  # first: what follows takes seconds
 from transformers import WavLMConfig
 
 from .backends import use_backend
+from .extraction.extractor import Extractor
 from .graphed import graphed
 from .models import (
     WavLMForAudioFrameClassification,
@@ -29,6 +30,7 @@ from .truncated import truncate
 __version__ = "0.1.0"
 
 __all__ = [
+    "Extractor",
     "WavLMConfig",
     "WavLMForAudioFrameClassification",
     "WavLMForCTC",

@@ -75,10 +75,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype-out", type=dtype_argument, metavar="DTYPE", help="of the features (default: the model's, else float32)"
     )
     add_truncated_argument(parser)
-    parser.add_argument("--batch-seconds", type=positive_seconds, default=60.0, metavar="S", help="audio in a batch, in "
-                        "seconds (default: 60)")  # fmt: skip
-    parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="only this share of the work, of "
-                        "I = 0..N-1; all shares have one --out")  # fmt: skip
+    parser.add_argument(
+        "--batch-seconds", type=positive_seconds, default=60.0, metavar="S", help="audio in a batch (default: 60)"
+    )
+    parser.add_argument(
+        "--shard", type=_shard, default=(0, 1), metavar="I/N", help="only share I, from 0, of N that have one --out"
+    )
     parser.add_argument("--max-errors", type=positive_int, metavar="N", help="stop when more utterances than that fail")
     parser.add_argument("--log", metavar="FILE", help="a line of JSON for each block that is done, appended")
     parser.add_argument("--force", action="store_true", help="begin again, whatever is done")
@@ -113,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     kind = args.format or ("parquet" if out.suffix == ".parquet" else "txt" if args.what == "text" else "npy")
     if (kind == "parquet") != (out.suffix == ".parquet"):
         raise UserError(f"the format parquet goes with --out NAME.parquet, got --format {kind} and --out {out}")
-    check(kind, args.what, _dimensions(extractor), extractor.dtype_out)
+    check(kind, args.what, extractor.dimensions, extractor.dtype_out)
     source = checkpoint.Source(extractor.name, extractor.normalises)
     settings = _settings(args, extractor, kind)
     about = {"what": args.what, "layer": " ".join(map(str, args.layer)), "model": source.name or "seeded",
@@ -136,16 +138,6 @@ def _extractor(args: argparse.Namespace) -> Extractor:
         args.model, args.what, layers, tuple(args.average), args.convention, dtype, wanted, args.device,
         args.batch_seconds,
     )  # fmt: skip
-
-
-def _dimensions(extractor: Extractor) -> int:
-    """Of the features of an utterance."""
-    wanted = extractor.wanted
-    if wanted.what in ("xvector", "text"):
-        return 1
-    if wanted.what != "hidden":
-        return 1 if extractor.architecture.endswith("SequenceClassification") else 2
-    return 3 - ("frames" in wanted.average) - ("layers" in wanted.average or wanted.single)
 
 
 def _block_seconds(extractor: Extractor) -> float:
@@ -208,10 +200,8 @@ class _Run:
     def _extracted(self, blocks: Iterator[Block]) -> Iterator[Done]:
         if self.args.engine == "here":
             return run_here(self.worker, blocks, self._earlier)
-        gpus = 1 if self.args.device != "cpu" else 0
-        return run_on_ray(
-            self.worker, blocks, self._earlier, self.args.ray_address, self.args.ray_actors, gpus, self.args.threads or 1
-        )
+        room = {"gpus": 1.0 if self.args.device != "cpu" else 0.0, "cpus": self.args.threads or 1}
+        return run_on_ray(self.worker, blocks, self._earlier, self.args.ray_address, self.args.ray_actors, **room)
 
     def _to_do(self, listed: Iterator[Block]) -> Iterator[Block]:
         share, shares = self.args.shard
@@ -267,7 +257,8 @@ class _Run:
             good, bad = self.folder.finish(self.blocks, self.settings)
             FORMATS[self.worker.kind].finish(self.folder, self.blocks, self.args.out)
         except OSError as error:
-            raise UserError(f"the manifest of {self.folder.out} cannot be written: {error.strerror or error}") from error
+            reason = error.strerror or error
+            raise UserError(f"the manifest of {self.folder.out} cannot be written: {reason}") from error
         out.print(str(self), markup=False, soft_wrap=True)
         out.print(f"{self.folder.manifest}  {good} utterances", markup=False, soft_wrap=True)
         if bad:

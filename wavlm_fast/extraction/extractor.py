@@ -21,6 +21,7 @@ from .wanted import CONVENTIONS, Wanted
 Output = Tensor | str
 
 _COLUMNS = ("audio", "path")  # of a batch, where none is named
+_OF_FRAMES = ("WavLMForCTC", "WavLMForAudioFrameClassification")  # whose logits are
 
 
 class Extractor:
@@ -143,6 +144,19 @@ class Extractor:
     @property
     def _only_last(self) -> bool:
         return self.states == (self._needed,)
+
+    @property
+    def dimensions(self) -> int:
+        """Of the features of an utterance."""
+        wanted = self.wanted
+        if wanted.what == "hidden":
+            return 3 - ("frames" in wanted.average) - ("layers" in wanted.average or wanted.single)
+        return 2 if self.architecture in _OF_FRAMES else 1
+
+    @property
+    def of_frames(self) -> bool:
+        """Whether the last dimension but one is frames."""
+        return "frames" not in self.wanted.average if self.wanted.what == "hidden" else self.dimensions == 2
 
     @property
     def samples_needed(self) -> int:

@@ -49,7 +49,8 @@ class Folder:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self.state.joinpath("blocks").mkdir(parents=True, exist_ok=True)
-            remove_unfinished(self.state)
+            for folder in (self.root, self.state, self.state / "blocks"):
+                remove_unfinished(folder)
             if afresh:
                 path.unlink(missing_ok=True)
                 for record in self._records():

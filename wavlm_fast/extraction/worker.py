@@ -127,6 +127,8 @@ class BlockWriter:
                 if isinstance(output, str):
                     record["text"] = output
                 else:
+                    if self.worker.extractor.of_frames:
+                        record["frames"] = output.shape[-2]
                     record.update(shape=list(output.shape), dtype=str(output.dtype).removeprefix("torch."))
                 self.writer.write(record, output)
             except UserError as error:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import write_atomically
+from ..files import remove_unfinished, write_atomically
 from .extractor import Output, as_array
 from .folder import Folder, Record
 
@@ -66,21 +66,32 @@ class _Tree(Writer):
 
     suffix = ""
 
+    def __init__(self, folder: Folder, index: int, about: dict[str, Any]) -> None:
+        super().__init__(folder, index, about)
+        self.entered: set[Path] = set()
+
     def write(self, record: Record, output: Output) -> None:
         name = path_of(record["id"]) + self.suffix
         target = self.folder.root / name
         content = io.BytesIO()
         self.save(content, record, output)
         try:
-            for parent in reversed(Path(name).parents[:-1]):  # the root is not made again: it may be a lost disk's
-                with contextlib.suppress(FileExistsError):
-                    self.folder.root.joinpath(parent).mkdir()
+            if target.parent not in self.entered:
+                self._enter(Path(name))
+                self.entered.add(target.parent)
             write_atomically(target, lambda file: file.write(content.getbuffer()), durable=False)
         except OSError as error:
             if error.errno in _OF_THE_NAME and self.folder.root.is_dir():
                 raise UserError(f"{target} cannot be a file: {error.strerror}") from None
             raise
         record.update(file=name, bytes=content.getbuffer().nbytes)
+
+    def _enter(self, name: Path) -> None:
+        """Make the folders of a file below the root, and remove what a killed run left in the last."""
+        for parent in reversed(name.parents[:-1]):  # the root is not made again: it may be a lost disk's
+            with contextlib.suppress(FileExistsError):
+                self.folder.root.joinpath(parent).mkdir()
+        remove_unfinished(self.folder.root / name.parent)
 
     def save(self, file: Any, record: Record, output: Output) -> None:
         """Write the content of a file."""
