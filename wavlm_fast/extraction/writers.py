@@ -15,7 +15,6 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -26,7 +25,8 @@ from ..files import remove_unfinished, write_atomically
 from .extractor import Output, as_array
 from .folder import Folder, Record
 
-# What a name may do to a file system; everything else that it refuses ends the run.
+_UNSAFE = {"": "%", ".": "%2E", "..": "%2E%2E"}  # parts that a path cannot have
+# What a file system may say of a name; everything else that it refuses ends the run.
 _OF_THE_NAME = (errno.ENAMETOOLONG, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EILSEQ)
 
 
@@ -313,9 +313,9 @@ class Parquet(_Shard):
 
 
 def path_of(identity: str) -> str:
-    """The id as a relative path that stays below its folder: parts that a path cannot have are escaped."""
-    parts = identity.replace("\0", "%00").split("/")
-    return "/".join(quote(part, safe="").replace(".", "%2E") if part in ("", ".", "..") else part for part in parts)
+    """The id as a relative path that stays below its folder; of ids that differ the paths do too."""
+    parts = identity.replace("%", "%25").replace("\0", "%00").split("/")
+    return "/".join(_UNSAFE.get(part, part) for part in parts)
 
 
 def _good(folder: Folder, count: int) -> Iterator[Record]:
