@@ -223,9 +223,9 @@ class _Run:
         return self._left
 
     def _count(self, done: Done) -> None:
-        failed = sum("error" in record for record in done.records)
-        self.done += len(done.records) - failed
-        self.failed += failed
+        self.done += len(done.new) - done.failed
+        self.kept += done.kept
+        self.failed += done.failed
         self.seconds += done.seconds
         self.busy += done.busy
 
@@ -244,8 +244,8 @@ class _Run:
     def _event(self, done: Done) -> dict[str, Any]:
         return {
             "block": done.block.index,
-            "utterances": len(done.records),
-            "failed": sum("error" in record for record in done.records),
+            "utterances": len(done.block.utterances),
+            "failed": done.failed,
             "seconds": round(done.seconds, 3),
             "busy": round(done.busy, 3),
             "wall": round(self.took, 3),

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError, first_line
@@ -29,12 +29,19 @@ class Done:
     """A block that is complete, and the seconds that the model worked on it."""
 
     block: Block
-    records: list[Record]
+    new: list[Record]  # of what was extracted now
+    kept: int  # utterances that an earlier list had
     busy: float = 0.0
-    seconds: float = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.seconds = sum(record.get("seconds", 0.0) for record in self.records)
+    @property
+    def failed(self) -> int:
+        """Utterances that have no features."""
+        return sum("error" in record for record in self.new)
+
+    @property
+    def seconds(self) -> float:
+        """Of audio that was extracted."""
+        return sum(record.get("seconds", 0.0) for record in self.new)
 
 
 def run_here(worker: Worker, blocks: Iterable[Block], earlier: Earlier) -> Iterator[Done]:
@@ -94,7 +101,7 @@ class _Behind:
         self._give(lambda: writing.write(record, output))
 
     def commit(self, writing: BlockWriter, busy: float) -> None:
-        self._give(lambda: self._done.append(Done(writing.block, writing.close(), busy)))
+        self._give(lambda: self._done.append(Done(writing.block, *writing.close(), busy)))
 
     def finished(self, wait: bool = False) -> Iterator[Done]:
         """What was committed since it was asked last."""
@@ -197,8 +204,8 @@ class _Actor:
         for item in batch["block"]:
             block, earlier = pickle.loads(item)
             started = time.perf_counter()
-            records = self.worker.run(block, earlier)
-            found.append(pickle.dumps(Done(block, records, time.perf_counter() - started)))
+            new, kept = self.worker.run(block, earlier)
+            found.append(pickle.dumps(Done(block, new, kept, time.perf_counter() - started)))
         return {"done": found}
 
 

@@ -88,8 +88,8 @@ class Worker:
         """What writes a block."""
         return BlockWriter(self, block)
 
-    def run(self, block: Block, earlier: dict[str, Record]) -> list[Record]:
-        """All of it, one after the other."""
+    def run(self, block: Block, earlier: dict[str, Record]) -> tuple[list[Record], int]:
+        """All of it, one after the other; as `BlockWriter.close`."""
         writing = self.writing(block)
         for record, output in self.computed([self.load(u) for u in writing.remaining(earlier)]):
             writing.write(record, output)
@@ -103,6 +103,7 @@ class BlockWriter:
         self.worker, self.block = worker, block
         self.writer = FORMATS[worker.kind](worker.folder, block.index, worker.about)
         self.records: dict[str, Record] = {}
+        self.kept = 0
 
     def remaining(self, earlier: dict[str, Record]) -> list[Utterance]:
         """The utterances to extract: where each is a file of its own, those that an earlier list had are kept."""
@@ -112,6 +113,7 @@ class BlockWriter:
             record = None if self.writer.shards else earlier.get(key)
             if record is not None and self.worker.folder.stands(record):
                 self.records[utterance.id] = record
+                self.kept += 1
             else:
                 remaining.append(utterance)
         return remaining
@@ -139,12 +141,11 @@ class BlockWriter:
             record.update(error=first_line(output), changed=changed(record["audio"]))
         self.records[record["id"]] = record
 
-    def close(self) -> list[Record]:
-        """Commit the block; its records in the order of its utterances."""
+    def close(self) -> tuple[list[Record], int]:
+        """Commit the block. What of it is new, and how many utterances were kept."""
         self.writer.close()
-        records = [self.records[u.id] for u in self.block.utterances]
-        self.worker.folder.commit(self.block, records)
-        return records
+        self.worker.folder.commit(self.block, [self.records[u.id] for u in self.block.utterances])
+        return list(self.records.values())[self.kept :], self.kept
 
 
 @lru_cache(maxsize=64)  # several utterances of a file follow each other
