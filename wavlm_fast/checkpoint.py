@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from transformers import PreTrainedModel, WavLMConfig, WavLMModel
@@ -110,8 +111,12 @@ def prepare(waveform: torch.Tensor, normalise: bool) -> torch.Tensor:
 
 
 def normalised(waveform: torch.Tensor, eps: float = 1e-7) -> torch.Tensor:
-    """[S] at zero mean and unit variance; `eps` is added to the variance."""
-    return (waveform - waveform.mean()) / torch.sqrt(waveform.var(unbiased=False) + eps)
+    """[S] at zero mean and unit variance, as `Wav2Vec2FeatureExtractor` makes it; `eps` is added to the variance.
+
+    By numpy, as there: torch's sums depend on how many threads it has.
+    """
+    samples = waveform.numpy()
+    return torch.from_numpy((samples - samples.mean()) / np.sqrt(samples.var() + eps))
 
 
 def receptive_field(model: torch.nn.Module) -> int:

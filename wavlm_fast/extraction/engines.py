@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import queue
 import threading
@@ -217,9 +218,12 @@ def _ray(address: str | None) -> Any:
         raise UserError(
             "the engine ray needs the package ray[data], which is not installed: pip install 'wavlm-fast[extract]'"
         ) from None
+    ray.data.DataContext.get_current().enable_progress_bars = False  # the run has one of its own
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     if not ray.is_initialized():
+        own = {"include_dashboard": False} if address is None else {"address": address}
         try:
-            ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
+            ray.init(log_to_driver=False, logging_level=logging.WARNING, **own)
         except (ConnectionError, ValueError, RuntimeError) as error:
             name = address or "of this machine"
             raise UserError(f"the Ray cluster {name} cannot be used: {first_line(error)}") from error

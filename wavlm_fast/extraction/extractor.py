@@ -118,7 +118,7 @@ class Extractor:
             encoder.layer_norm = nn.Identity()
         if self.wanted.what == "text":
             self._processor = checkpoint.processor(self.name)
-        return accelerate(model.eval().to(self.device))
+        return _primed(accelerate(model.eval().to(self.device)))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with the features of its audio, numpy arrays or strings, in one column more.
@@ -295,6 +295,21 @@ def _column(items: list[Any]) -> np.ndarray | list[str]:
     column = np.empty(len(items), object)
     column[:] = items
     return column
+
+
+@torch.inference_mode()
+def _primed(model: nn.Module) -> nn.Module:
+    """The model, its weight norm computed and remembered: torch's sums depend on how many threads it has, and features
+    shall not.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        parameter = next(model.parameters())
+        forward_ragged(model, [torch.zeros(SAMPLE_RATE, dtype=parameter.dtype, device=parameter.device)])
+    finally:
+        torch.set_num_threads(threads)
+    return model
 
 
 def _made_of(model: nn.Module) -> tuple:
