@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import queue
+import socket
 import threading
 import time
 from collections import deque
@@ -223,8 +224,20 @@ def _ray(address: str | None) -> Any:
     if not ray.is_initialized():
         own = {"include_dashboard": False} if address is None else {"address": address}
         try:
+            _reach(address)
             ray.init(log_to_driver=False, logging_level=logging.WARNING, **own)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             name = address or "of this machine"
             raise UserError(f"the Ray cluster {name} cannot be used: {first_line(error)}") from error
     return ray
+
+
+def _reach(address: str | None) -> None:
+    """Ask whether somebody listens at HOST:PORT; Ray itself asks for minutes.
+
+    Raises:
+        OSError: nobody does.
+    """
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=5).close()

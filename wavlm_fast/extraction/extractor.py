@@ -286,15 +286,11 @@ def as_array(item: Output) -> np.ndarray | str:
     return (item.float() if item.dtype == torch.bfloat16 else item).numpy()
 
 
-def _column(items: list[Any]) -> np.ndarray | list[str]:
-    """One array where all are of a shape, else an array of arrays."""
-    if not items or isinstance(items[0], str):
+def _column(items: list[Any]) -> np.ndarray | list[Any]:
+    """One array where all are of a shape, else a list."""
+    if not items or isinstance(items[0], str) or len({item.shape for item in items}) > 1:
         return items
-    if len({item.shape for item in items}) == 1:
-        return np.stack(items)
-    column = np.empty(len(items), object)
-    column[:] = items
-    return column
+    return np.stack(items)
 
 
 @torch.inference_mode()
