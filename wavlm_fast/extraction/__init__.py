@@ -1,0 +1,1 @@
+"""Folders, lists and manifests of audio to files of features."""
