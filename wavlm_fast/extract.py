@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import shutil
+import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from . import audio, checkpoint, machine
 from .console import (
@@ -30,7 +34,7 @@ from .extraction.blocks import Block, blocks
 from .extraction.engines import Done, run_here, run_on_ray
 from .extraction.extractor import Extractor
 from .extraction.folder import Folder, Record
-from .extraction.sources import utterances
+from .extraction.sources import Utterance, utterances
 from .extraction.wanted import AVERAGES, CLASSES, CONVENTIONS
 from .extraction.worker import Worker
 from .extraction.writers import FORMATS, check
@@ -122,11 +126,33 @@ def run(args: argparse.Namespace) -> int:
              "sample_rate": audio.RATE, "wavlm_fast": settings["wavlm_fast"]}  # fmt: skip
     folder = Folder(out, one_file=kind == "parquet")
     worker = Worker(extractor, folder, kind, about, args.allow_truncated)
-    listed = utterances(args.input, leave_out=out)
+    listed = _Listed(args.input, out)
     console().print(f"model {source}", markup=False, soft_wrap=True)
     folder.begin(settings, args.force)
     with folder.held(f"share-{args.shard[0]}-of-{args.shard[1]}"):
-        return _Run(args, worker, settings).over(blocks(listed, _block_seconds(extractor), audio.duration_of))
+        run = _Run(args, worker, settings, listed.count)
+        return run.over(blocks(listed.utterances(), _block_seconds(extractor), audio.duration_of))
+
+
+class _Listed:
+    """The utterances of the inputs, gone through once before any work: what is wrong with a list is told then.
+
+    Raises:
+        UserError: as `utterances`.
+    """
+
+    def __init__(self, inputs: Sequence[str], out: Path) -> None:
+        self.inputs, self.out = inputs, out
+        self._stdin = None
+        if "-" in inputs:  # a pipe is read once
+            self._stdin = io.TextIOWrapper(tempfile.TemporaryFile())
+            shutil.copyfileobj(sys.stdin.buffer, self._stdin.buffer)
+        self.count = sum(1 for _ in self.utterances())
+
+    def utterances(self) -> Iterator[Utterance]:
+        if self._stdin is not None:
+            self._stdin.buffer.seek(0)
+        return utterances(self.inputs, stdin=self._stdin, leave_out=self.out)
 
 
 def _extractor(args: argparse.Namespace) -> Extractor:
@@ -167,8 +193,8 @@ def _settings(args: argparse.Namespace, extractor: Extractor, kind: str) -> dict
 class _Run:
     """One run of a share of the work, and what it has to tell."""
 
-    def __init__(self, args: argparse.Namespace, worker: Worker, settings: dict[str, Any]) -> None:
-        self.args, self.worker, self.settings = args, worker, settings
+    def __init__(self, args: argparse.Namespace, worker: Worker, settings: dict[str, Any], count: int) -> None:
+        self.args, self.worker, self.settings, self.count = args, worker, settings, count
         self.folder = worker.folder
         self.blocks = 0  # in the whole list
         self.done = self.kept = self.failed = 0  # utterances
@@ -181,11 +207,11 @@ class _Run:
         with ExitStack() as stack:
             log = stack.enter_context(_appending(self.args.log)) if self.args.log else None
             progress = stack.enter_context(_progress())
-            task = progress.add_task("extract", total=None, told="")
+            task = progress.add_task("extract", total=-(-self.count // self.args.shard[1]), told="")
             try:
                 for done in self._extracted(self._to_do(listed)):
                     self._count(done)
-                    progress.update(task, told=str(self))
+                    progress.update(task, completed=self.done + self.kept + self.failed, told=str(self))
                     if log:
                         print(json.dumps(self._event(done)), file=log, flush=True)
                     if self.args.max_errors is not None and self.failed > self.args.max_errors:
@@ -265,8 +291,6 @@ class _Run:
             out.print(f"{self.folder.errors}  {bad} failed", markup=False, soft_wrap=True)
         if self.args.max_errors is not None and self.failed > self.args.max_errors:
             out.print(f"stopped: more than {self.args.max_errors} failed", markup=False)
-        if not good and not bad:
-            raise UserError(f"audio is wanted, but there is none in {' '.join(self.args.input)}")
         return FAILED if bad else 0
 
 
@@ -279,5 +303,5 @@ def _appending(path: str) -> Any:
 
 def _progress() -> Progress:
     out = console()
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}"))
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[told]}"))
     return Progress(*columns, console=out, disable=not out.is_terminal)
