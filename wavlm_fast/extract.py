@@ -145,7 +145,7 @@ class _Listed:
         self.inputs, self.out = inputs, out
         self._stdin = None
         if "-" in inputs:  # a pipe is read once
-            self._stdin = io.TextIOWrapper(tempfile.TemporaryFile())
+            self._stdin = io.TextIOWrapper(tempfile.TemporaryFile())  # noqa: SIM115, as long as the run
             shutil.copyfileobj(sys.stdin.buffer, self._stdin.buffer)
         self.count = sum(1 for _ in self.utterances())
 
@@ -200,6 +200,7 @@ class _Run:
         self.done = self.kept = self.failed = 0  # utterances
         self.seconds = self.busy = 0.0  # of audio that was extracted, and of the model's work on it
         self.started = time.perf_counter()
+        self.example = ""  # of what failed
         self._left: dict[str, Record] | None = None
 
     def over(self, listed: Iterator[Block]) -> int:
@@ -239,8 +240,9 @@ class _Run:
             if records is None:
                 yield block
             else:
-                self.kept += sum("error" not in record for record in records)
-                self.failed += sum("error" in record for record in records)
+                failed = self._told(records)
+                self.kept += len(records) - failed
+                self.failed += failed
 
     def _earlier(self, block: Block) -> dict[str, Record]:
         """What an earlier list of utterances left of this block and those behind it."""
@@ -249,11 +251,18 @@ class _Run:
         return self._left
 
     def _count(self, done: Done) -> None:
-        self.done += len(done.new) - done.failed
+        failed = self._told(done.new)
+        self.done += len(done.new) - failed
         self.kept += done.kept
-        self.failed += done.failed
+        self.failed += failed
         self.seconds += done.seconds
         self.busy += done.busy
+
+    def _told(self, records: Sequence[Record]) -> int:
+        """How many of them failed."""
+        errors = [record["error"] for record in records if "error" in record]
+        self.example = self.example or next(iter(errors), "")
+        return len(errors)
 
     @property
     def took(self) -> float:
@@ -288,7 +297,7 @@ class _Run:
         out.print(str(self), markup=False, soft_wrap=True)
         out.print(f"{self.folder.manifest}  {good} utterances", markup=False, soft_wrap=True)
         if bad:
-            out.print(f"{self.folder.errors}  {bad} failed", markup=False, soft_wrap=True)
+            out.print(f"{self.folder.errors}  {bad} failed, such as: {self.example}", markup=False, soft_wrap=True)
         if self.args.max_errors is not None and self.failed > self.args.max_errors:
             out.print(f"stopped: more than {self.args.max_errors} failed", markup=False)
         return FAILED if bad else 0

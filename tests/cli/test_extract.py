@@ -209,7 +209,7 @@ def test_other_settings_on_the_same_output(command, tiny, corpus, tmp_path):
     command(*arguments_of(corpus, tiny, out))
     before = tree(out)
     for more, sentence in (
-        (("--layer", "2"), f"{out} was extracted with layers [1], and [2] is asked for: take another --out, or --force"),
+        (("--layer", "2"), f"{out} was extracted with layers [1], and [2] is asked for: take another --out,"),
         (("--convention", "knn-vc"), "was extracted with convention 'hf', and 'knn-vc' is asked for"),
         (("--dtype-out", "float16"), "was extracted with dtype_out 'float32', and 'float16' is asked for"),
     ):
@@ -301,7 +301,7 @@ def test_a_layer_that_the_model_lacks(command, tiny, recordings, tmp_path, layer
         (("--layer", "last"), "a layer number or 'all' is wanted, got 'last'"),
         (("--shard", "2/2"), "a share I/N with 0 <= I < N is wanted, such as 0/4, got '2/2'"),
         (("--format", "parquet"), "the format parquet goes with --out NAME.parquet, got --format parquet and --out"),
-        (("--format", "txt"), "hidden can be written as npy, npz, pt, safetensors, kaldi, parquet, webdataset, lhotse, got"),
+        (("--format", "txt"), "hidden can be written as npy, npz, pt, safetensors, kaldi, parquet, webdataset, lhotse"),
         (("--format", "lhotse"), "lhotse holds features of one layer, got several: --layer N or --average layers"),
         (("--dtype-out", "bf16"), "npy has no bfloat16: --dtype-out float32 or float16"),
         (("--what", "xvector"), "xvector needs a checkpoint of WavLMForXVector, but"),

@@ -1,4 +1,4 @@
-"""`Extractor` gives of every utterance what transformers gives of it alone, as the reader of the features expects it."""
+"""`Extractor` gives of every utterance what transformers gives of it alone, as its reader expects it."""
 
 import pickle
 
@@ -108,14 +108,15 @@ def test_knn_vc(checkpoints, waveforms, plain, form):
 
 @pytest.mark.parametrize("form", ["base", "large"])
 def test_s3prl(checkpoints, waveforms, plain, form):
-    """Its expert normalises by `layer_norm` over the samples, hooks every layer's input, and then the encoder's output."""
+    """Its expert normalises by `layer_norm` over the samples, hooks every layer's input and the encoder's output."""
     folder = checkpoints[form, "WavLMModel"]
     found = Extractor(folder, convention="s3prl").outputs(waveforms)
     model, inputs = plain(folder), []
     for output, waveform in zip(found, waveforms):
         prepared = F.layer_norm(waveform, waveform.shape) if form == "large" else waveform
         inputs.clear()
-        hooks = [layer.register_forward_pre_hook(lambda m, args: inputs.append(args[0])) for layer in model.encoder.layers]
+        layers = model.encoder.layers
+        hooks = [layer.register_forward_pre_hook(lambda m, args: inputs.append(args[0])) for layer in layers]
         with torch.inference_mode():
             last = model(prepared[None]).last_hidden_state
         for hook in hooks:
@@ -231,7 +232,7 @@ def test_refused_options(checkpoints, options, sentence):
         ({"audio": [np.zeros(399)]}, r"waveforms of 400 samples or more are wanted, got one of shape \[399\]"),
         ({"audio": [np.zeros((2, 500))]}, r"got one of shape \[2, 500\]"),
         ({"audio": [np.full(500, np.nan)]}, "finite samples are wanted, got NaN or infinity"),
-        ({"audio": [{"array": np.zeros(500), "sampling_rate": 8000}]}, "waveforms at 16000 Hz are wanted, got one at 8000"),
+        ({"audio": [{"array": np.zeros(500), "sampling_rate": 8000}]}, "waveforms at 16000 Hz are wanted"),
         ({"audio": [object()]}, "waveforms, dicts with 'array' or paths are wanted, got a object"),
     ],
 )

@@ -127,7 +127,8 @@ def test_the_same_bytes_twice(kind, tmp_path, states):
     for name in ("first", "second"):
         out, _ = written(kind, tmp_path / name, outputs)
         # A manifest of Kaldi's or lhotse's says where it lies.
-        trees.append({p.name: p.read_bytes().replace(b"/second/", b"/first/") for p in out.parent.rglob("*") if p.is_file()})
+        paths = [path for path in out.parent.rglob("*") if path.is_file()]
+        trees.append({path.name: path.read_bytes().replace(b"/second/", b"/first/") for path in paths})
     assert trees[0] == trees[1]
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from itertools import islice
 
+from ..errors import UserError
 from .sources import Utterance
 
 MOST_UTTERANCES = 1000
@@ -59,7 +60,10 @@ def _with_durations(
     def length(utterance: Utterance) -> float:
         if utterance.duration is not None:
             return utterance.duration
-        known = duration_of(utterance.path)
+        try:
+            known = duration_of(utterance.path)
+        except UserError:
+            return 0.0  # it will be told when it is loaded
         return _UNKNOWN if known is None else max(0.0, known - utterance.start)
 
     remaining = iter(utterances)
