@@ -1,6 +1,7 @@
 """`wavlm-fast extract` writes features of whole corpora; what is done stays, what failed is named."""
 
 import hashlib
+import io
 import json
 import shutil
 import sys
@@ -55,7 +56,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def manifest(out):
+def manifest_of(out):
     settings, *records = lines(out / "manifest.jsonl")
     return settings["settings"], records
 
@@ -73,7 +74,7 @@ def test_a_file_for_each_utterance_and_a_manifest(command, tiny, corpus, tmp_pat
     out = tmp_path / "new" / "folder"
     ended = command("extract", corpus, "--out", out, "--model", tiny, "--layer", "1")
     assert ended.status == 0, ended
-    settings, records = manifest(out)
+    settings, records = manifest_of(out)
     assert settings["layers"] == [1]
     assert settings["model"] == str(tiny)
     assert [r["id"] for r in records] == sorted(r["id"] for r in records)
@@ -188,10 +189,10 @@ def test_a_longer_list_adds_what_is_new(command, tiny, corpus, tmp_path, small_b
         path.with_suffix(".late").rename(path)
     ended = command(*arguments_of(corpus, tiny, out))
     assert all(p.stat().st_mtime_ns == time for p, time in times.items())
-    assert len(manifest(out)[1]) == 12
+    assert len(manifest_of(out)[1]) == 12
     once = tmp_path / "once"
     command(*arguments_of(corpus, tiny, once))
-    assert [r["id"] for r in manifest(out)[1]] == [r["id"] for r in manifest(once)[1]]
+    assert [r["id"] for r in manifest_of(out)[1]] == [r["id"] for r in manifest_of(once)[1]]
     assert ended.status == 0
 
 
@@ -241,12 +242,12 @@ def test_broken_files_are_named_and_the_run_goes_on(command, tiny, corpus, tmp_p
     errors = {e["id"]: e["error"] for e in lines(out / "errors.jsonl")}
     assert sorted(errors) == ["cut", "empty", "nan", "short", "text"]
     assert all("\n" not in sentence and f"{name}.wav" in sentence for name, sentence in errors.items())
-    assert len(manifest(out)[1]) == 12
+    assert len(manifest_of(out)[1]) == 12
     assert command(*arguments_of(corpus, tiny, out)).status == 3  # still
     soundfile.write(corpus / "text.wav", np.linspace(-0.1, 0.1, 4000), 16000)
     ended = command(*arguments_of(corpus, tiny, out))
     assert len(lines(out / "errors.jsonl")) == 4
-    assert len(manifest(out)[1]) == 13
+    assert len(manifest_of(out)[1]) == 13
 
 
 def test_a_run_that_fails_too_often_stops(command, tiny, corpus, tmp_path, small_blocks):
@@ -255,14 +256,14 @@ def test_a_run_that_fails_too_often_stops(command, tiny, corpus, tmp_path, small
     ended = command(*arguments_of(corpus, tiny, tmp_path / "out", "--max-errors", "2"))
     assert ended.status == 3
     assert "stopped: more than 2 failed" in ended.out
-    assert len(manifest(tmp_path / "out")[1]) < 12
+    assert len(manifest_of(tmp_path / "out")[1]) < 12
 
 
 def test_shares_merge(command, tiny, corpus, tmp_path, small_blocks):
     whole, shares = tmp_path / "whole", tmp_path / "shares"
     command(*arguments_of(corpus, tiny, whole))
     for share in (2, 0, 1):
-        assert len(manifest(shares)[1] if shares.exists() else []) < 12
+        assert len(manifest_of(shares)[1] if shares.exists() else []) < 12
         assert command(*arguments_of(corpus, tiny, shares, "--shard", f"{share}/3")).status == 0
     assert tree(shares).keys() - tree(whole).keys() <= {f".wavlm-fast/share-{i}-of-3.lock" for i in range(3)}
     assert features(shares).items() >= {n: d for n, d in features(whole).items() if ".lock" not in n}.items()
@@ -287,6 +288,31 @@ def test_a_log_for_machines(command, tiny, corpus, tmp_path, small_blocks):
     sentence = command(*arguments_of(corpus, tiny, tmp_path / "o2", "--log", tmp_path / "no" / "log")).sentence()
     assert "the log" in sentence
     assert sentence.endswith("cannot be written: No such file or directory")
+
+
+def test_a_bad_line_of_a_manifest_is_told_before_any_work(command, tiny, recordings, tmp_path):
+    manifest, out = tmp_path / "list.jsonl", tmp_path / "out"
+    good = {"audio_filepath": str(recordings[0]), "offset": 0.1, "duration": 0.3}
+    manifest.write_text(json.dumps(good) + "\n" + json.dumps({**good, "offset": -1}) + "\n")
+    sentence = command("extract", manifest, "--out", out, "--model", tiny).sentence()
+    assert sentence.startswith(f"wavlm-fast extract: {manifest}:2: as start a number of seconds from 0 on is wanted")
+    assert not out.exists()
+    manifest.write_text(json.dumps(good) + "\n")
+    assert command("extract", manifest, "--out", out, "--model", tiny, "--layer", "1").status == 0
+    (record,) = manifest_of(out)[1]
+    assert (record["start"], record["duration"], record["seconds"]) == (0.1, 0.3, 0.3)
+    waveform, _ = soundfile.read(recordings[0], dtype="float32")
+    with torch.inference_mode():
+        piece = torch.tensor(waveform[1600:6400])[None]
+        states = WavLMModel.from_pretrained(tiny).eval()(piece, output_hidden_states=True).hidden_states
+    close(np.load(out / record["file"]), states[1][0])
+
+
+def test_a_list_on_standard_input(command, tiny, recordings, tmp_path, monkeypatch):
+    listed = "".join(f"{path}\n" for path in recordings).encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(listed)))
+    assert command("extract", "-", "--out", tmp_path / "out", "--model", tiny, "--layer", "1").status == 0
+    assert [record["audio"] for record in manifest_of(tmp_path / "out")[1]] == list(map(str, recordings))
 
 
 @pytest.mark.parametrize("layer", ["3", "-4"])

@@ -1,5 +1,6 @@
 """`Extractor` gives of every utterance what transformers gives of it alone, as its reader expects it."""
 
+import copy
 import pickle
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import WavLMModel
 
-from wavlm_fast import Extractor
+from wavlm_fast import Extractor, accelerate
 from wavlm_fast.errors import UserError
 from wavlm_fast.extraction import wanted
 from wavlm_fast.extraction.extractor import batches
@@ -142,6 +143,18 @@ def test_a_live_model_goes_along_and_stays_as_it_is(checkpoints, waveforms):
     assert len(model.encoder.layers) == 4
     for output, waveform in zip(extractor.outputs(waveforms), waveforms):
         close(output, states_of(model, waveform)[2])
+
+
+def test_live_models_with_heads(checkpoints, plain):
+    folder = checkpoints["base", "WavLMForXVector"]
+    long_enough = [torch.randn(8000) * 0.1]
+    for live in (plain(folder, "WavLMForXVector"), accelerate(copy.deepcopy(plain(folder, "WavLMForXVector")))):
+        close(Extractor(live, "xvector").outputs(long_enough)[0], Extractor(folder, "xvector").outputs(long_enough)[0])
+        close(Extractor(live, layers=2).outputs(long_enough)[0], Extractor(folder, layers=2).outputs(long_enough)[0])
+        with pytest.raises(UserError, match="frames needs a checkpoint of WavLMForAudioFrameClassification, but this"):
+            Extractor(live, "frames")
+        with pytest.raises(UserError, match="text needs a checkpoint by name"):
+            Extractor(live, "text")
 
 
 def test_columns_of_a_batch(checkpoints, waveforms, tmp_path):

@@ -33,8 +33,8 @@ class Extractor:
     goes along as its config and weights.
 
     Args:
-        model: a folder or hub id of a WavLM checkpoint; or a live WavLM of transformers' classes or ours in eval mode,
-            which is copied.
+        model: a folder or hub id of a WavLM checkpoint; or a live WavLM of transformers' classes or ours, which is
+            copied and gets waveforms as they are; None for seeded weights.
         what: "hidden" (states of layers), "xvector", "logits", "frames" or "text", as the checkpoint's head allows.
         layers: of "hidden": "all", a number or several; 0 is the embedding before the first layer. Layers behind the
             last of them are neither loaded nor run.
@@ -77,14 +77,19 @@ class Extractor:
         self.audio_column, self.column = audio_column, column or what
         if not batch_seconds > 0:
             raise UserError(f"batch_seconds must be more than 0, got {batch_seconds}")
+        self.name: str | None = None
+        self._made_of: tuple | None = None
         if isinstance(model, nn.Module):
-            self.name: str | None = None
-            self._made_of: tuple | None = _made_of(model)
-            self.config = model.config
+            model = getattr(model, "wavlm", model) if what == "hidden" else model
+            self.config, saved, name = model.config, [type(model).__name__], "this model"
+            self._made_of = _made_of(model)
+            if what == "text":
+                raise UserError("text needs a checkpoint by name, whose processor spells it, got a live model")
         else:
-            self.name, self._made_of = None if model is None else str(model), None
+            self.name = None if model is None else str(model)
             self.config = checkpoint.config_of(self.name)
-        self.architecture = self.wanted.class_for(self.config, self.name or "this model")
+            saved, name = self.config.architectures or [], self.name or "the seeded model"
+        self.architecture = self.wanted.class_for(saved, name)
         self.states = self.wanted.states(self.config.num_hidden_layers) if what == "hidden" else ()
         self._model: nn.Module | None = None
 

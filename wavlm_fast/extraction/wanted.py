@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from transformers import WavLMConfig
 
 from ..errors import UserError
 
@@ -97,15 +96,14 @@ class Wanted:
         """Whether one state is wanted, which then has no dimension of layers."""
         return not isinstance(self.layers, str) and len(self.layers) == 1
 
-    def class_for(self, config: WavLMConfig, name: str) -> str:
-        """The class of transformers' that computes it from a checkpoint.
+    def class_for(self, saved: Sequence[str], name: str) -> str:
+        """The class of transformers' that computes it from a checkpoint, whose config says of which classes it is.
 
         Raises:
             UserError: the checkpoint holds another head, or none.
         """
         if self.what == "hidden":
             return CLASSES["hidden"]
-        saved = [a for a in (config.architectures or []) if a.startswith("WavLM")]
         fitting = _LOGITS if self.what == "logits" else (CLASSES[self.what],)
         for architecture in saved:
             if architecture in fitting:
