@@ -113,6 +113,14 @@ def test_what_comes_before_is_not_decoded(tmp_path, monkeypatch, speech, kind, s
     assert sum(counted) == 8000
 
 
+@pytest.mark.parametrize(("kind", "subtype"), [("WAV", "MS_ADPCM"), ("MP3", "MPEG_LAYER_III"), ("OGG", "OPUS")])
+def test_where_seeking_is_not_safe_all_before_is_decoded(tmp_path, monkeypatch, speech, kind, subtype):
+    path = coded(tmp_path / "speech.audio", speech, kind, subtype)
+    counted = decoded(monkeypatch)
+    audio.load(path, 5, 0.5)
+    assert sum(counted) == 88_000
+
+
 def test_vorbis_is_sought_where_that_is_exact(tmp_path, monkeypatch, speech):
     """libsndfile misses samples of the last page of an ogg file: they are decoded from well before."""
     pieces = itertools.islice(itertools.cycle([speech, np.zeros(30_000, np.float32)]), 36)
