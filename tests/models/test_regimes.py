@@ -24,7 +24,7 @@ from wavlm_cases import (
 from wavlm_fast.backends import cpu
 from wavlm_fast.derived import values
 
-pytestmark = [ours_only, pytest.mark.skipif(cpu.EXTENSION_PROBLEM is not None, reason=str(cpu.EXTENSION_PROBLEM))]
+pytestmark = [ours_only, pytest.mark.skipif(cpu.extension.problem() is not None, reason=str(cpu.extension.problem()))]
 both_forms = pytest.mark.parametrize("form", ["base", "large"])
 
 
