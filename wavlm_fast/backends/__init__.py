@@ -46,7 +46,8 @@ class Implementation:
     """One backend's way to compute one op.
 
     `fn` takes the arguments of the op's schema. `why_not` takes the same and returns a sentence when `fn` cannot
-    compute this call, None when it can. It must read shapes, dtypes and devices only, never values.
+    compute this call, None when it can. It must read shapes, dtypes and devices only, never values. Whoever calls `fn`
+    has asked it: what a kernel needs may be loaded then.
     """
 
     fn: Callable[..., Any]
@@ -106,7 +107,8 @@ def current() -> str:
     wanted = _wanted.get()
     if wanted is not None:
         return wanted
-    return _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", f"the environment variable {ENVIRONMENT_VARIABLE}")
+    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    return _checked(name, f"the environment variable {ENVIRONMENT_VARIABLE}") if name else "auto"
 
 
 @contextmanager

@@ -83,7 +83,7 @@ def arguments_of(signature: str) -> dict[str, str]:
 
 
 @cache
-def _shape_of(name: str) -> tuple[int, tuple[int, ...]]:
+def _count_and_lists(name: str) -> tuple[int, tuple[int, ...]]:
     """How many arguments an op has, and the positions of those that are lists."""
     kinds = arguments_of(schemas[name]).values()
     return len(kinds), tuple(i for i, kind in enumerate(kinds) if kind.endswith("[]"))
@@ -93,7 +93,7 @@ def _completed(name: str, args: tuple) -> tuple:
     """All arguments of an op as its schema has them: the dispatcher leaves out defaults, and packages of AOTInductor
     hand on None for an empty list.
     """
-    count, lists = _shape_of(name)
+    count, lists = _count_and_lists(name)
     args = (*args, *[None] * (count - len(args)))
     if not any(args[i] is None for i in lists):
         return args

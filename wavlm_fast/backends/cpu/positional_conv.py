@@ -17,7 +17,7 @@ from .. import Implementation
 from . import extension
 from .norm_act import through_activation
 
-_spectra = extension.kernel("positional_spectra(Tensor weight) -> Tensor")
+_positional_spectra = extension.kernel("positional_spectra(Tensor weight) -> Tensor")
 _forward = extension.kernel(
     "positional_conv(Tensor x, Tensor weight, Tensor? spectra, Tensor? bias, str activation, bool residual, bool save, "
     "Tensor? offsets=None) -> (Tensor, Tensor)"
@@ -43,7 +43,7 @@ def positional_conv(
 ) -> tuple[Tensor, Tensor]:
     """The op of that name."""
     # A weight that learns is another one at each step: its spectra are made group by group and not kept.
-    spectra = derived("positional spectra", (weight,), lambda: _spectra(weight), if_met_before=save)
+    spectra = derived("positional spectra", (weight,), lambda: _positional_spectra(weight), if_met_before=save)
     save = save and activation != "none"
     return _forward(x, weight, spectra, bias, activation, residual, save, offsets)
 
