@@ -185,7 +185,7 @@ def test_forced_level(wanted, used, said):
     assert bool(said) == ("WAVLM_FAST_CPU_ISA" in run.stderr)
 
 
-MENDING = "pip install --no-build-isolation --force-reinstall --no-cache-dir --no-deps ."
+MENDING = "pip install --force-reinstall --no-cache-dir --no-deps ."
 
 
 @pytest.fixture

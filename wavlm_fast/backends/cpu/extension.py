@@ -65,7 +65,7 @@ def mending() -> str | None:
     if _torch_version() < _OLDEST_TORCH:
         return "pip install --upgrade torch"
     # No cache: pip keeps a wheel that it built without kernels, and would take it again.
-    line = "pip install --no-build-isolation --force-reinstall --no-cache-dir --no-deps ."
+    line = "pip install --force-reinstall --no-cache-dir --no-deps ."
     return f"in the sources of wavlm-fast, with a C++ compiler at hand, {line}"
 
 
