@@ -169,7 +169,8 @@ def extension_builder() -> type[build_ext]:
         def build_extension(self, ext: Extension) -> None:
             ext.include_dirs += [str(Path("csrc").resolve()), *cpp_extension.include_paths()]
             ext.library_dirs += cpp_extension.library_paths()
-            ext.libraries += ["torch_cpu"]
+            # Torch has parts of the C++ library in it, which another torch may not have: the system's come first.
+            ext.libraries += [*(["stdc++"] if sys.platform == "linux" else []), "torch_cpu"]
             ext.extra_compile_args += [*COMPILE_FLAGS, TORCH_TARGET]
             ext.extra_compile_args += [f"-DWAVLM_FAST_HAVE_{name.upper()}=1" for name in self.levels]
             for name, flags in self.levels.items():
