@@ -41,6 +41,8 @@ LEVELS = {
     "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16"],
 }
 COMPILE_FLAGS = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
+# The oldest torch whose stable interface has all that the entries call: one file then runs under it and all newer ones.
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10
 # The probe is what csrc/vec.h and csrc/dispatch.cpp ask of the compiler, so that a level is dropped, not fatal.
 PROBE = """
 typedef float floats __attribute__((vector_size(64)));
@@ -48,13 +50,6 @@ typedef unsigned words __attribute__((vector_size(64)));
 words probe(floats x) { return __builtin_convertvector(x, words); }
 #if defined(__AVX512BF16__)
 bool cpu() { return __builtin_cpu_supports("avx512bf16"); }
-#endif
-"""
-# at::parallel_for is a plain loop in what is compiled without OpenMP. The loop then calls into the runtime that torch
-# has loaded, which is GCC's: other compilers would bring a second one, with a second pool of threads.
-OPENMP_PROBE = """
-#if !defined(_OPENMP) || defined(__clang__)
-#error no OpenMP for torch's runtime
 #endif
 """
 
@@ -117,15 +112,6 @@ def available_levels(command: list[str]) -> dict[str, list[str]]:
     return {name: flags for name, flags in LEVELS.items() if compiles(command, PROBE, flags)}
 
 
-def openmp_flags(command: list[str]) -> list[str]:
-    """What makes at::parallel_for use torch's threads; nothing where the two do not share a runtime."""
-    import torch
-
-    flags = ["-fopenmp"]
-    shared = "parallel backend: OpenMP" in torch.__config__.parallel_info() and compiles(command, OPENMP_PROBE, flags)
-    return flags if shared else []
-
-
 def digest_of_sources() -> str:
     """A name for the state of csrc/: backends/cpu/extension.py asks whether the extension is of these sources."""
     digest = hashlib.sha256()
@@ -185,8 +171,9 @@ def extension_builder() -> type[build_ext]:
         def build_extension(self, ext: Extension) -> None:
             ext.include_dirs += [str(Path("csrc").resolve()), *cpp_extension.include_paths()]
             ext.library_dirs += cpp_extension.library_paths()
-            ext.libraries += ["c10", "torch", "torch_cpu"]
-            ext.extra_compile_args += [*COMPILE_FLAGS, *openmp_flags(compiler_command())]
+            # Torch has parts of the C++ library in it, which another torch may not have: the system's come first.
+            ext.libraries += [*(["stdc++"] if sys.platform == "linux" else []), "torch_cpu"]
+            ext.extra_compile_args += [*COMPILE_FLAGS, TORCH_TARGET]
             ext.extra_compile_args += [f"-DWAVLM_FAST_HAVE_{name.upper()}=1" for name in self.levels]
             for name, flags in self.levels.items():
                 ext.extra_objects += self.compiler.compile(
