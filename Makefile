@@ -4,7 +4,8 @@
 #   make bench   the benchmarks; installs other runtimes to compare with, and leaves its report in results/
 #   make results            the same, regimes and ragged, and benchmarks/RESULTS.md, REGIMES.md and RAGGED.md from them
 #   make test-compat        the tests with transformers 4.57
-#   make lint    ruff                                 make clean        remove everything made here
+#   make lint    ruff and clang-format                make clean        remove everything made here
+#   make test-asan      the C++ kernels with addresses and undefined behaviour checked, at every level of this CPU
 #   make test-kernels   the Triton kernels emulated, with races, bounds and unwritten memory checked (Python 3.12 or 3.13)
 #   make test-gpu       the Triton kernels on this machine's GPU
 #
@@ -34,6 +35,31 @@ test: lint
 
 test-compat: $(COMPAT_VENV)/installed
 	$(call PYTEST,$(COMPAT_VENV))
+
+# The extension of this build is never installed: it needs GCC's runtime loaded before Python. torch's own leaks are not
+# ours, and what a wrong call asks for may be more memory than there is. The last level, the best, has every test.
+.PHONY: test-asan
+ASAN := build/asan
+ASAN_FLAGS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+ASAN_TESTS := $(wildcard tests/ops/test_*_cpu.py) $(addprefix tests/ops/test_,encoder_layer.py feature_encoder.py wrong_calls.py)
+test-asan: $(VENV)/installed
+	@set -e; \
+	runtime=$$(g++ -print-file-name=libasan.so 2>/dev/null) || true; \
+	case "$$runtime" in /*) ;; *) echo "test-asan is left out: no g++ with its libasan was found"; exit 0;; esac; \
+	mkdir -p $(ASAN); echo "Building $(ASAN)/wavlm_fast/_C.so; this takes some minutes."; \
+	{ CXX=g++ WAVLM_FAST_CXXFLAGS="$(ASAN_FLAGS)" $(VENV)/bin/python setup.py build_ext \
+	      --build-lib $(ASAN) --build-temp $(ASAN)/objects && \
+	  grep __asan_report $(ASAN)/wavlm_fast/_C.so && grep __ubsan_handle $(ASAN)/wavlm_fast/_C.so; \
+	} > $(ASAN)/log 2>&1 || { tail -n 40 $(ASAN)/log; echo "no extension with sanitizers was built" >&2; exit 1; }; \
+	export WAVLM_FAST_EXTENSION="$$PWD/$(ASAN)/wavlm_fast/_C.so"; \
+	export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1; \
+	export LD_PRELOAD="$$runtime $$(g++ -print-file-name=libstdc++.so)"; \
+	levels=$$($(VENV)/bin/python -c 'from wavlm_fast.backends import cpu; print(*cpu.isa_levels() or exit("it cannot be loaded"))'); \
+	for level in $$levels; do \
+	    echo "$$level:"; \
+	    [ "$$level" = "$${levels##* }" ] && chosen= || chosen="float64 or calls"; \
+	    WAVLM_FAST_CPU_ISA=$$level $(call PYTEST,$(VENV)) -q -k "$$chosen" $(ASAN_TESTS); \
+	done
 
 # ttsem runs kernels for device="cuda" on the CPU, from the compiler's own IR. Where its environment cannot be had, the
 # target says why and is no failure. Of pyenv's interpreters only the chosen version is on the PATH.
@@ -68,8 +94,14 @@ results: $(VENV)/peers
 	$(VENV)/bin/wavlm-fast bench --case ragged --json benchmarks/ragged.json $(ARGS)
 	$(VENV)/bin/python -m benchmarks.results
 
+# Other versions of clang-format have other opinions.
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
+	@if clang-format --version 2>/dev/null | grep -q 'version 14\.'; then \
+	    clang-format --dry-run --Werror csrc/*.h csrc/*.cpp; \
+	else \
+	    echo "csrc/ is not checked: clang-format 14 is not installed"; \
+	fi
 
 clean:
 	rm -rf $(VENV) $(COMPAT_VENV) $(KERNELS_VENV) build dist *.egg-info wavlm_fast/_C*.so wavlm_fast/_build.json

@@ -10,25 +10,6 @@ enum class Activation { none, relu, gelu, gelu_tanh };
 
 namespace WAVLM_FAST_ISA {
 
-// 2^x for -126 <= x <= 0 within a relative error of 1.5e-7: enough for a factor of at most one half.
-WAVLM_FAST_INLINE Floats exp2_of_tail(Floats x) {
-  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum.
-  const Floats shifted = x + 0x1.8p23f;
-  const Floats f = x - (shifted - 0x1.8p23f);
-  Floats p = splat(0.00132647272f);
-  p = p * f + 0.00967151264f;
-  p = p * f + 0.0555073374f;
-  p = p * f + 0.240222421f;
-  p = p * f + 0.693146978f;
-  p = p * f + 1.0f;
-  Words bits, exponent;
-  std::memcpy(&bits, &p, sizeof(bits));
-  std::memcpy(&exponent, &shifted, sizeof(exponent));
-  bits += exponent << 23;
-  std::memcpy(&p, &bits, sizeof(p));
-  return p;
-}
-
 // x * Phi(x), absolute error within 1e-7 * max(1, |x|), and down to x = -6 within 0.1 % of the value too.
 // Phi(-u) = 2^-q(u) with q smooth, so one polynomial and one exponential serve both signs without cancelling.
 WAVLM_FAST_INLINE Floats gelu(Floats x) {
@@ -51,10 +32,12 @@ WAVLM_FAST_INLINE Floats gelu(Floats x) {
   return x * (x < 0.0f ? tail : 1.0f - tail);
 }
 
-// x * sigmoid(z) with z = 2 sqrt(2 / pi) * (x + 0.044715 x^3). Above zero x less a small part of it: that rounds once.
+// z = 2 sqrt(2 / pi) * (x + 0.044715 x^3), of which gelu_tanh is x * sigmoid(z).
+WAVLM_FAST_INLINE Floats gelu_tanh_argument(Floats x) { return x * (x * x * 0.0713548163f + 1.59576912f); }
+
+// Above zero x less a small part of it: that rounds once.
 WAVLM_FAST_INLINE Floats gelu_tanh(Floats x) {
-  const Floats z = x * (x * x * 0.0713548163f + 1.59576912f);
-  const Floats e = exp_of_negative(z < 0.0f ? z : -z);
+  const Floats e = exp_of_negative(-magnitude(gelu_tanh_argument(x)));
   const Floats part = minimum(splat(30.0f), x) * (e / (1.0f + e));  // of infinity, too, a small part
   return x < 0.0f ? part : x - part;
 }
@@ -93,8 +76,7 @@ WAVLM_FAST_INLINE Floats gelu_derivative(Floats x) {
 WAVLM_FAST_INLINE Floats gelu_tanh_derivative(Floats x) {
   const Floats zero = x * 0.0f;  // or NaN at infinity, as torch has it
   x = maximum(splat(-14.0f), minimum(splat(14.0f), x));
-  const Floats z = x * (x * x * 0.0713548163f + 1.59576912f);
-  const Floats e = exp_of_negative(z < 0.0f ? z : -z), r = 1.0f / (1.0f + e);
+  const Floats e = exp_of_negative(-magnitude(gelu_tanh_argument(x))), r = 1.0f / (1.0f + e);
   return (x < 0.0f ? e : splat(1.0f)) * r + x * (e * r * r) * (x * x * 0.214064449f + 1.59576912f) + zero;
 }
 
@@ -103,6 +85,21 @@ template <Activation value>
 struct Of {
   static constexpr Activation activation = value;
 };
+
+// Calls body(Of<...>{}) for an activation that an entry has handed over as a number.
+template <class Body>
+WAVLM_FAST_INLINE void with_activation(int activation, const Body& body) {
+  switch (static_cast<Activation>(activation)) {
+    case Activation::none:
+      return body(Of<Activation::none>{});
+    case Activation::relu:
+      return body(Of<Activation::relu>{});
+    case Activation::gelu:
+      return body(Of<Activation::gelu>{});
+    case Activation::gelu_tanh:
+      return body(Of<Activation::gelu_tanh>{});
+  }
+}
 
 // What flows back through the activation of x.
 template <Activation activation>

@@ -19,9 +19,9 @@ void forward(const T* x, const T* residual, const float* weight, const float* bi
       lanes.store(row + i, added);
       if (sum_out) lanes.store(sum_out + i, added);
     });
-    const auto [mean, rstd] = statistics(row, C, eps, sum(total));
-    sweep(C, [&, mean = mean, rstd = rstd](std::int64_t i, auto lanes, int) {
-      const Floats hat = (lanes.load(row + i) - mean) * rstd;
+    const Statistics of_row = statistics(row, C, eps, sum(total));
+    sweep(C, [&](std::int64_t i, auto lanes, int) {
+      const Floats hat = of_row.normed(lanes.load(row + i));
       lanes.store(normed + i, hat * lanes.load(weight + i) + lanes.load(bias + i));
     });
     if (sum_out) sum_out += C;
@@ -34,11 +34,10 @@ template <class T>
 void backward(const T* grad_sum, const T* grad_normed, const T* sum_in, const float* weight, float eps,
               std::int64_t rows, std::int64_t C, T* dx, float* dweight, float* dbias) {
   for (std::int64_t row = 0; row < rows; ++row) {
-    const auto statistics_of_row = statistics(sum_in, C, eps);
-    const float mean = statistics_of_row.mean, rstd = statistics_of_row.rstd;
+    const Statistics of_row = statistics(sum_in, C, eps);
     Floats g_total[kUnroll] = {}, g_hat_total[kUnroll] = {};
     sweep(C, [&](std::int64_t i, auto lanes, int u) {
-      const Floats hat = (lanes.load(sum_in + i) - mean) * rstd;
+      const Floats hat = of_row.normed(lanes.load(sum_in + i));
       const Floats grad = lanes.load(grad_normed + i);
       const Floats g = grad * lanes.load(weight + i);
       g_total[u] += g;
@@ -48,9 +47,9 @@ void backward(const T* grad_sum, const T* grad_normed, const T* sum_in, const fl
     });
     const float g_mean = sum(g_total) / C, g_hat_mean = sum(g_hat_total) / C;
     sweep(C, [&](std::int64_t i, auto lanes, int) {
-      const Floats hat = (lanes.load(sum_in + i) - mean) * rstd;
+      const Floats hat = of_row.normed(lanes.load(sum_in + i));
       const Floats g = lanes.load(grad_normed + i) * lanes.load(weight + i);
-      lanes.store(dx + i, lanes.load(grad_sum + i) + (g - g_mean - hat * g_hat_mean) * rstd);
+      lanes.store(dx + i, lanes.load(grad_sum + i) + (g - g_mean - hat * g_hat_mean) * of_row.rstd);
     });
     grad_sum += C, grad_normed += C, sum_in += C, dx += C;
   }

@@ -16,8 +16,8 @@ constexpr float kLog2E = 1.44269504f;
 
 // The first query of a block. Blocks differ by one vector at most: one that is much smaller would be slow.
 constexpr std::int64_t first_query(std::int64_t block, std::int64_t T) {
-  const std::int64_t vectors = words_of(T, kLanes);
-  return block * vectors / words_of(vectors, kVectors) * kLanes;
+  const std::int64_t vectors = divided_up(T, kLanes);
+  return block * vectors / divided_up(vectors, kVectors) * kLanes;
 }
 
 // Keys of an utterance. A length out of range is the caller's mistake, but no reason to read what is not there.
@@ -136,13 +136,7 @@ WAVLM_FAST_INLINE Words kept(const Dropout& dropout, Words keys, std::int64_t j)
   return kept;
 }
 
-WAVLM_FAST_INLINE Floats masked(Floats value, Words mask) {
-  Words bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  bits &= mask;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
+WAVLM_FAST_INLINE Floats masked(Floats value, Words mask) { return floats_of(bits_of(value) & mask); }
 
 }  // namespace WAVLM_FAST_ISA
 }  // namespace wavlm_fast

@@ -7,14 +7,6 @@
 namespace wavlm_fast {
 namespace WAVLM_FAST_ISA {
 
-constexpr std::int64_t words_of(std::int64_t numbers, int depth) { return (numbers + depth - 1) / depth; }
-
-// kLanes numbers of which `left` are left, at least one; zeros past the end.
-template <class T>
-WAVLM_FAST_INLINE Floats load_some(const T* from, std::int64_t left) {
-  return left >= kLanes ? load(from) : load(from, static_cast<int>(left));
-}
-
 // kLanes words of a row.
 template <class Element, class T>
 WAVLM_FAST_INLINE Floats load_words(const T* from) {
@@ -35,13 +27,7 @@ WAVLM_FAST_INLINE Floats load_words(const T* from, std::int64_t left) {
 
 // Words of two rows' numbers, `first` and `second` being widened.
 WAVLM_FAST_INLINE Floats paired(Floats first, Floats second) {
-  Words low, high;
-  std::memcpy(&low, &first, sizeof(low));
-  std::memcpy(&high, &second, sizeof(high));
-  low = low >> 16 | high;
-  Floats pairs;
-  std::memcpy(&pairs, &low, sizeof(pairs));
-  return pairs;
+  return floats_of(bits_of(first) >> 16 | bits_of(second));
 }
 
 // Words times a power of two.
@@ -52,17 +38,9 @@ WAVLM_FAST_INLINE void multiply_words(float* words, std::int64_t count, float po
     if constexpr (Element::kDepth == 1) {
       value *= power;
     } else {
-      Words bits, low, high;
-      std::memcpy(&bits, &value, sizeof(bits));
-      low = bits << 16, high = bits & 0xffff0000u;
-      Floats first, second;
-      std::memcpy(&first, &low, sizeof(low));
-      std::memcpy(&second, &high, sizeof(high));
-      second *= power;
-      std::memcpy(&high, &second, sizeof(high));
-      high &= 0xffff0000u;  // where it has become denormal
-      std::memcpy(&second, &high, sizeof(high));
-      value = paired(first * power, second);
+      const Floats first = floats_of(bits_of(value) << 16) * power;
+      const Floats second = floats_of(bits_of(value) & 0xffff0000u) * power;
+      value = paired(first, floats_of(bits_of(second) & 0xffff0000u));  // once more, where it has become denormal
     }
     store(words + i, value);
   }
@@ -148,7 +126,7 @@ WAVLM_FAST_INLINE void copy_panels(const T* from, std::int64_t stride, std::int6
       if constexpr (Element::kDepth == 1) return lanes.load(from + d);
       return paired(lanes.load(from + d), i + 1 < rows ? lanes.load(from + stride + d) : Floats{});
     };
-    for_groups(words_of(D, kLanes), [&](std::int64_t first, auto group) {
+    for_groups(divided_up(D, kLanes), [&](std::int64_t first, auto group) {
       float* at = to + (first * most_words + i / Element::kDepth * group.count) * kLanes;
 #pragma GCC unroll 4
       for (int n = 0; n < group.count; ++n, at += kLanes) {

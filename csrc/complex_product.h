@@ -1,7 +1,7 @@
 // Products of complex matrices in registers. Rows of the left operand enter as scalars, columns are lanes.
 #pragma once
 
-#include "vec.h"
+#include "tile.h"
 
 namespace wavlm_fast {
 namespace WAVLM_FAST_ISA {
@@ -13,7 +13,6 @@ constexpr int kComplexRows = 4;
 #else
 constexpr int kComplexRows = 2;
 #endif
-constexpr int kPanelVectors = 3;
 
 // Numbers at at[row * row_step + k * k_step], their imaginary parts `im` later.
 struct LeftOperand {
@@ -31,7 +30,7 @@ struct Result {
 // begins with column `begin` begins 2 * depth * begin numbers from the start. Calls body(begin, columns).
 template <class Body>
 WAVLM_FAST_INLINE void each_panel(std::int64_t width, const Body& body) {
-  const std::int64_t vectors = width / kLanes, panels = (vectors + kPanelVectors - 1) / kPanelVectors;
+  const std::int64_t vectors = width / kLanes, panels = divided_up(vectors, kVectors);
   for (std::int64_t panel = 0; panel < panels; ++panel) {
     const std::int64_t begin = vectors * panel / panels, end = vectors * (panel + 1) / panels;
     body(begin * kLanes, (end - begin) * kLanes);
@@ -39,8 +38,7 @@ WAVLM_FAST_INLINE void each_panel(std::int64_t width, const Body& body) {
 }
 
 template <int R, int N, bool kAdd>
-WAVLM_FAST_INLINE void complex_tile(const LeftOperand& left, const float* panel, std::int64_t depth,
-                                    const Result& to) {
+WAVLM_FAST_INLINE void complex_tile(const LeftOperand& left, const float* panel, std::int64_t depth, const Result& to) {
   Floats re[R][N] = {}, im[R][N] = {};
   const float* at = left.at;
   for (std::int64_t k = 0; k < depth; ++k, at += left.k_step, panel += 2 * N * kLanes) {
@@ -74,7 +72,7 @@ WAVLM_FAST_INLINE void complex_tile(const LeftOperand& left, const float* panel,
 }
 
 // R rows at a time, then half as many for the rest.
-template <int N, bool kAdd, int R = kComplexRows * kPanelVectors / N>
+template <int N, bool kAdd, int R = (kComplexRows * kVectors) / N>
 WAVLM_FAST_INLINE void complex_panel(LeftOperand left, const float* panel, std::int64_t depth, Result to,
                                      std::int64_t rows) {
   for (; rows >= R; rows -= R, left.at += R * left.row_step, to.at += R * to.row_step) {
@@ -93,9 +91,7 @@ WAVLM_FAST_INLINE void complex_product(const LeftOperand& left, const float* rig
   each_panel(width, [&](std::int64_t begin, std::int64_t columns) {
     const float* panel = right + 2 * depth * begin;
     const Result to = result(begin, columns);
-    if (columns == 3 * kLanes) complex_panel<3, kAdd>(left, panel, depth, to, rows);
-    if (columns == 2 * kLanes) complex_panel<2, kAdd>(left, panel, depth, to, rows);
-    if (columns == 1 * kLanes) complex_panel<1, kAdd>(left, panel, depth, to, rows);
+    with_vectors(columns / kLanes, [&](auto group) { complex_panel<group.count, kAdd>(left, panel, depth, to, rows); });
   });
 }
 

@@ -41,6 +41,7 @@ std::string isa_problem();
 
 // Defines `const Kernels& name()`, the kernels of the level in use. Each level's kernel file defines
 // `const Kernels& name()` in its namespace WAVLM_FAST_ISA. Use in namespace wavlm_fast itself.
+// clang-format off
 #define WAVLM_FAST_DISPATCH(Kernels, name)                                                           \
   namespace isa_default { const Kernels& name(); }                                                   \
   WAVLM_FAST_IF_AVX2(namespace isa_avx2 { const Kernels& name(); })                                  \
@@ -54,3 +55,4 @@ std::string isa_problem();
       default: return isa_default::name();                                                           \
     }                                                                                                \
   }
+// clang-format on

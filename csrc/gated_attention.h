@@ -79,8 +79,8 @@ struct GatedAttentionBackward : AttentionInputs<T> {
 // before and behind it are written too.
 template <class T>
 using GatedAttentionBackwardBlocks = void(const GatedAttentionBackward<T>& call, const Utterance& of, std::int64_t h,
-                                          std::int64_t first_block, std::int64_t end_block, float* sums,
-                                          float* dbias, float* scratch);
+                                          std::int64_t first_block, std::int64_t end_block, float* sums, float* dbias,
+                                          float* scratch);
 
 // dk and dv of one utterance and head from the sums of `parts` ranges of blocks, which lie one behind the other.
 template <class T>

@@ -208,14 +208,7 @@ void add_to_queries(const Keys& k, const float* dscores, bool add, float* dq) {
     for (int r = 0; r < kRows; ++r) rows[r] = k.rows + d + r;
     Floats acc[kRows][N] = {};
     multiply<Single>(rows, k.stride, dscores, k.count, acc);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) {
-        float* at = dq + (r * N + n) * kLanes;
-        store(at, add ? load(at) + acc[r][n] : acc[r][n]);
-      }
-    }
+    store_tile(acc, add, dq, N * kLanes);
   }
 }
 
@@ -228,13 +221,7 @@ void add_to_keys(const float* x, std::int64_t count, std::int64_t width, const f
     for (int r = 0; r < kRows; ++r) rows[r] = x + (first + r) * width;
     Floats acc[kRows][M] = {};
     multiply<Single>(rows, 1, panel, queries, acc);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      if (first + r >= count) break;
-      float* at = sums + (first + r) * channels;
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m, at += kLanes) store(at, add ? load(at) + acc[r][m] : acc[r][m]);
-    }
+    store_tile(acc, add, sums + first * channels, channels, count - first);
   }
 }
 
@@ -243,7 +230,7 @@ template <class T>
 void scaled_panels(const T* from, std::int64_t stride, std::int64_t rows, std::int64_t D, const float* share,
                    float scale, float* to) {
   copy_panels<Single>(from, stride, rows, D, rows, to);
-  for_groups(words_of(D, kLanes), [&](std::int64_t first, auto group) {
+  for_groups(divided_up(D, kLanes), [&](std::int64_t first, auto group) {
     float* row = to + first * kLanes * rows;
     for (std::int64_t i = 0; i < rows; ++i) {
       const float factor = share[i] * scale;
@@ -340,9 +327,9 @@ void blocks(const GatedAttentionBackward<T>& call, const Utterance& of, std::int
     const Block block = {first, least(end, of.T) - first, row_of(call, of, h, first)};
     const bool add = i > first_block;
     start(call, of, h, block, width, work);
-    if (width == 3 * kLanes) block_gradients<3>(call, of, h, block, keys, sizes, work, add, dk, dv, dbias);
-    if (width == 2 * kLanes) block_gradients<2>(call, of, h, block, keys, sizes, work, add, dk, dv, dbias);
-    if (width == 1 * kLanes) block_gradients<1>(call, of, h, block, keys, sizes, work, add, dk, dv, dbias);
+    with_vectors(width / kLanes, [&](auto group) {
+      block_gradients<group.count>(call, of, h, block, keys, sizes, work, add, dk, dv, dbias);
+    });
   }
 }
 
@@ -372,8 +359,8 @@ std::size_t sums_size(std::int64_t T, std::int64_t D) { return 2 * T * Sizes(T, 
 }  // namespace
 
 const GatedAttentionBackwardKernels& gated_attention_backward_kernels() {
-  static constexpr GatedAttentionBackwardKernels kernels = {
-      kQueries, scratch_size, sums_size, blocks<float>, blocks<bf16>, keys<float>, keys<bf16>};
+  static constexpr GatedAttentionBackwardKernels kernels = {kQueries,     scratch_size, sums_size, blocks<float>,
+                                                            blocks<bf16>, keys<float>,  keys<bf16>};
   return kernels;
 }
 

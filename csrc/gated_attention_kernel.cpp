@@ -13,11 +13,11 @@ constexpr int kBlocks = 12;  // of a task: their queries and sums stay in the se
 
 // A block of queries with its running softmax.
 struct Block {
-  float* q;      // [words of D][width]
-  float* sums;   // [width][channels]: sum over keys of weight * value
-  float* gate;   // in units of scores
-  float* top;    // greatest score
-  float* total;  // sum of weights
+  float* q;                   // [words of D][width]
+  float* sums;                // [width][channels]: sum over keys of weight * value
+  float* gate;                // in units of scores
+  float* top;                 // greatest score
+  float* total;               // sum of weights
   std::int64_t first, count;  // queries
   std::int64_t width;         // count in whole vectors
 };
@@ -33,8 +33,7 @@ struct Tile {
 struct Sizes {
   std::int64_t words, channels;  // of a row of D numbers
 
-  Sizes(std::int64_t D, int depth)
-      : words(rounded_up(words_of(D, depth), kLanes)), channels(rounded_up(D, kLanes)) {}
+  Sizes(std::int64_t D, int depth) : words(rounded_up(divided_up(D, depth), kLanes)), channels(rounded_up(D, kLanes)) {}
 
   std::int64_t sums() const { return rounded_up(kQueries, kRows) * channels; }
   std::int64_t block() const { return words * kQueries + sums() + 3 * kQueries; }
@@ -44,7 +43,7 @@ struct Sizes {
 template <class Element, class T>
 void start(const GatedAttention<T>& call, const Utterance& of, std::int64_t h, const T* q, const Block& block) {
   copy_transposed<Element>(q, call.q_strides.t, block.count, call.D, block.width, block.q);
-  multiply_words<Element>(block.q, words_of(call.D, Element::kDepth) * block.width, call.power);
+  multiply_words<Element>(block.q, divided_up(call.D, Element::kDepth) * block.width, call.power);
   const float* gate = call.gate + row_of(call, of, h, block.first);
   for (std::int64_t i = 0; i < block.width; i += kLanes) {
     store(block.gate + i, load_some(gate + i, block.count - i) / call.unit);
@@ -55,11 +54,12 @@ void start(const GatedAttention<T>& call, const Utterance& of, std::int64_t h, c
 
 #if defined(__AVX512BF16__)
 template <int N>
-WAVLM_FAST_INLINE void weigh(Pair, float* scores, std::int64_t keys, const Softmax (&softmax)[N],
-                             Floats (&total)[N]) {
+WAVLM_FAST_INLINE void weigh(Pair, float* scores, std::int64_t keys, const Softmax (&softmax)[N], Floats (&total)[N]) {
   // Lane i of a pair of rows: weight of the first key in the low half, of the second in the high half.
   alignas(64) static constexpr auto kInterleave = [] {
-    struct { std::uint16_t index[32]; } table{};
+    struct {
+      std::uint16_t index[32];
+    } table{};
     for (int i = 0; i < 32; ++i) table.index[i] = i / 2 + i % 2 * 16;
     return table;
   }();
@@ -95,8 +95,8 @@ void drop(const Dropout& dropout, std::int64_t first_row, const Tile& tile) {
 
 // sums = sums * fade + weights^T values, for the channels of one panel; the old sums count only if `add`.
 template <class Element, int N, int M>
-void accumulate(const float* weights, const float* panel, std::int64_t words, bool add, const float* fade,
-                float* sums, std::int64_t channels) {
+void accumulate(const float* weights, const float* panel, std::int64_t words, bool add, const float* fade, float* sums,
+                std::int64_t channels) {
   for (int i = 0; i < N * kLanes; i += kRows) {
     const Word* rows[kRows];
     for (int r = 0; r < kRows; ++r) rows[r] = weights + i + r;
@@ -117,15 +117,15 @@ void accumulate(const float* weights, const float* panel, std::int64_t words, bo
 
 // One tile of keys for one block of N vectors of queries.
 template <class Element, int N, class T>
-void attend(const GatedAttention<T>& call, const Utterance& of, std::int64_t h, const Sizes& sizes,
-            const Tile& tile, const Block& block) {
+void attend(const GatedAttention<T>& call, const Utterance& of, std::int64_t h, const Sizes& sizes, const Tile& tile,
+            const Block& block) {
   const float* bias = bias_of(call, h) + block.first - tile.first;
   Floats top[N], total[N] = {};
   Softmax softmax[N];
   alignas(64) float fade[N * kLanes + kRows];
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n) top[n] = load(block.top + n * kLanes);
-  const Keys keys = {tile.keys, sizes.words, tile.count, words_of(call.D, Element::kDepth)};
+  const Keys keys = {tile.keys, sizes.words, tile.count, divided_up(call.D, Element::kDepth)};
   score<Element>(keys, block.q, block.gate, bias, tile.scores, top);
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n) {
@@ -143,13 +143,14 @@ void attend(const GatedAttention<T>& call, const Utterance& of, std::int64_t h, 
   if (call.dropout.threshold) drop<Element, N>(call.dropout, row_of(call, of, h, block.first), tile);
   for_groups(sizes.channels / kLanes, [&](std::int64_t first, auto group) {
     accumulate<Element, N, group.count>(tile.scores, tile.values + first * kLanes * kKeys,
-                                        words_of(tile.count, Element::kDepth), tile.first > 0, fade,
+                                        divided_up(tile.count, Element::kDepth), tile.first > 0, fade,
                                         block.sums + first * kLanes, sizes.channels);
   });
 }
 
 template <class T>
-void finish(const GatedAttention<T>& call, const Utterance& of, std::int64_t h, const Sizes& sizes, const Block& block) {
+void finish(const GatedAttention<T>& call, const Utterance& of, std::int64_t h, const Sizes& sizes,
+            const Block& block) {
   T* out = head_of(call.out, call.out_strides, of, h) + block.first * call.out_strides.t;
   float* lse = call.lse + row_of(call, of, h, block.first);
   const float* sums = block.sums;
@@ -162,14 +163,6 @@ void finish(const GatedAttention<T>& call, const Utterance& of, std::int64_t h, 
   }
 }
 
-template <class Element, class T>
-void attend(const GatedAttention<T>& call, const Utterance& of, std::int64_t h, const Sizes& sizes,
-            const Tile& tile, const Block& block) {
-  if (block.width == 3 * kLanes) attend<Element, 3>(call, of, h, sizes, tile, block);
-  if (block.width == 2 * kLanes) attend<Element, 2>(call, of, h, sizes, tile, block);
-  if (block.width == 1 * kLanes) attend<Element, 1>(call, of, h, sizes, tile, block);
-}
-
 // The blocks' places in scratch.
 void place(std::int64_t T, const Sizes& sizes, std::int64_t first_block, std::int64_t count, float* scratch,
            Block* blocks) {
@@ -177,7 +170,7 @@ void place(std::int64_t T, const Sizes& sizes, std::int64_t first_block, std::in
     const std::int64_t begin = first_query(first_block + i, T), end = first_query(first_block + i + 1, T);
     float* sums = scratch + sizes.words * kQueries;
     float* state = sums + sizes.sums();
-    blocks[i] = {scratch, sums,  state,      state + kQueries, state + 2 * kQueries, begin, least(end, T) - begin,
+    blocks[i] = {scratch,    sums, state, state + kQueries, state + 2 * kQueries, begin, least(end, T) - begin,
                  end - begin};
   }
 }
@@ -214,7 +207,8 @@ void forward(const GatedAttention<T>& call, const Utterance& of, std::int64_t h,
       const std::int64_t row = n_next * i / n_blocks, rows = n_next * (i + 1) / n_blocks - row;
       prefetch_rows(k + (next + row) * call.k_strides.t, call.k_strides.t, rows, call.D);
       prefetch_rows(v + (next + row) * call.v_strides.t, call.v_strides.t, rows, call.D);
-      attend<Element>(call, of, h, sizes, tile, block);
+      with_vectors(block.width / kLanes,
+                   [&](auto group) { attend<Element, group.count>(call, of, h, sizes, tile, block); });
       if (n_next == 0) finish(call, of, h, sizes, block);
     }
     tile.first = next;

@@ -23,9 +23,9 @@ using MatmulRun = void(const Matmul& call, std::int64_t first, std::int64_t coun
                        std::int64_t group_end, float* scratch);
 
 struct MatmulKernels {
-  std::int64_t columns;    // of a group
-  std::int64_t rows;       // `count` is best a multiple of it,
-  std::int64_t most_rows;  // and at most this
+  std::int64_t columns;      // of a group
+  std::int64_t rows;         // `count` is best a multiple of it,
+  std::int64_t most_rows;    // and at most this
   std::size_t scratch_size;  // floats, 64-byte aligned
   MatmulRun* run;
 };

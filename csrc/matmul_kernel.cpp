@@ -23,9 +23,7 @@ constexpr std::int64_t kLeftStep = kMostRows + 16;
 template <int N>
 void pack_panel(const float* from, std::int64_t step, std::int64_t terms, std::int64_t columns, float* to) {
   for (std::int64_t k = 0; k < terms; ++k, from += step, to += N * kLanes) {
-    std::int64_t i = 0;
-    for (; i + kLanes <= columns; i += kLanes) store(to + i, load(from + i));
-    if (i < columns) store(to + i, load(from + i, static_cast<int>(columns - i)));
+    each_vector(columns, [&](std::int64_t i, auto lanes) { store(to + i, lanes.load(from + i)); });
   }
 }
 
@@ -58,7 +56,7 @@ struct Next {
 template <int N>
 void add_run(const Left& left, std::int64_t rows, const float* panel, std::int64_t terms, bool add, float* sums,
              const Next& next) {
-  const std::int64_t tiles = (rows + kRows - 1) / kRows;
+  const std::int64_t tiles = divided_up(rows, kRows);
   for (std::int64_t i = 0; i < rows; i += kRows) {
     next.prefetch<N>(i / kRows, tiles);
     const Word* row[kRows];
@@ -66,14 +64,7 @@ void add_run(const Left& left, std::int64_t rows, const float* panel, std::int64
     for (int r = 0; r < kRows; ++r) row[r] = left.at + least(i + r, rows - 1) * left.row;
     Floats acc[kRows][N] = {};
     multiply<Single>(row, left.term, panel, terms, acc);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) {
-        float* at = sums + ((i + r) * N + n) * kLanes;
-        store(at, add ? load(at) + acc[r][n] : acc[r][n]);
-      }
-    }
+    store_tile(acc, add, sums + i * N * kLanes, N * kLanes);
   }
 }
 
@@ -101,8 +92,8 @@ void group(const Matmul& call, const Left& left, std::int64_t first_term, std::i
   write<N>(sums, rows, columns, call.add || first_term > 0, out + column, call.out_row);
 }
 
-void run(const Matmul& call, std::int64_t first, std::int64_t count, std::int64_t group_begin,
-         std::int64_t group_end, float* scratch) {
+void run(const Matmul& call, std::int64_t first, std::int64_t count, std::int64_t group_begin, std::int64_t group_end,
+         float* scratch) {
   float* panel = scratch;
   float* sums = panel + kTerms * kColumns;
   float* packed = sums + (kMostRows + kRows) * kColumns;
@@ -116,13 +107,9 @@ void run(const Matmul& call, std::int64_t first, std::int64_t count, std::int64_
       pack_left(left.at, left.term, terms, count, packed);
       left = {packed, 1, kLeftStep};
     }
-    for (std::int64_t column = group_begin * kColumns; column < least(group_end * kColumns, call.columns);
-         column += kColumns) {
-      const std::int64_t vectors = (least(kColumns, call.columns - column) + kLanes - 1) / kLanes;
-      if (vectors == 3) group<3>(call, left, term, terms, count, column, out, panel, sums);
-      if (vectors == 2) group<2>(call, left, term, terms, count, column, out, panel, sums);
-      if (vectors == 1) group<1>(call, left, term, terms, count, column, out, panel, sums);
-    }
+    each_group(call.columns, group_begin, group_end, [&](std::int64_t column, auto vectors) {
+      group<vectors.count>(call, left, term, terms, count, column, out, panel, sums);
+    });
   }
 }
 

@@ -12,10 +12,9 @@ namespace {
 template <Activation activation, class T>
 void run(const T* x, const float* weight, const float* bias, float eps, std::int64_t rows, std::int64_t C, T* out) {
   for (std::int64_t row = 0; row < rows; ++row, x += C, out += C) {
-    const auto statistics_of_row = statistics(x, C, eps);
-    const float mean = statistics_of_row.mean, rstd = statistics_of_row.rstd;
+    const Statistics of_row = statistics(x, C, eps);
     sweep(C, [&](std::int64_t i, auto lanes, int) {
-      Floats normed = (lanes.load(x + i) - mean) * rstd;
+      Floats normed = of_row.normed(lanes.load(x + i));
       if (weight) normed *= lanes.load(weight + i);
       if (bias) normed += lanes.load(bias + i);
       lanes.store(out + i, activate<activation>(normed));
@@ -26,16 +25,7 @@ void run(const T* x, const float* weight, const float* bias, float eps, std::int
 template <class T>
 void norm_act(const T* x, const float* weight, const float* bias, float eps, std::int64_t rows, std::int64_t C,
               int activation, T* out) {
-  switch (static_cast<Activation>(activation)) {
-    case Activation::none:
-      return run<Activation::none>(x, weight, bias, eps, rows, C, out);
-    case Activation::relu:
-      return run<Activation::relu>(x, weight, bias, eps, rows, C, out);
-    case Activation::gelu:
-      return run<Activation::gelu>(x, weight, bias, eps, rows, C, out);
-    case Activation::gelu_tanh:
-      return run<Activation::gelu_tanh>(x, weight, bias, eps, rows, C, out);
-  }
+  with_activation(activation, [&](auto of) { run<of.activation>(x, weight, bias, eps, rows, C, out); });
 }
 
 }  // namespace

@@ -22,7 +22,7 @@ struct PackedConv {
   const Out* residual;  // [., channels], or null; may be out
   Out* out;             // [., channels]
   std::int64_t C, taps, row_step, tap_step, channels;
-  int activation;       // as Activation in activation.h
+  int activation;            // as Activation in activation.h
   const std::int64_t* rows;  // null, or of every output frame the numbers from x to its row, instead of t * row_step:
                              // of packed utterances. Not for `filtered`.
 };
@@ -46,7 +46,8 @@ struct PackedConvKernels {
   std::int64_t rows;           // `count` is best a multiple of it
   std::int64_t most_frames;    // and at most this,
   std::int64_t most_filtered;  // or this, a multiple of 3
-  std::size_t (*scratch_size)(std::int64_t C, bool filtered);  // floats, 64-byte aligned
+  // Floats of 64-byte aligned scratch.
+  std::size_t (*scratch_size)(std::int64_t C, bool filtered);
   PackedConvVariants<float, float> of_float;
   PackedConvVariants<float, bf16> to_bf16;
   PackedConvVariants<bf16, bf16> of_bf16;  // null where bfloat16 has no products of its own

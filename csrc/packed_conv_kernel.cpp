@@ -71,15 +71,7 @@ WAVLM_FAST_INLINE void pass(const AnyRows& rows, const float* panel, Sums sums, 
       }
       Floats acc[kRows][N] = {};
       multiply<Element>(row, 1, panel, run, acc);
-      float* to = sums.at + t * sums.step;
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) {
-          float* at = to + r * sums.step + n * kLanes;
-          store(at, sums.add ? load(at) + acc[r][n] : acc[r][n]);
-        }
-      }
+      store_tile(acc, sums.add, sums.at + t * sums.step, sums.step);
       if (k + run == words) done(t);
     }
     panel += run * N * kLanes;
@@ -97,7 +89,7 @@ struct Columns {
   const Out* residual;  // of the first row, as out
   Out* out;
   std::int64_t channels, columns;
-  Activation activation;
+  int activation;
 };
 
 template <class In, class Out>
@@ -109,40 +101,28 @@ Columns<Out> columns_of(const PackedConv<In, Out>& call, std::int64_t first, std
           call.out + first * call.channels + column,
           call.channels,
           least(kColumns, call.channels - column),
-          static_cast<Activation>(call.activation)};
+          call.activation};
 }
 
 template <Activation activation, class Out, class SumOf>
 void write_activated(const Columns<Out>& to, std::int64_t first, std::int64_t count, const SumOf& sum_of) {
   std::int64_t at = first * to.channels;
   for (std::int64_t t = first; t < first + count; ++t, at += to.channels) {
-    const auto write_from = [&](std::int64_t i, auto lanes) {
+    each_vector(to.columns, [&](std::int64_t i, auto lanes) {
       Floats sum = sum_of(t, i);
       if (to.bias) sum += lanes.load(to.bias + i);
       if (to.gain) sum = sum * lanes.load(to.gain + i) + lanes.load(to.offset + i);
       sum = activate<activation>(sum);
       if (to.residual) sum += lanes.load(to.residual + at + i);
       lanes.store(to.out + at + i, sum);
-    };
-    std::int64_t i = 0;
-    for (; i + kLanes <= to.columns; i += kLanes) write_from(i, All{});
-    if (i < to.columns) write_from(i, First{static_cast<int>(to.columns - i)});
+    });
   }
 }
 
 // Rows first .. first + count - 1; sum_of(row, i) gives the sums of the columns from i.
 template <class Out, class SumOf>
 void write(const Columns<Out>& to, std::int64_t first, std::int64_t count, const SumOf& sum_of) {
-  switch (to.activation) {
-    case Activation::none:
-      return write_activated<Activation::none>(to, first, count, sum_of);
-    case Activation::relu:
-      return write_activated<Activation::relu>(to, first, count, sum_of);
-    case Activation::gelu:
-      return write_activated<Activation::gelu>(to, first, count, sum_of);
-    case Activation::gelu_tanh:
-      return write_activated<Activation::gelu_tanh>(to, first, count, sum_of);
-  }
+  with_activation(to.activation, [&](auto of) { write_activated<of.activation>(to, first, count, sum_of); });
 }
 
 // One group of N vectors of columns.
@@ -152,7 +132,8 @@ void direct_group(const PackedConv<In, Out>& call, std::int64_t count, AnyRows r
   constexpr std::int64_t width = N * kLanes;
   const std::int64_t panel_size = call.C / ElementOf<In>::Type::kDepth * width;
   const auto finish = [&](std::int64_t t) {
-    write(to, t, least(kRows, count - t), [&](std::int64_t row, std::int64_t i) { return load(sums + row * width + i); });
+    write(to, t, least(kRows, count - t),
+          [&](std::int64_t row, std::int64_t i) { return load(sums + row * width + i); });
   };
   for (std::int64_t tap = 0; tap + 1 < call.taps; ++tap, rows.x += call.tap_step, panel += panel_size) {
     pass<N>(rows, panel, {sums, width, tap > 0}, kNothing);
@@ -160,24 +141,18 @@ void direct_group(const PackedConv<In, Out>& call, std::int64_t count, AnyRows r
   pass<N>(rows, panel, {sums, width, call.taps > 1}, finish);
 }
 
-template <class In, class Out, class OfWidth>
-WAVLM_FAST_INLINE void for_groups(const PackedConv<In, Out>& call, std::int64_t taps, std::int64_t begin,
-                                  std::int64_t end, const OfWidth& of_width) {
-  const std::int64_t words = taps * (call.C / ElementOf<In>::Type::kDepth);
-  for (std::int64_t column = begin * kColumns; column < least(end * kColumns, call.channels); column += kColumns) {
-    const float* panel = static_cast<const float*>(call.packed) + column * words;
-    const std::int64_t vectors = (least(kColumns, call.channels - column) + kLanes - 1) / kLanes;
-    if (vectors == 3) of_width(column, panel, Vectors<3>{});
-    if (vectors == 2) of_width(column, panel, Vectors<2>{});
-    if (vectors == 1) of_width(column, panel, Vectors<1>{});
-  }
+// The packed weights of the group that begins with `column`.
+template <class In, class Out>
+const float* panel_of(const PackedConv<In, Out>& call, std::int64_t taps, std::int64_t column) {
+  return static_cast<const float*>(call.packed) + column * taps * (call.C / ElementOf<In>::Type::kDepth);
 }
 
 template <class In, class Out>
 void direct(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t count, std::int64_t group_begin,
             std::int64_t group_end, float* scratch) {
-  for_groups(call, call.taps, group_begin, group_end, [&](std::int64_t column, const float* panel, auto vectors) {
+  each_group(call.channels, group_begin, group_end, [&](std::int64_t column, auto vectors) {
     const auto group = [&](auto rows) {
+      const float* panel = panel_of(call, call.taps, column);
       direct_group<vectors.count>(call, count, rows, panel, columns_of(call, first, column), scratch);
     };
     if (call.rows) {
@@ -231,28 +206,29 @@ void filtered_group(const PackedConv<In, Out>& call, std::int64_t first, std::in
                     const Combinations<In>& rows, const float* panel, const Columns<Out>& to, float* sums) {
   constexpr std::int64_t width = N * kLanes;
   const std::int64_t C = call.C, panel_size = C / ElementOf<In>::Type::kDepth * width, triples = (count + 2) / 3;
-  const auto panel_of = [&](Tap tap) { return panel + tap * panel_size; };
+  const auto weights_of = [&](Tap tap) { return panel + tap * panel_size; };
   const auto rows_of = [&](Tap tap) { return Rows<In>{rows.of[tap], C, triples, C}; };
   float* half_sums = sums + kSumRows * width;
   float* half_differences = half_sums + kTriples * width;
   const In* odd = call.x + first * call.row_step + C;
-  pass<N>(Rows<In>{odd, call.row_step, count, C}, panel_of(kMiddle), {sums, width, false}, kNothing);
-  pass<N>(rows_of(kFirst), panel_of(kFirst), {sums, 3 * width, true}, kNothing);
-  pass<N>(rows_of(kLast), panel_of(kLast), {sums + 2 * width, 3 * width, true}, kNothing);
-  pass<N>(rows_of(kHalfSum), panel_of(kHalfSum), {half_sums, width, false}, kNothing);
-  pass<N>(rows_of(kHalfDifference), panel_of(kHalfDifference), {half_differences, width, false}, kNothing);
+  pass<N>(Rows<In>{odd, call.row_step, count, C}, weights_of(kMiddle), {sums, width, false}, kNothing);
+  pass<N>(rows_of(kFirst), weights_of(kFirst), {sums, 3 * width, true}, kNothing);
+  pass<N>(rows_of(kLast), weights_of(kLast), {sums + 2 * width, 3 * width, true}, kNothing);
+  pass<N>(rows_of(kHalfSum), weights_of(kHalfSum), {half_sums, width, false}, kNothing);
+  pass<N>(rows_of(kHalfDifference), weights_of(kHalfDifference), {half_differences, width, false}, kNothing);
   Floats zeros = {};
   write(to, 0, count, [&](std::int64_t row, std::int64_t i) {
     const std::int64_t at = row / 3 * width + i;
     const Floats difference = load(half_differences + at);
-    const Floats sum = load(sums + row * width + i) + (load(half_sums + at) + (row % 3 == 1 ? -difference : difference));
+    const Floats sum =
+        load(sums + row * width + i) + (load(half_sums + at) + (row % 3 == 1 ? -difference : difference));
     watch(zeros, sum);
     return sum;
   });
   if (all_finite(zeros)) return;
   constexpr Tap taps[] = {kFirst, kMiddle, kLast};
   for (int k = 0; k < 3; ++k) {
-    pass<N>(Rows<In>{odd + (k - 1) * C, call.row_step, count, C}, panel_of(taps[k]), {sums, width, k > 0}, kNothing);
+    pass<N>(Rows<In>{odd + (k - 1) * C, call.row_step, count, C}, weights_of(taps[k]), {sums, width, k > 0}, kNothing);
   }
   write(to, 0, count, [&](std::int64_t row, std::int64_t i) { return load(sums + row * width + i); });
 }
@@ -267,7 +243,8 @@ void filtered(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t 
     rows.of[tap] = reinterpret_cast<In*>(at);
   }
   combine(call.x + first * call.row_step, 2 * count, triples, call.C, rows);
-  for_groups(call, kTaps, group_begin, group_end, [&](std::int64_t column, const float* panel, auto vectors) {
+  each_group(call.channels, group_begin, group_end, [&](std::int64_t column, auto vectors) {
+    const float* panel = panel_of(call, kTaps, column);
     filtered_group<vectors.count>(call, first, count, rows, panel, columns_of(call, first, column), at);
   });
 }
@@ -279,18 +256,25 @@ std::size_t scratch_size(std::int64_t C, bool is_filtered) {
 
 template <class In, class Out>
 constexpr PackedConvVariants<In, Out> variants() {
-  return {direct<In, Out>, filtered<In, Out>};
+  if constexpr (ElementOf<In>::Type::kDepth * sizeof(In) != sizeof(Word)) {
+    return {};
+  } else {
+    return {direct<In, Out>, filtered<In, Out>};
+  }
 }
 
 }  // namespace
 
 const PackedConvKernels& packed_conv_kernels() {
-  static constexpr PackedConvKernels kernels = {
-      kColumns, kLanes, kRows, kFrames, 3 * kTriples, scratch_size, variants<float, float>(), variants<float, bf16>(),
-#if defined(__AVX512BF16__)
-      variants<bf16, bf16>(),
-#endif
-  };
+  static constexpr PackedConvKernels kernels = {kColumns,
+                                                kLanes,
+                                                kRows,
+                                                kFrames,
+                                                3 * kTriples,
+                                                scratch_size,
+                                                variants<float, float>(),
+                                                variants<float, bf16>(),
+                                                variants<bf16, bf16>()};
   return kernels;
 }
 

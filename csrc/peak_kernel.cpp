@@ -3,10 +3,6 @@
 
 #include "vec.h"
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
 namespace wavlm_fast {
 namespace WAVLM_FAST_ISA {
 namespace {

@@ -10,13 +10,13 @@ namespace wavlm_fast {
 // Consecutive frames of one utterance, at most kGateFrames.
 template <class T>
 struct GateFrames {
-  const T* x;               // [count, H, D], frame_step numbers from frame to frame
+  const T* x;  // [count, H, D], frame_step numbers from frame to frame
   std::int64_t frame_step;
   std::int64_t count;
   std::int64_t H, D;
-  const float* weight;      // [2, D], rows of four already added up
-  const float* bias;        // [2], likewise
-  const float* scale;       // [H]
+  const float* weight;  // [2, D], rows of four already added up
+  const float* bias;    // [2], likewise
+  const float* scale;   // [H]
 };
 
 constexpr std::int64_t kGateFrames = 32;

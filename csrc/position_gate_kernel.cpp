@@ -67,8 +67,7 @@ WAVLM_FAST_INLINE void differentiate(const GateFrames<T>& frames, float* work, c
 }
 
 template <class T>
-void backward(const GateFrames<T>& frames, float* work, const float* grad, std::int64_t head_step, T* dx,
-              float* sums) {
+void backward(const GateFrames<T>& frames, float* work, const float* grad, std::int64_t head_step, T* dx, float* sums) {
   const std::int64_t D = frames.D;
   project(frames, work);
   differentiate(frames, work, grad, head_step, sums + 2 * D, sums + 2 * D + 2);

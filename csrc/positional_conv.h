@@ -39,7 +39,7 @@ struct PositionalConv {
   const Row* rows;
   const std::int64_t* bounds;  // of utterance b bounds[b] to bounds[b + 1]; null where each of the B has T_ frames
   std::int64_t B, T_, C, channels, K, padding, P;  // `channels` of a group
-  int activation;                               // as Activation in activation.h
+  int activation;                                  // as Activation in activation.h
 };
 
 template <class T>

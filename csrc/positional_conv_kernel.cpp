@@ -61,14 +61,6 @@ std::size_t scratch_size(std::int64_t P, std::int64_t rows, std::int64_t channel
   return 4 * kLanes * P + 2 * rows * (2 * width_of(channels) + row_size(P, channels));
 }
 
-// Calls body(channel, lanes) for the vectors of a group.
-template <class Body>
-WAVLM_FAST_INLINE void each_vector(std::int64_t channels, const Body& body) {
-  std::int64_t c = 0;
-  for (; c + kLanes <= channels; c += kLanes) body(c, All{});
-  if (c < channels) body(c, First{static_cast<int>(channels - c)});
-}
-
 // Spectra of the frames of rows first .. first + count - 1: of each row's own frames, or of 2P that begin `lead` frames
 // before it. Frames outside of the utterance are zero.
 template <bool kAlone, class T>
@@ -122,7 +114,10 @@ void transform_filters(const PositionalConv<T>& call, std::int64_t group, float*
         }
       }
       transform.forward(
-          at.work, [&](std::int64_t n) { return Complex{load(at.frames + n * kLanes), Floats{}}; },
+          at.work,
+          [&](std::int64_t n) {
+            return Complex{load(at.frames + n * kLanes), Floats{}};
+          },
           [&](std::int64_t f, Complex value) {
             store(spectra + f * step + offset, value.re);
             store(spectra + f * step + offset + im, value.im);
@@ -198,16 +193,8 @@ void convolve(const PositionalConv<T>& call, std::int64_t group, std::int64_t fi
           return Result{rows.vector(0, begin) + f * 2 * kLanes, rows.row_step, rows.vector_step, kLanes};
         });
   }
-  switch (static_cast<Activation>(call.activation)) {
-    case Activation::none:
-      return invert_rows<Activation::none>(call, group, first, count, rows, at.frames, at.work);
-    case Activation::relu:
-      return invert_rows<Activation::relu>(call, group, first, count, rows, at.frames, at.work);
-    case Activation::gelu:
-      return invert_rows<Activation::gelu>(call, group, first, count, rows, at.frames, at.work);
-    case Activation::gelu_tanh:
-      return invert_rows<Activation::gelu_tanh>(call, group, first, count, rows, at.frames, at.work);
-  }
+  with_activation(call.activation,
+                  [&](auto of) { invert_rows<of.activation>(call, group, first, count, rows, at.frames, at.work); });
 }
 
 template <bool kAdd, class T>
@@ -229,13 +216,6 @@ void add_gradient(const PositionalConv<T>& call, std::int64_t group, std::int64_
                             return Result{root + 2 * call.channels * begin, 2 * columns, kLanes, columns};
                           });
   }
-}
-
-WAVLM_FAST_INLINE void put(float value, float* to) { *to = value; }
-WAVLM_FAST_INLINE void put(float value, bf16* to) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  to->bits = value != value ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
 template <class T>

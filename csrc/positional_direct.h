@@ -8,14 +8,6 @@
 namespace wavlm_fast {
 namespace WAVLM_FAST_ISA {
 
-WAVLM_FAST_INLINE float widened(float value) { return value; }
-WAVLM_FAST_INLINE float widened(bf16 value) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof(result));
-  return result;
-}
-
 // Frames that the sum over taps gives: of an even number of taps one more, which is cut off and has a gradient of zero.
 constexpr std::int64_t frames_met(std::int64_t frames, std::int64_t K) { return frames + (K + 1) % 2; }
 
@@ -55,10 +47,7 @@ __attribute__((noinline, cold)) void sum_directly(const PositionalConv<T>& call,
           }
         }
       }
-      for (int r = 0; r < least(kRows, count - t); ++r) {
-        float* at = frames + (t + r) * kLanes;
-        store(at, in > 0 ? load(at) + sums[r][0] : sums[r][0]);
-      }
+      store_tile(sums, in > 0, frames + t * kLanes, kLanes, count - t);
     }
   }
 }

@@ -9,6 +9,8 @@ namespace WAVLM_FAST_ISA {
 struct Statistics {
   float mean;
   float rstd;
+
+  WAVLM_FAST_INLINE Floats normed(Floats x) const { return (x - mean) * rstd; }
 };
 
 // Of a row with this sum. The squares are of what differs from the mean, in a pass of their own: E[x^2] - E[x]^2 would

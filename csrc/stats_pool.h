@@ -10,7 +10,7 @@ namespace wavlm_fast {
 // A block of neighbouring channels of one utterance, over its valid frames.
 template <class T>
 struct PoolColumns {
-  const T* x;             // [frames, channels], row_step numbers from frame to frame
+  const T* x;  // [frames, channels], row_step numbers from frame to frame
   std::int64_t row_step;
   std::int64_t frames;
   std::int64_t channels;  // at most kPoolChannels

@@ -64,7 +64,7 @@ WAVLM_FAST_INLINE void measure(const PoolColumns<T>& columns, PoolWork& work) {
 template <class T>
 __attribute__((noinline, cold)) void measure_wide(const PoolColumns<T>& columns, std::int64_t c, PoolWork& work) {
   double total = 0.0, squares = 0.0;
-  const auto value = [&](std::int64_t t) { return static_cast<double>(load(columns.x + t * columns.row_step + c, 1)[0]); };
+  const auto value = [&](std::int64_t t) { return static_cast<double>(widened(columns.x[t * columns.row_step + c])); };
   for (std::int64_t t = 0; t < columns.frames; ++t) total += value(t);
   const double mean = total / static_cast<double>(columns.frames);
   for (std::int64_t t = 0; t < columns.frames; ++t) squares += (value(t) - mean) * (value(t) - mean);
@@ -127,7 +127,7 @@ void backward(const PoolColumns<T>& columns, PoolWork& work, const T* grad_mean,
       const Floats deviation = load(work.rest_squares + i);
       const Floats centred = (lanes.load(x + i) - load(work.pivot + i)) - load(work.rest + i);
       const Floats slope = lanes.load(grad_deviation + i) / ((n - 1.0f) * deviation);
-      const Floats spread = (centred == 0.0f) | (deviation == 0.0f) ? Floats{} : slope * centred;
+      const Floats spread = ((centred == 0.0f) | (deviation == 0.0f)) ? Floats{} : slope * centred;
       lanes.store(to + i, lanes.load(grad_mean + i) / n + spread);
     });
   }

@@ -2,12 +2,7 @@
 // kVectors vectors of columns of the right one.
 #pragma once
 
-#include "bf16.h"
 #include "vec.h"
-
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
 
 namespace wavlm_fast {
 namespace WAVLM_FAST_ISA {
@@ -71,10 +66,43 @@ WAVLM_FAST_INLINE void multiply(const Word* const (&rows)[kRows], std::int64_t s
   }
 }
 
+// to[r][n] (+)= acc[r][n], for `count` of the rows, `step` apart.
+template <int N>
+WAVLM_FAST_INLINE void store_tile(const Floats (&acc)[kRows][N], bool add, float* to, std::int64_t step,
+                                  std::int64_t count = kRows) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    if (r >= count) break;
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      float* at = to + r * step + n * kLanes;
+      store(at, add ? load(at) + acc[r][n] : acc[r][n]);
+    }
+  }
+}
+
 // Not std's: a function template of a shared header, compiled here for this level, may become everybody's copy.
 constexpr std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
-constexpr std::int64_t rounded_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
+constexpr std::int64_t divided_up(std::int64_t n, std::int64_t by) { return (n + by - 1) / by; }
+
+constexpr std::int64_t rounded_up(std::int64_t n, std::int64_t to) { return divided_up(n, to) * to; }
+
+// Calls body(Vectors<n>{}) for the n vectors of a group of columns, at most kVectors.
+template <class Body>
+WAVLM_FAST_INLINE void with_vectors(std::int64_t n, const Body& body) {
+  if (n == 3) body(Vectors<3>{});
+  if (n == 2) body(Vectors<2>{});
+  if (n == 1) body(Vectors<1>{});
+}
+
+// Calls body(column, Vectors<n>{}) for the groups of kColumns columns from begin to end, the last one of fewer vectors.
+template <class Body>
+WAVLM_FAST_INLINE void each_group(std::int64_t columns, std::int64_t begin, std::int64_t end, const Body& body) {
+  for (std::int64_t column = begin * kColumns; column < least(end * kColumns, columns); column += kColumns) {
+    with_vectors(divided_up(least(kColumns, columns - column), kLanes), [&](auto group) { body(column, group); });
+  }
+}
 
 }  // namespace WAVLM_FAST_ISA
 }  // namespace wavlm_fast

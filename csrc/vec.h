@@ -31,6 +31,9 @@ typedef std::uint16_t Halves __attribute__((vector_size(kLanes * 2)));
 
 WAVLM_FAST_INLINE Floats splat(float value) { return value - Floats{}; }
 
+WAVLM_FAST_INLINE Words bits_of(Floats value) { return (Words)value; }
+WAVLM_FAST_INLINE Floats floats_of(Words bits) { return (Floats)bits; }
+
 // Of these conversions GCC 12 makes five instructions each where AVX-512 has one.
 #if defined(__AVX512F__)
 WAVLM_FAST_INLINE Words widen(Halves halves) { return (Words)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)halves); }
@@ -49,10 +52,7 @@ WAVLM_FAST_INLINE Floats load(const float* from) {
 WAVLM_FAST_INLINE Floats load(const bf16* from) {
   Halves halves;
   std::memcpy(&halves, from, sizeof(halves));
-  const Words words = widen(halves) << 16;
-  Floats value;
-  std::memcpy(&value, &words, sizeof(value));
-  return value;
+  return floats_of(widen(halves) << 16);
 }
 
 WAVLM_FAST_INLINE void store(float* to, Floats value) { std::memcpy(to, &value, sizeof(value)); }
@@ -78,20 +78,12 @@ WAVLM_FAST_INLINE Floats maximum(Floats a, Floats b) {
 #endif
 }
 
-WAVLM_FAST_INLINE Floats magnitude(Floats value) {
-  Words words;
-  std::memcpy(&words, &value, sizeof(words));
-  words &= 0x7fffffffu;
-  std::memcpy(&value, &words, sizeof(value));
-  return value;
-}
+WAVLM_FAST_INLINE Floats magnitude(Floats value) { return floats_of(bits_of(value) & 0x7fffffffu); }
 
 // The upper half of each word is the nearest bfloat16, ties to even as torch has it; a NaN keeps being one.
 WAVLM_FAST_INLINE Words rounded_to_bf16(Floats value) {
-  Words words;
-  std::memcpy(&words, &value, sizeof(value));
-  words += 0x7fffu + ((words >> 16) & 1u);
-  return (value != value) ? Words{} + 0x7fc00000u : words;
+  const Words words = bits_of(value);
+  return (value != value) ? Words{} + 0x7fc00000u : words + (0x7fffu + ((words >> 16) & 1u));
 }
 
 WAVLM_FAST_INLINE void store(bf16* to, Floats value) {
@@ -105,10 +97,7 @@ WAVLM_FAST_INLINE void watch(Floats& zeros, Floats value) { zeros += value * 0.0
 // What a load would give after a store as T.
 template <class T>
 WAVLM_FAST_INLINE Floats rounded(Floats value) {
-  if constexpr (sizeof(T) == sizeof(bf16)) {
-    const Words words = rounded_to_bf16(value) & 0xffff0000u;
-    std::memcpy(&value, &words, sizeof(value));
-  }
+  if constexpr (sizeof(T) == sizeof(bf16)) return floats_of(rounded_to_bf16(value) & 0xffff0000u);
   return value;
 }
 
@@ -125,6 +114,28 @@ WAVLM_FAST_INLINE void store(T* to, Floats value, int n) {
   T buffer[kLanes];
   store(buffer, value);
   std::memcpy(to, buffer, n * sizeof(T));
+}
+
+// kLanes elements of which `left` are left, at least one.
+template <class T>
+WAVLM_FAST_INLINE Floats load_some(const T* from, std::int64_t left) {
+  return left >= kLanes ? load(from) : load(from, static_cast<int>(left));
+}
+
+// Single numbers.
+WAVLM_FAST_INLINE float widened(float value) { return value; }
+WAVLM_FAST_INLINE float widened(bf16 value) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+WAVLM_FAST_INLINE void put(float value, float* to) { *to = value; }
+WAVLM_FAST_INLINE void put(float value, bf16* to) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  to->bits = value != value ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
 template <int N>
@@ -151,18 +162,26 @@ WAVLM_FAST_INLINE bool all_finite(Floats zeros) { return sum(zeros) == 0.0f; }
 // All lanes, or the first n: what a sweep hands to its body, so that the body is written once.
 struct All {
   template <class T>
-  WAVLM_FAST_INLINE Floats load(const T* from) const { return WAVLM_FAST_ISA::load(from); }
+  WAVLM_FAST_INLINE Floats load(const T* from) const {
+    return WAVLM_FAST_ISA::load(from);
+  }
   template <class T>
-  WAVLM_FAST_INLINE void store(T* to, Floats value) const { WAVLM_FAST_ISA::store(to, value); }
+  WAVLM_FAST_INLINE void store(T* to, Floats value) const {
+    WAVLM_FAST_ISA::store(to, value);
+  }
   WAVLM_FAST_INLINE Floats keep(Floats value) const { return value; }
 };
 
 struct First {
   int n;
   template <class T>
-  WAVLM_FAST_INLINE Floats load(const T* from) const { return WAVLM_FAST_ISA::load(from, n); }
+  WAVLM_FAST_INLINE Floats load(const T* from) const {
+    return WAVLM_FAST_ISA::load(from, n);
+  }
   template <class T>
-  WAVLM_FAST_INLINE void store(T* to, Floats value) const { WAVLM_FAST_ISA::store(to, value, n); }
+  WAVLM_FAST_INLINE void store(T* to, Floats value) const {
+    WAVLM_FAST_ISA::store(to, value, n);
+  }
   // Zero in the lanes that do not exist, before they enter a sum.
   WAVLM_FAST_INLINE Floats keep(Floats value) const {
     Floats kept = {};
@@ -171,8 +190,15 @@ struct First {
   }
 };
 
-// Calls body(i, lanes, u) for the vectors starting at i = 0, kLanes, 2 kLanes, ... below size. u cycles through
-// 0 .. kUnroll - 1 and names an accumulator: sums wait for an addition, and four of them wait together.
+// Calls body(i, lanes) for the vectors starting at i, i + kLanes, ... below size.
+template <class Body>
+WAVLM_FAST_INLINE void each_vector(std::int64_t size, const Body& body, std::int64_t i = 0) {
+  for (; i + kLanes <= size; i += kLanes) body(i, All{});
+  if (i < size) body(i, First{static_cast<int>(size - i)});
+}
+
+// The same with body(i, lanes, u). u cycles through 0 .. kUnroll - 1 and names an accumulator: sums wait for
+// an addition, and four of them wait together.
 constexpr int kUnroll = 4;
 
 template <class Body>
@@ -182,8 +208,8 @@ WAVLM_FAST_INLINE void sweep(std::int64_t size, const Body& body) {
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) body(i + u * kLanes, All{}, u);
   }
-  for (; i + kLanes <= size; i += kLanes) body(i, All{}, 0);
-  if (i < size) body(i, First{static_cast<int>(size - i)}, 0);
+  const auto rest = [&](std::int64_t at, auto lanes) { body(at, lanes, 0); };
+  each_vector(size, rest, i);
 }
 
 WAVLM_FAST_INLINE float sum(const Floats (&parts)[kUnroll]) {

@@ -12,14 +12,14 @@ namespace wavlm_fast {
 template <class T>
 struct WaveformGradient {
   const float* x;
-  const T* grad;              // [frames, C]
-  const float* weight;        // [K, C]
-  const float* shift;         // [C] each, C a multiple of the vectors' lanes
+  const T* grad;        // [frames, C]
+  const float* weight;  // [K, C]
+  const float* shift;   // [C] each, C a multiple of the vectors' lanes
   const float* rstd;
   const float* norm_weight;
   const float* norm_bias;
-  const float* mean;          // of the gradient of the norm's output, and
-  const float* mean_normed;   // of that times n: for `spread`
+  const float* mean;                    // of the gradient of the norm's output, and
+  const float* mean_normed;             // of that times n: for `spread`
   std::int64_t C, channels, K, stride;  // `channels` is C without its padding
   int activation;
 };

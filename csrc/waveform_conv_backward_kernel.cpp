@@ -54,9 +54,7 @@ struct Filter {
 
 template <class T>
 WAVLM_FAST_INLINE Floats load_channels(const WaveformGradient<T>& call, std::int64_t t, std::int64_t c) {
-  const T* at = call.grad + t * call.channels + c;
-  const std::int64_t rest = call.channels - c;
-  return rest >= kLanes ? load(at) : load(at, static_cast<int>(rest));
+  return load_some(call.grad + t * call.channels + c, call.channels - c);
 }
 
 template <Activation activation, class Count, class T>
@@ -109,20 +107,10 @@ void spread_frame(const WaveformGradient<T>& call, std::int64_t t, Count K, floa
 // Calls body with the activation and the number of taps as types.
 template <class Body>
 WAVLM_FAST_INLINE void with_types(int activation, std::int64_t K, const Body& body) {
-  const auto with_taps = [&](auto of) {
+  with_activation(activation, [&](auto of) {
     if (K == 10) return body(of, Taps<10>{});
     body(of, Taps<0>{static_cast<int>(K)});
-  };
-  switch (static_cast<Activation>(activation)) {
-    case Activation::none:
-      return with_taps(Of<Activation::none>{});
-    case Activation::relu:
-      return with_taps(Of<Activation::relu>{});
-    case Activation::gelu:
-      return with_taps(Of<Activation::gelu>{});
-    case Activation::gelu_tanh:
-      return with_taps(Of<Activation::gelu_tanh>{});
-  }
+  });
 }
 
 template <class T>
@@ -130,7 +118,7 @@ void collect(const WaveformGradient<T>& call, std::int64_t first, std::int64_t c
              std::int64_t end, float* sums) {
   with_types(call.activation, call.K, [&](auto of, auto K) {
     for (std::int64_t c = begin; c < end; c += kLanes) {
-      collect_vector<decltype(of)::activation>(call, first, count, c, K, sums);
+      collect_vector<of.activation>(call, first, count, c, K, sums);
     }
   });
 }
@@ -139,7 +127,7 @@ template <class T>
 void spread(const WaveformGradient<T>& call, std::int64_t first, std::int64_t count, float* windows) {
   with_types(call.activation, call.K, [&](auto of, auto K) {
     for (std::int64_t t = first; t < first + count; ++t, windows += call.K) {
-      spread_frame<decltype(of)::activation>(call, t, K, windows);
+      spread_frame<of.activation>(call, t, K, windows);
     }
   });
 }

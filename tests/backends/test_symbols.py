@@ -9,10 +9,10 @@ import pytest
 
 from wavlm_fast.backends import cpu
 
-LIBRARY = next(iter(sorted(cpu._FOLDER.glob("_C*.so"))), None)
+LIBRARY = next(iter(sorted(cpu.extension._FOLDER.glob("_C*.so"))), None)
 TOOL = {"linux": ["nm", "-D", "--undefined-only"], "darwin": ["nm", "-u"]}.get(sys.platform)
 pytestmark = [
-    pytest.mark.skipif(LIBRARY is None, reason=str(cpu.EXTENSION_PROBLEM)),
+    pytest.mark.skipif(LIBRARY is None, reason=str(cpu.extension.problem())),
     pytest.mark.skipif(TOOL is None or shutil.which(TOOL[0]) is None, reason="no nm that lists undefined symbols"),
 ]
 # Torch's C functions; those of the C and C++ libraries, which have versions; and what a linker leaves to be absent.
