@@ -15,9 +15,9 @@ import torch
 from wavlm_fast import backends, parity
 from wavlm_fast.cli import main
 from wavlm_fast.errors import UserError
-from wavlm_fast.ops._define import arguments_of, schemas
+from wavlm_fast.ops import OPS
 from wavlm_fast.parity import alone, mutation_check, mutations, rule, run_checkpoint, run_models, run_ops
-from wavlm_fast.parity.cases import CASES, OPS, cases_of
+from wavlm_fast.parity.cases import CASES, cases_of
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
@@ -89,8 +89,9 @@ def test_every_op_has_mistakes():
 
 
 def test_every_op_that_takes_packed_frames_has_ragged_cases_and_mistakes():
-    packed = {op for op in OPS if "offsets" in arguments_of(schemas[op])}
+    packed = {name for name, op in OPS.items() if op.is_packable}
     assert set(alone.PACKED) == packed
+    assert set(alone.RESIZED) == {name for name, op in OPS.items() if op.is_resizing}
     assert {c.op for c in CASES if c.ragged and c.quick} == packed
     assert {m.op for m in mutation_check.MUTATIONS if m.ragged} == packed
     for op in packed:

@@ -14,6 +14,7 @@ from transformers import WavLMConfig
 
 from wavlm_fast import audio, backends, measure, memory
 from wavlm_fast.errors import first_line
+from wavlm_fast.ops import OPS
 from wavlm_fast.parity import cases as parity_cases
 from wavlm_fast.parity import plain, rule, run_ops
 
@@ -112,7 +113,7 @@ def _calls(config: WavLMConfig, batch: int, samples: int) -> Iterator[_Call]:
     )  # fmt: skip
     feed_forward = ("feed-forward in", C, inner, config.hidden_act), ("feed-forward out", inner, C, "none")
     for stage, narrow, wide, act in (("qkv", C, 3 * C, "none"), *feed_forward):
-        options = {"outer": wide, "act": act}
+        options = {"outer": wide, "activation": act}
         yield _Call("linear_act", f"linear_act {stage}", (batch, T, narrow), options, counted[stage] / layers)
     stable = config.do_stable_layer_norm
     yield _Call("add_layer_norm", "add_layer_norm", (batch, T, C), {"keep_sum": stable})
@@ -123,7 +124,7 @@ def _calls(config: WavLMConfig, batch: int, samples: int) -> Iterator[_Call]:
         attention[1]["lengths"] = _ragged(batch, T)
         yield _Call("gated_attention", "gated_attention ragged", *attention)
     stages = ("qkv", "gate", "attention", "out proj", "feed-forward in", "feed-forward out")
-    options = {"act": config.hidden_act, "norm_first": stable}
+    options = {"activation": config.hidden_act, "norm_first": stable}
     count = sum(counted[stage] for stage in stages) / layers
     yield _Call("encoder_layer", "encoder_layer", (batch, T, H, D, inner), options, count, 0.0)
     yield from _head(config, batch, T)
@@ -136,7 +137,7 @@ def _ragged(batch: int, frames: int) -> tuple[int, ...]:
 
 def _front_end(config: WavLMConfig, batch: int, samples: int, counted: Mapping[str, float]) -> Iterator[_Call]:
     norm, act, bias = config.feat_extract_norm, config.feat_extract_activation, config.conv_bias
-    options = {"bias": bias, "act": act}
+    options = {"bias": bias, "activation": act}
     layers = list(zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True))
     first = counted["waveform conv"]
     yield _Call("waveform_conv", "waveform_conv", (batch, samples, *layers[0]), {"norm": norm, **options}, first, 1.0)
@@ -225,7 +226,7 @@ class BoundOp:
 
     def _named(self, outputs: Any) -> dict[str, Tensor]:
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return dict(zip(run_ops.OUTPUTS.get(self._case.op, ("out",)), outputs, strict=False))
+        return dict(zip(OPS[self._case.op].outputs, outputs, strict=False))
 
 
 def _floating(value: Any) -> bool:

@@ -159,6 +159,11 @@ class Op:
         return {name: kind for name, kind in arguments_of(schemas[self.name]).items() if name != "save"}
 
     @property
+    def has_gradient(self) -> bool:
+        """Whether it has one of its own; the parts of an op that has none may have theirs."""
+        return f"{self.name}_backward" in schemas
+
+    @property
     def is_packable(self) -> bool:
         """Whether it takes packed frames."""
         return "offsets" in self.arguments
