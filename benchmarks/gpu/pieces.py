@@ -101,7 +101,7 @@ def calls(model: str, dtype: torch.dtype, batch: int, samples: int, train: bool)
             case = _saves(case) if train else case
             yield _call(stage, case.op, times, TABLE[case.op].fn, case.args)
     frames = next(c for c in found if c.op == "add_layer_norm").args[0].shape[1]
-    C, F = sizes.channels, sizes.feed_forward
+    C, F = sizes.channels, sizes.inner
     for stage, narrow, wide in (
         ("projection", 512, C), ("qkv", C, 3 * C), ("out proj", C, C), ("feed-forward out", F, C),
     ):  # fmt: skip

@@ -107,6 +107,15 @@ class Sizes:
         return self.frames_of_convs[-1]
 
     @property
+    def frames_of_tdnn(self) -> list[int]:
+        """Frames after each time-delay layer; fewer than one of audio that is too short."""
+        found, frames = [], self.frames
+        for _, kernel, dilation in self.tdnn:
+            frames = windows((kernel - 1) * dilation + 1)(frames)
+            found.append(frames)
+        return found
+
+    @property
     def width(self) -> int:
         """Channels of a head."""
         return self.channels // self.heads

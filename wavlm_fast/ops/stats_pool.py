@@ -127,7 +127,7 @@ def _example(batch: int, frames: int, channels: int, *, lengths: bool = False) -
 
 
 def _in_model(s: Sizes) -> list[Place]:
-    return [Place("head", (s.batch, s.frames, s.tdnn[-1][0]))]
+    return [Place("x-vector head", (s.batch, s.frames_of_tdnn[-1], s.tdnn[-1][0]))]
 
 
 describe(NAME, stats_pool, example=_example, flops=lambda **rest: 0, places=_in_model)

@@ -241,12 +241,11 @@ def _flops(x: Operand, weight: Operand, kernel_size: int, dilation: int, **rest:
 
 
 def _in_model(s: Sizes) -> list[Place]:
-    found, frames, inner = [], s.frames, s.tdnn[0][0]
-    for outer, kernel, dilation in s.tdnn:
-        sizes = (s.batch, frames, inner, outer, kernel, dilation)
-        found.append(Place("head", sizes, what=f"k{kernel} d{dilation}"))
-        frames, inner = windows((kernel - 1) * dilation + 1)(frames), outer
-    return found
+    frames, channels = [s.frames, *s.frames_of_tdnn], [s.tdnn[0][0], *(outer for outer, _, _ in s.tdnn)]
+    return [
+        Place("x-vector head", (s.batch, *before, *layer), what=f"k{layer[1]} d{layer[2]}")
+        for *before, layer in zip(frames, channels, s.tdnn, strict=False)
+    ]
 
 
 describe(NAME, tdnn, example=_example, flops=_flops, places=_in_model)
