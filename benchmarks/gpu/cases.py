@@ -27,7 +27,7 @@ _ORDER = ("gated_attention", "waveform_conv", "strided_conv", "positional_conv",
           "position_gate", "tdnn", "stats_pool")  # fmt: skip
 _PACKED_STAGES = ("waveform_conv", "strided_conv", "positional_conv", "tdnn", "stats_pool")
 # Linear layers that have no activation, and are torch's.
-_TORCHS = frozenset({"projection", "qkv", "out proj", "feed-forward out"})
+TORCHS = frozenset({"projection", "qkv", "out proj", "feed-forward out"})
 # Options beside those of a place: what takes lengths is given some.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "add_layer_norm": {"keep_sum": True},
@@ -101,7 +101,7 @@ def packed(dtype: torch.dtype, batch: int = BATCH) -> Iterator[Case]:
 def _places(op: Op, sizes: Sizes) -> Iterator[tuple[Place, str]]:
     """Where kernels of ours run, and what is said of it."""
     for place in op.places(sizes):
-        if place.what not in _TORCHS:
+        if place.what not in TORCHS:
             yield place, _WHAT.get(op.name, lambda place: "")(place)
 
 
