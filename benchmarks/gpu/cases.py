@@ -16,10 +16,10 @@ from ..run.cases import MODELS as SPECS
 from .compile import Launch, record
 
 BATCH, SAMPLES = 8, 160_000  # 8 utterances of 10 s at 16 kHz
-FRAMES = 499  # that come of them
 TO_WAVEFORM = "waveform too"  # the case in which the waveform's own gradient is wanted, which training does not
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODELS = {name: Sizes.of(SPECS[name].config, BATCH, SAMPLES) for name in ("base", "large")}
+FRAMES = MODELS["base"].frames
 # The models' heads have 64 channels. These fill a tile of 128, and leave some of it empty.
 WIDE_HEADS = (128, 80)
 
