@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import math
 
@@ -15,9 +16,9 @@ import torch
 from wavlm_fast import backends, parity
 from wavlm_fast.cli import main
 from wavlm_fast.errors import UserError
-from wavlm_fast.ops._define import arguments_of, schemas
+from wavlm_fast.ops import OPS, Operand, Sizes
 from wavlm_fast.parity import alone, mutation_check, mutations, rule, run_checkpoint, run_models, run_ops
-from wavlm_fast.parity.cases import CASES, OPS, cases_of
+from wavlm_fast.parity.cases import CASES, case_of, cases_of
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
@@ -89,8 +90,9 @@ def test_every_op_has_mistakes():
 
 
 def test_every_op_that_takes_packed_frames_has_ragged_cases_and_mistakes():
-    packed = {op for op in OPS if "offsets" in arguments_of(schemas[op])}
+    packed = {name for name, op in OPS.items() if op.is_packable}
     assert set(alone.PACKED) == packed
+    assert set(alone.RESIZED) == {name for name, op in OPS.items() if op.is_resizing}
     assert {c.op for c in CASES if c.ragged and c.quick} == packed
     assert {m.op for m in mutation_check.MUTATIONS if m.ragged} == packed
     for op in packed:
@@ -99,6 +101,28 @@ def test_every_op_that_takes_packed_frames_has_ragged_cases_and_mistakes():
         assert any(len(n) > 1 and (n == n[0]).all() for n in lengths)
         assert any(len(n) > 2 and not (n.diff() >= 0).all() for n in lengths)
         assert max(int(n.max()) for n in lengths) > 1000
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_cases_are_of_the_calls_that_the_op_describes(name, monkeypatch):
+    """Another example is another case: one argument is set apart, the others are as they were."""
+    op, changed = OPS[name], [a for a, kind in OPS[name].arguments.items() if kind == "Tensor"][-1]
+    place = next(iter(op.places(Sizes(samples=800, channels=32, heads=4, inner=8, convs=((8, 10, 5), (8, 3, 2))))))
+
+    def one_row_more(shape):
+        return (shape[0] + 1, *shape[1:])
+
+    def example(*sizes, **options):
+        arguments = op.example(*sizes, **options)
+        return {**arguments, changed: Operand(one_row_more(arguments[changed].shape))}
+
+    def shapes():
+        leaves = case_of(name, "any", *place.sizes, **place.options).leaves()
+        return {k: tuple(v.shape) for k, v in leaves.items() if torch.is_tensor(v)}
+
+    before = shapes()
+    monkeypatch.setitem(OPS, name, dataclasses.replace(op, example=example))
+    assert shapes() == {**before, changed: one_row_more(before[changed])}
 
 
 def test_the_table_is_whole_after_a_mistake():

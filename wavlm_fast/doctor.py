@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from . import _private, audio, backends, machine
+from . import _private, audio, backends, machine, ops
 from .console import console, print_table, table, write_json
 from .kernels import _tuned
-
-_FRAMES, _HEADS, _HEAD_DIM, _CHANNELS, _CONV = 49, 12, 64, 768, 512  # one second of WavLM-base
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,9 +88,18 @@ def _places() -> dict[str, dict[str, dict[str, Any]]]:
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for device, dtype in places:
         name = f"{device} {str(dtype).removeprefix('torch.')}"
-        for op, arguments in EXAMPLES.items():
-            found.setdefault(op, {})[name] = _choose(op, arguments(torch.device(device), dtype))
+        for op in ops.OPS:
+            found.setdefault(op, {})[name] = _choose(op, example(op, dtype, device))
     return found
+
+
+def example(op: str, dtype: torch.dtype, device: torch.device | str) -> tuple:
+    """The arguments of an op's schema where WavLM-base has most for it to do in one second of audio.
+
+    Tensors have no values: choosing reads none.
+    """
+    known = ops.OPS[op]
+    return known.for_schema(ops.empty(known.largest(ops.Sizes()), dtype, device))
 
 
 def _choose(op: str, arguments: tuple) -> dict[str, Any]:
@@ -102,92 +108,6 @@ def _choose(op: str, arguments: tuple) -> dict[str, Any]:
     except backends.BackendUnavailable as error:
         return {"backend": "none", "reasons": [str(error)]}
     return {"backend": choice.backend, "reasons": [f"{name}: {reason}" for name, reason in choice.refused]}
-
-
-class _Make:
-    """Tensors of one device and dtype, without values: choosing reads none."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
-
-    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
-
-
-def _waveform_conv(new: _Make) -> tuple:
-    return new(1, 16000), new(_CONV, 1, 10), None, 5, "group", new(_CONV), new(_CONV), 1e-5, "gelu"
-
-
-def _strided_conv(new: _Make) -> tuple:
-    return new(1, 199, _CONV), new(_CONV, _CONV, 3), None, 2, None, None, 1e-5, "gelu", False
-
-
-def _positional_conv(new: _Make) -> tuple:
-    x, weight = new(1, _FRAMES, _CHANNELS), new(_CHANNELS, _CHANNELS // 16, 128)
-    return x, weight, new(_CHANNELS), 16, "gelu", True, False
-
-
-def _linear_act(new: _Make) -> tuple:
-    x, weight = new(1, _FRAMES, _CHANNELS), new(4 * _CHANNELS, _CHANNELS)
-    return x, weight, new(4 * _CHANNELS), "gelu", False
-
-
-def _add_layer_norm(new: _Make) -> tuple:
-    return new(1, _FRAMES, _CHANNELS), new(1, _FRAMES, _CHANNELS), new(_CHANNELS), new(_CHANNELS), 1e-5, False
-
-
-def _position_gate(new: _Make) -> tuple:
-    return new(1, _FRAMES, _CHANNELS), new(8, _HEAD_DIM), new(8), new(_HEADS)
-
-
-def _gated_attention(new: _Make) -> tuple:
-    q, k, v = (new(1, _FRAMES, _HEADS, _HEAD_DIM) for _ in range(3))
-    gate = new(1, _HEADS, _FRAMES, dtype=torch.float32)
-    bias = new(_HEADS, 2 * _FRAMES - 1, dtype=torch.float32)
-    return q, k, v, gate, bias, None, 0.0, None, _HEAD_DIM**-0.5
-
-
-def _tdnn(new: _Make) -> tuple:
-    return new(1, _FRAMES, _CONV), new(_CONV, 5 * _CONV), new(_CONV), 5, 1, "relu"
-
-
-def _feature_encoder(new: _Make) -> tuple:
-    weights, norm = [new(_CONV, 1, 10), new(_CONV, _CONV, 3)], [new(_CONV)]
-    return new(1, 16000), weights, [], [5, 2], "group", norm, norm, 1e-5, "gelu"
-
-
-def _encoder_layer(new: _Make) -> tuple:
-    width, wide = new(_CHANNELS), new(4 * _CHANNELS)
-    weights = [*(new(_CHANNELS, _CHANNELS) for _ in range(4)), new(4 * _CHANNELS, _CHANNELS)]
-    weights.append(new(_CHANNELS, 4 * _CHANNELS))
-    gate, norms = [new(8, _HEAD_DIM), new(8), new(_HEADS)], [width] * 4
-    bias = new(_HEADS, 2 * _FRAMES - 1, dtype=torch.float32)
-    x, biases = new(1, _FRAMES, _CHANNELS), [*[width] * 4, wide, width]
-    return x, bias, None, weights, biases, gate, norms, [1e-5] * 2, _HEAD_DIM**-0.5, "gelu", False
-
-
-def _stats_pool(new: _Make) -> tuple:
-    return new(1, _FRAMES, 3 * 500), None
-
-
-def _example(arguments: Callable[[_Make], tuple]) -> Callable[[torch.device, torch.dtype], tuple]:
-    return lambda device, dtype: arguments(_Make(device, dtype))
-
-
-# Op -> the arguments of its schema for one second of WavLM-base, given device and dtype.
-EXAMPLES = {
-    "feature_encoder": _example(_feature_encoder),
-    "waveform_conv": _example(_waveform_conv),
-    "strided_conv": _example(_strided_conv),
-    "positional_conv": _example(_positional_conv),
-    "linear_act": _example(_linear_act),
-    "add_layer_norm": _example(_add_layer_norm),
-    "position_gate": _example(_position_gate),
-    "gated_attention": _example(_gated_attention),
-    "encoder_layer": _example(_encoder_layer),
-    "tdnn": _example(_tdnn),
-    "stats_pool": _example(_stats_pool),
-}
 
 
 def _print(found: dict[str, Any]) -> None:

@@ -2,48 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from wavlm_fast.backends.triton import TABLE
+from wavlm_fast.ops import OPS, Op, Place, Sizes, empty
+from wavlm_fast.ops._define import arguments_of, schemas
 
 from ..run.cases import MODELS as SPECS
-from .compile import Launch, record, recording
+from .compile import Launch, record
 
 BATCH, SAMPLES = 8, 160_000  # 8 utterances of 10 s at 16 kHz
-KERNELS = (3, 3, 3, 3, 2, 2)  # of the strided convolutions
-FRAMES = 499  # that come of them
 TO_WAVEFORM = "waveform too"  # the case in which the waveform's own gradient is wanted, which training does not
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Model:
-    """The sizes of a WavLM that decide its launches."""
-
-    channels: int
-    heads: int
-    feed_forward: int
-    layers: int
-    norm: str  # of the feature encoder
-    conv_bias: bool
-
-    @classmethod
-    def of(cls, name: str) -> Model:
-        """Those of one of the MODELS of run/cases.py."""
-        c = SPECS[name].config
-        sizes = c.hidden_size, c.num_attention_heads, c.intermediate_size, c.num_hidden_layers
-        return cls(*sizes, c.feat_extract_norm, c.conv_bias)
-
-
-MODELS = {name: Model.of(name) for name in ("base", "large")}
+MODELS = {name: Sizes.of(SPECS[name].config, BATCH, SAMPLES) for name in ("base", "large")}
+FRAMES = MODELS["base"].frames
 # The models' heads have 64 channels. These fill a tile of 128, and leave some of it empty.
 WIDE_HEADS = (128, 80)
-# What takes packed frames and makes fewer of them.
-RESIZED = ("waveform_conv", "strided_conv", "tdnn")
+
+_ORDER = ("gated_attention", "waveform_conv", "strided_conv", "positional_conv", "linear_act", "add_layer_norm",
+          "position_gate", "tdnn", "stats_pool")  # fmt: skip
+_PACKED_STAGES = ("waveform_conv", "strided_conv", "positional_conv", "tdnn", "stats_pool")
+# Linear layers that have no activation, and are torch's.
+TORCHS = frozenset({"projection", "qkv", "out proj", "feed-forward out"})
+# Options beside those of a place: what takes lengths is given some.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "add_layer_norm": {"keep_sum": True},
+    "gated_attention": {"lengths": True},
+    "stats_pool": {"lengths": True},
+}
+# What tells the places of an op apart.
+_WHAT: dict[str, Callable[[Place], str]] = {
+    "strided_conv": lambda place: f"{place.what} {place.sizes[1]}",
+    "tdnn": lambda place: f"{place.what} {place.sizes[3]}",
+}
+_PACKING = ("offsets", "out_offsets", "out_frames")
 
 
 @dataclass(frozen=True)
@@ -60,163 +56,102 @@ class Case:
         return record(TABLE[self.op].fn, *self.args)
 
 
-@dataclass(frozen=True)
-class _New:
-    """Makes tensors without memory for `batch` utterances of `samples`."""
-
-    dtype: torch.dtype
-    batch: int
-    samples: int
-
-    @property
-    def frames(self) -> int:
-        """After the feature encoder."""
-        frames = (self.samples - 10) // 5 + 1
-        for kernel in KERNELS:
-            frames = (frames - kernel) // 2 + 1
-        return frames
-
-    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
-
-
 def cases(
     model: str, dtype: torch.dtype, backward: bool = True, batch: int = BATCH, samples: int = SAMPLES
 ) -> Iterator[Case]:
     """All ops of a model, forward and backward; an op that several layers share is there once."""
-    sizes, new = MODELS[model], _New(dtype, batch, samples)
-    for build in (_attention, _waveform, _strided, _positional, _linear, _norm, _gate, _head):
-        for op, args, what in build(sizes, new):
-            if backward or not op.endswith("_backward"):
-                yield Case(model, op, args, what)
+    sizes = replace(MODELS[model], batch=batch, samples=samples)
+    for op in map(OPS.get, _ORDER):
+        for place, what in _places(op, sizes):
+            arguments = _arguments(op, dtype, op.at(place, **_OPTIONS.get(op.name, {})))
+            yield from _calls(model, op, arguments, what, backward)
 
 
 def wide_heads(dtype: torch.dtype, batch: int = BATCH) -> Iterator[Case]:
     """Attention with each of WIDE_HEADS, forward and backward."""
+    op = OPS["gated_attention"]
     for D in WIDE_HEADS:
-        model, new = replace(MODELS["base"], channels=8 * D, heads=8), _New(dtype, batch, SAMPLES)
-        yield from (Case(f"heads of {D}", *found) for found in _attention(model, new))
+        arguments = _arguments(op, dtype, op.example(batch, FRAMES, 8, D, lengths=True))
+        yield from _calls(f"heads of {D}", op, arguments)
 
 
 def packed_stages(model: str, dtype: torch.dtype) -> Iterator[Case]:
     """What makes fewer of packed frames, forward and backward, on BATCH utterances one behind the other."""
     offsets = torch.empty(BATCH + 1, dtype=torch.int32, device="meta")
-    for case in cases(model, dtype, batch=1, samples=BATCH * SAMPLES):
-        if case.op.removesuffix("_backward") in RESIZED:
-            args = (*case.args, offsets, offsets, _out_frames(case))
-            yield Case(f"{model} packed", case.op, args, case.what)
-        elif case.op.startswith("positional_conv"):
-            yield Case(f"{model} packed", case.op, (*case.args, offsets), case.what)
-        elif case.op.startswith("stats_pool"):
-            # Lengths have nothing to say, and what is pooled is of each utterance.
-            args = [a.new_empty(BATCH, a.shape[1]) if a.dim() == 2 else a if a.dim() == 3 else None for a in case.args]
-            yield Case(f"{model} packed", case.op, (*args, offsets), case.what)
-
-
-def _out_frames(case: Case) -> int:
-    if case.op.endswith("_backward"):
-        return case.args[0].shape[1]
-    with recording():
-        out = TABLE[case.op].fn(*case.args)
-    return (out[0] if isinstance(out, tuple) else out).shape[1]
+    sizes = replace(MODELS[model], batch=1, samples=BATCH * SAMPLES)
+    for op in map(OPS.get, _PACKED_STAGES):
+        for place, what in _places(op, sizes):
+            arguments = _arguments(op, dtype, op.at(place))
+            packing = {"offsets": offsets}
+            if op.is_resizing:
+                packing |= {"out_offsets": offsets, "out_frames": _outputs(op, arguments)[0].shape[1]}
+            yield from _calls(f"{model} packed", op, arguments | packing, what)
 
 
 def packed(dtype: torch.dtype, batch: int = BATCH) -> Iterator[Case]:
     """Ops that know boundaries, on `batch` utterances packed into as many frames as uniform ones have."""
-    new = _New(dtype, batch, SAMPLES)
-    heads = {"base": MODELS["base"]}
-    heads |= {f"heads of {D}": replace(MODELS["base"], channels=8 * D, heads=8) for D in WIDE_HEADS}
-    for name, model in heads.items():
-        yield from (Case(name, *found) for found in _packed_attention(model, new))
+    op, offsets = OPS["gated_attention"], torch.empty(batch + 1, dtype=torch.int32, device="meta")
+    heads = {"base": (MODELS["base"].heads, MODELS["base"].width)} | {f"heads of {D}": (8, D) for D in WIDE_HEADS}
+    for name, (H, D) in heads.items():
+        longest = op.example(1, 2 * FRAMES, H, D)
+        example = {**op.example(1, batch * FRAMES, H, D), "rel_bias": longest["rel_bias"]}
+        yield from _calls(name, op, _arguments(op, dtype, example) | {"offsets": offsets}, "packed")
 
 
-def _packed_attention(m: Model, new: _New) -> Iterator[tuple[str, tuple, str]]:
-    D, frames, longest = m.channels // m.heads, new.batch * new.frames, 2 * new.frames
-    q, k, v = new(1, frames, 3, m.heads, D).unbind(2)
-    gate = new(1, m.heads, frames, dtype=torch.float32)
-    rel_bias = new(m.heads, 2 * longest - 1, dtype=torch.float32)
-    out, offsets = new(1, frames, m.heads, D), new(new.batch + 1, dtype=torch.int32)
-    yield "gated_attention", (q, k, v, gate, rel_bias, None, 0.0, None, D**-0.5, offsets), "packed"
-    operands = (out, q, k, v, gate, rel_bias, None, out, gate)
-    yield "gated_attention_backward", (*operands, 0.0, None, D**-0.5, offsets), "packed"
+def _places(op: Op, sizes: Sizes) -> Iterator[tuple[Place, str]]:
+    """Where kernels of ours run, and what is said of it."""
+    for place in op.places(sizes):
+        if place.what not in TORCHS:
+            yield place, _WHAT.get(op.name, lambda place: "")(place)
 
 
-def _attention(m: Model, new: _New) -> Iterator[tuple[str, tuple, str]]:
-    D = m.channels // m.heads
-    q, k, v = new(new.batch, new.frames, 3, m.heads, D).unbind(2)
-    gate = new(new.batch, m.heads, new.frames, dtype=torch.float32)
-    rel_bias = new(m.heads, 2 * new.frames - 1, dtype=torch.float32)
-    lengths = new(new.batch, dtype=torch.int64)
-    out = new(new.batch, new.frames, m.heads, D)
-    yield "gated_attention", (q, k, v, gate, rel_bias, lengths, 0.0, None, D**-0.5), ""
-    operands = (out, q, k, v, gate, rel_bias, lengths, out, gate)
-    yield "gated_attention_backward", (*operands, 0.0, None, D**-0.5), ""
+def _arguments(op: Op, dtype: torch.dtype, example: dict[str, Any]) -> dict[str, Any]:
+    """The example's arguments without memory: queries, keys and values as views of one product."""
+    made = empty(example, dtype, "meta")
+    if op.name == "gated_attention":
+        q = made["q"]
+        made |= zip("qkv", q.new_empty(*q.shape[:2], 3, *q.shape[2:]).unbind(2), strict=True)
+    return made
 
 
-def _wanted(*tensors: torch.Tensor | None) -> list[bool]:
-    return [t is not None for t in tensors]
+def _outputs(op: Op, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """What a forward returns that is to have a gradient."""
+    found = getattr(torch.ops.wavlm_fast, op.name)(*op.for_schema(arguments, save=True))
+    return found if isinstance(found, tuple) else (found,)
 
 
-def _waveform(m: Model, new: _New) -> Iterator[tuple[str, tuple, str]]:
-    waveform, weight, vector = new(new.batch, new.samples), new(512, 1, 10), new(512)
-    bias = vector if m.conv_bias else None
-    args = (waveform, weight, bias, 5, m.norm, vector, vector, 1e-5, "gelu")
-    yield "waveform_conv", args, ""
-    grad = new(new.batch, (new.samples - 10) // 5 + 1, 512)
-    for first, what in ((None, ""), (waveform, TO_WAVEFORM)):
-        yield "waveform_conv_backward", (grad, *args, _wanted(first, weight, bias, vector, vector)), what
+def _calls(
+    model: str, op: Op, arguments: dict[str, Any], what: str = "", backward: bool = True
+) -> Iterator[Case]:
+    """The forward, and what may follow it."""
+    forward = arguments
+    if op.name == "positional_conv":  # as the module makes it when no gradient is wanted
+        weight = arguments["weight"]
+        forward = {**arguments, "weight": weight.new_empty(weight.shape[::-1]).permute(2, 1, 0)}
+    yield Case(model, op.name, _in_order(op.name, {"save": False, **forward}), what)
+    if not backward:
+        return
+    name, given = f"{op.name}_backward", _given_backward(op, arguments)
+    for first in (False, True) if "waveform" in arguments else (True,):
+        wanted = [first, *(arguments[a] is not None for a in _tensors(op)[1:])]
+        also = TO_WAVEFORM if first and "waveform" in arguments else what
+        yield Case(model, name, _in_order(name, {**given, "wanted": wanted}), also)
 
 
-def _strided(m: Model, new: _New) -> Iterator[tuple[str, tuple, str]]:
-    frames = (new.samples - 10) // 5 + 1
-    norm = new(512) if m.norm == "layer" else None
-    bias = new(512) if m.conv_bias else None
-    for kernel in KERNELS:
-        x, weight, after = new(new.batch, frames, 512), new(512, 512, kernel), (frames - kernel) // 2 + 1
-        out, tail = new(new.batch, after, 512), (2, norm, norm, 1e-5, "gelu")
-        yield "strided_conv", (x, weight, bias, *tail, False), f"k{kernel} {frames}"
-        args = (out, x, weight, bias, out, *tail, _wanted(x, weight, bias, norm, norm))
-        yield "strided_conv_backward", args, f"k{kernel} {frames}"
-        frames = after
+def _given_backward(op: Op, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The forward's arguments, what it returns, and gradients of that, by their names in the backward's schema."""
+    takes = [a for a in arguments_of(schemas[f"{op.name}_backward"]) if a not in (*arguments, *_PACKING, "wanted")]
+    grads = [a for a in takes if a.startswith("grad")]
+    returned = (*op.outputs, *(a for a in takes if a not in (*op.outputs, *grads)))
+    made = dict(zip(returned, _outputs(op, arguments), strict=True))
+    return {**arguments, **made, **{a: made.get(a.removeprefix("grad_"), made[returned[0]]) for a in grads}}
 
 
-def _positional(m: Model, new: _New) -> Iterator[tuple[str, tuple, str]]:
-    x, weight, bias = new(new.batch, new.frames, m.channels), new(m.channels, m.channels // 16, 128), new(m.channels)
-    by_taps = new(*weight.shape[::-1]).permute(2, 1, 0)  # as the module makes it when no gradient is wanted
-    yield "positional_conv", (x, by_taps, bias, 16, "gelu", True, False), ""
-    yield "positional_conv_backward", (x, x, weight, bias, x, 16, "gelu", True, [True] * 3), ""
+def _tensors(op: Op) -> list[str]:
+    """The arguments of a dense batch that may have gradients."""
+    return [a for a, kind in op.arguments.items() if kind in ("Tensor", "Tensor?") and a not in _PACKING]
 
 
-def _linear(m: Model, new: _New) -> Iterator[tuple[str, tuple, str]]:
-    x, weight, bias = new(new.batch, new.frames, m.channels), new(m.feed_forward, m.channels), new(m.feed_forward)
-    out = new(new.batch, new.frames, m.feed_forward)
-    yield "linear_act", (x, weight, bias, "gelu", False), ""
-    yield "linear_act_backward", (out, x, weight, bias, out, "gelu", [True] * 3), ""
-
-
-def _norm(m: Model, new: _New) -> Iterator[tuple[str, tuple, str]]:
-    x, w = new(new.batch, new.frames, m.channels), new(m.channels)
-    yield "add_layer_norm", (x, x, w, w, 1e-5, True), ""
-    yield "add_layer_norm_backward", (x, x, x, w, 1e-5), ""
-
-
-def _gate(m: Model, new: _New) -> Iterator[tuple[str, tuple, str]]:
-    x, weight, bias = new(new.batch, new.frames, m.channels), new(8, m.channels // m.heads), new(8)
-    grad = new(new.batch, m.heads, new.frames, dtype=torch.float32)
-    yield "position_gate", (x, weight, bias, new(m.heads)), ""
-    yield "position_gate_backward", (grad, x, weight, bias, new(m.heads)), ""
-
-
-def _head(m: Model, new: _New) -> Iterator[tuple[str, tuple, str]]:
-    frames, channels = new.frames, 512
-    for width, kernel, dilation in ((512, 5, 1), (512, 3, 2), (512, 3, 3), (512, 1, 1), (1500, 1, 1)):
-        x, weight, bias = new(new.batch, frames, channels), new(width, kernel * channels), new(width)
-        frames -= (kernel - 1) * dilation
-        out = new(new.batch, frames, width)
-        yield "tdnn", (x, weight, bias, kernel, dilation, "relu"), f"k{kernel} d{dilation} {width}"
-        args = (out, x, weight, bias, out, kernel, dilation, "relu", [True] * 3)
-        yield "tdnn_backward", args, f"k{kernel} d{dilation} {width}"
-        channels = width
-    x, lengths = new(new.batch, frames, channels), new(new.batch, dtype=torch.int64)
-    yield "stats_pool", (x, lengths), ""
-    yield "stats_pool_backward", (new(new.batch, 2 * channels), x, lengths, new(new.batch, 2 * channels)), ""
+def _in_order(op: str, given: dict[str, Any]) -> tuple[Any, ...]:
+    """As the schema has them, those of packed frames only where they are given."""
+    return tuple(given.get(name) for name in arguments_of(schemas[op]) if name in given or name not in _PACKING)

@@ -14,23 +14,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from wavlm_fast.backends.triton import TABLE
+from wavlm_fast.ops import OPS, Place
 
-from .cases import MODELS, TO_WAVEFORM, Case, cases
+from ..run.flops import STAGES
+from .cases import MODELS, TO_WAVEFORM, TORCHS, Case, cases
 from .compile import Launch, recording
 from .torch_bytes import sizes
-
-# Stage of run/flops.py -> the op that is the whole of it, apart from torch's linear layers.
-OPS = {
-    "waveform conv": "waveform_conv",
-    "feature encoder": "strided_conv",
-    "positional conv": "positional_conv",
-    "gate": "position_gate",
-    "attention": "gated_attention",
-    "feed-forward in": "linear_act",
-    "norms": "add_layer_norm",
-}
-PER_LAYER = {"qkv": 1, "gate": 1, "attention": 1, "out proj": 1, "feed-forward in": 1, "feed-forward out": 1,
-             "norms": 2}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,30 +80,32 @@ def _saves(case: Case) -> Case:
 
 def calls(model: str, dtype: torch.dtype, batch: int, samples: int, train: bool) -> Iterator[Call]:
     """All calls of a forward, or of a training step, in the order of run/flops.py's STAGES."""
-    sizes = MODELS[model]
-    found = list(cases(model, dtype, train, batch, samples))
-    stages = {op: stage for stage, op in OPS.items()}
-    for case in found:
+    of_model = replace(MODELS[model], batch=batch, samples=samples)
+    places = [(op.name, place) for op in OPS.values() for place in op.places(of_model) if place.stage in STAGES]
+    stages = {op: place.stage for op, place in places if place.what not in TORCHS}
+    times = {place.stage: place.times for _, place in places}
+    for case in cases(model, dtype, train, batch, samples):
         stage = stages.get(case.op.removesuffix("_backward"))
         if stage is not None and case.what != TO_WAVEFORM:
-            times = PER_LAYER.get(stage, 0) * sizes.layers or 1
             case = _saves(case) if train else case
-            yield _call(stage, case.op, times, TABLE[case.op].fn, case.args)
-    frames = next(c for c in found if c.op == "add_layer_norm").args[0].shape[1]
-    C, F = sizes.channels, sizes.feed_forward
-    for stage, narrow, wide in (
-        ("projection", 512, C), ("qkv", C, 3 * C), ("out proj", C, C), ("feed-forward out", F, C),
-    ):  # fmt: skip
-        times = PER_LAYER.get(stage, 0) * sizes.layers or 1
-        x, weight, bias, grad = (
-            torch.empty(shape, dtype=dtype, device="meta")
-            for shape in ((batch * frames, narrow), (wide, narrow), (wide,), (batch * frames, wide))
-        )
-        if stage == "projection":  # after a layer norm
-            yield _call(stage, "layer_norm", 1, torch.nn.functional.layer_norm, (x, (narrow,), x[0], x[0]))
-        yield _call(stage, "linear", times, torch.nn.functional.linear, (x, weight, bias))
-        if train:
-            yield _call(stage, "linear_backward", times, _linear_backward, (grad, x, weight))
+            yield _call(stage, case.op, times[stage], TABLE[case.op].fn, case.args)
+    for _, place in places:
+        if place.what in TORCHS:
+            yield from _linear(place, dtype, train)
+
+
+def _linear(place: Place, dtype: torch.dtype, train: bool) -> Iterator[Call]:
+    """A linear layer of torch's."""
+    stage, (batch, frames, narrow), wide = place.stage, place.sizes, place.options["outer"]
+    x, weight, bias, grad = (
+        torch.empty(shape, dtype=dtype, device="meta")
+        for shape in ((batch * frames, narrow), (wide, narrow), (wide,), (batch * frames, wide))
+    )
+    if stage == "projection":  # after a layer norm
+        yield _call(stage, "layer_norm", 1, torch.nn.functional.layer_norm, (x, (narrow,), x[0], x[0]))
+    yield _call(stage, "linear", place.times, torch.nn.functional.linear, (x, weight, bias))
+    if train:
+        yield _call(stage, "linear_backward", place.times, _linear_backward, (grad, x, weight))
 
 
 def _linear_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -84,7 +84,7 @@ def transformers_bytes(model: str, dtype: torch.dtype) -> Iterator[tuple[str, st
     sizes = MODELS[model]
     large = sizes.norm == "layer"
     config = WavLMConfig(
-        hidden_size=sizes.channels, num_attention_heads=sizes.heads, intermediate_size=sizes.feed_forward,
+        hidden_size=sizes.channels, num_attention_heads=sizes.heads, intermediate_size=sizes.inner,
         num_hidden_layers=1, feat_extract_norm=sizes.norm, do_stable_layer_norm=large, conv_bias=sizes.conv_bias,
         activation_dropout=0.0, attention_dropout=0.0, hidden_dropout=0.0,
     )  # fmt: skip

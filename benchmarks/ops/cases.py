@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import WavLMConfig
 
 from wavlm_fast import audio, backends, measure, memory
 from wavlm_fast.errors import first_line
+from wavlm_fast.ops import OPS, Op, Place, Sizes
 from wavlm_fast.parity import cases as parity_cases
 from wavlm_fast.parity import plain, rule, run_ops
 
-from ..run import flops
 from ..run.cases import MODELS
 from ..run.peaks import Peaks
 from ..run.providers import SHORT
@@ -62,16 +61,12 @@ class OpCase:
         return run_ops.moved(run_ops.rounded(self.inputs, dtype), torch.device(device))
 
 
-@dataclass(frozen=True)
-class _Call:
-    """A call of an op: what the builder of its parity cases takes, and the operations of its forward."""
-
-    op: str
-    what: str
-    sizes: tuple[Any, ...]
-    options: dict[str, Any]
-    operations: float = 0.0
-    gradients: float = 2.0  # in forwards; 0: it has no gradient
+# What a model runs and nobody measures: smaller linear layers, and time-delay layers like others.
+_UNMEASURED = frozenset({"linear_act projection", "linear_act out proj", "tdnn k3 d3", "tdnn k1 d1"})
+# Options of cases that no place has: queries, keys and values are views of one product.
+_OPTIONS: dict[str, dict[str, Any]] = {"gated_attention": {"layout": "packed"}}
+_RAGGED = frozenset({"gated_attention", "stats_pool"})  # measured with lengths too
+_HEAD = "x-vector head"
 
 
 def op_cases(model: str, batch: int, length: float) -> list[OpCase]:
@@ -85,86 +80,52 @@ def op_cases(model: str, batch: int, length: float) -> list[OpCase]:
     Raises:
         ValueError: the audio is shorter than one frame.
     """
-    config, samples = MODELS[model].config, int(length * audio.RATE)
-    if flops.frames(config, samples)[-1] < 1:
+    sizes = Sizes.of(MODELS[model].config, batch, int(length * audio.RATE))
+    if sizes.frames < 1:
         raise ValueError(f"{length} s of audio are shorter than one frame")
     made = []
-    for call in _calls(config, batch, samples):
-        inputs = parity_cases.case_of(call.op, call.what, *call.sizes, **call.options)
-        if call.op == "add_layer_norm":  # of a sum that is not kept comes no gradient
-            inputs = dataclasses.replace(inputs, upstream=(0, 1) if call.options["keep_sum"] else (1,))
-        for training in (False, True) if call.gradients else (False,):
-            operations = call.operations * (1 + call.gradients * training)
+    for op, what, place, options in _calls(sizes):
+        inputs = parity_cases.case_of(op.name, what, *place.sizes, **options)
+        if op.name == "add_layer_norm":  # of a sum that is not kept comes no gradient
+            inputs = dataclasses.replace(inputs, upstream=(0, 1) if options["keep_sum"] else (1,))
+        # As much for the weights' gradient as for the forward, and again for that of what comes in.
+        gradients = 1 + _INPUTS.isdisjoint(op.arguments)
+        for training in (False, True) if op.has_gradient else (False,):
+            operations = float(op.flops(**op.at(place)) * (1 + gradients * training))
             bound = dataclasses.replace(inputs, differentiate=training)
-            made.append(OpCase(call.op, call.what, model, batch, length, bound, operations, training))
+            made.append(OpCase(op.name, what, model, batch, length, bound, operations, training))
     return made
 
 
-def _calls(config: WavLMConfig, batch: int, samples: int) -> Iterator[_Call]:
-    counted = flops.forward(config, batch, samples)
-    yield from _front_end(config, batch, samples, counted)
-    T, C, H = flops.frames(config, samples)[-1], config.hidden_size, config.num_attention_heads
-    D, inner, layers = C // H, config.intermediate_size, config.num_hidden_layers
-    yield _Call(
-        "positional_conv", "positional_conv",
-        (batch, T, C, config.num_conv_pos_embeddings, config.num_conv_pos_embedding_groups), {},
-        counted["positional conv"],
-    )  # fmt: skip
-    feed_forward = ("feed-forward in", C, inner, config.hidden_act), ("feed-forward out", inner, C, "none")
-    for stage, narrow, wide, act in (("qkv", C, 3 * C, "none"), *feed_forward):
-        options = {"outer": wide, "act": act}
-        yield _Call("linear_act", f"linear_act {stage}", (batch, T, narrow), options, counted[stage] / layers)
-    stable = config.do_stable_layer_norm
-    yield _Call("add_layer_norm", "add_layer_norm", (batch, T, C), {"keep_sum": stable})
-    yield _Call("position_gate", "position_gate", (batch, T, H, D), {}, counted["gate"] / layers)
-    attention = (batch, T, H, D), {"layout": "packed"}, counted["attention"] / layers
-    yield _Call("gated_attention", "gated_attention", *attention)
-    if batch > 1:
-        attention[1]["lengths"] = _ragged(batch, T)
-        yield _Call("gated_attention", "gated_attention ragged", *attention)
-    stages = ("qkv", "gate", "attention", "out proj", "feed-forward in", "feed-forward out")
-    options = {"act": config.hidden_act, "norm_first": stable}
-    count = sum(counted[stage] for stage in stages) / layers
-    yield _Call("encoder_layer", "encoder_layer", (batch, T, H, D, inner), options, count, 0.0)
-    yield from _head(config, batch, T)
+def _calls(sizes: Sizes) -> Iterator[tuple[Op, str, Place, dict[str, Any]]]:
+    """Every op where the model runs it, what it is called there, and the options of its case.
+
+    Of places that differ only in frames the first.
+    """
+    seen = set(_UNMEASURED)
+    for op in OPS.values():
+        for place in op.places(sizes):
+            what = f"{op.name} {place.what}".rstrip()
+            if what in seen or (place.stage == _HEAD and not _has_head(sizes)):
+                continue
+            seen.add(what)
+            if op.name == "stats_pool":  # of short audio time-delay layers leave little to pool: over all frames
+                place = dataclasses.replace(place, sizes=(sizes.batch, sizes.frames, *place.sizes[2:]))
+            options = {**place.options, **_OPTIONS.get(op.name, {})}
+            yield op, what, place, options
+            if sizes.batch > 1 and op.name in _RAGGED:
+                yield op, f"{what} ragged", place, {**options, "lengths": _ragged(sizes.batch, sizes.frames)}
+
+
+def _has_head(sizes: Sizes) -> bool:
+    """Whether the time-delay layers that are measured have frames."""
+    op = OPS["tdnn"]
+    return all(op.flops(**op.at(p)) > 0 for p in op.places(sizes) if f"tdnn {p.what}" not in _UNMEASURED)
 
 
 def _ragged(batch: int, frames: int) -> tuple[int, ...]:
     """Lengths from a fifth of the frames to all of them."""
     return tuple(max(1, round(frames * (0.2 + 0.8 * i / (batch - 1)))) for i in range(batch))
-
-
-def _front_end(config: WavLMConfig, batch: int, samples: int, counted: Mapping[str, float]) -> Iterator[_Call]:
-    norm, act, bias = config.feat_extract_norm, config.feat_extract_activation, config.conv_bias
-    options = {"bias": bias, "act": act}
-    layers = list(zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True))
-    first = counted["waveform conv"]
-    yield _Call("waveform_conv", "waveform_conv", (batch, samples, *layers[0]), {"norm": norm, **options}, first, 1.0)
-    frames = flops.frames(config, samples)
-    # One of each kernel: the first, which has the most frames.
-    for i in sorted({kernel: i for i, (_, kernel, _) in reversed([*enumerate(layers)][1:])}.values()):
-        (inner, _, _), (outer, kernel, stride) = layers[i - 1], layers[i]
-        count = 2.0 * batch * frames[i] * inner * outer * kernel
-        sizes = (batch, frames[i - 1], inner, outer, kernel, stride)
-        yield _Call("strided_conv", f"strided_conv k{kernel}", sizes, {"norm": norm == "layer", **options}, count)
-    whole = counted["waveform conv"] + counted["feature encoder"]
-    yield _Call("feature_encoder", "feature_encoder", (batch, samples, *layers), {"norm": norm, **options}, whole, 0.0)
-
-
-def _head(config: WavLMConfig, batch: int, T: int) -> Iterator[_Call]:
-    """Of the x-vector head the first two time-delay layers, of which one is dilated, and the pooling."""
-    width, frames = config.tdnn_dim[0], T
-    for outer, kernel, dilation in [*zip(config.tdnn_dim, config.tdnn_kernel, config.tdnn_dilation, strict=True)][:2]:
-        after = frames - (kernel - 1) * dilation
-        if after < 1:
-            return
-        count = 2.0 * batch * after * width * outer * kernel
-        yield _Call("tdnn", f"tdnn k{kernel} d{dilation}", (batch, frames, width, outer, kernel, dilation), {}, count)
-        width, frames = outer, after
-    pooled = (batch, T, config.tdnn_dim[-1])
-    yield _Call("stats_pool", "stats_pool", pooled, {})
-    if batch > 1:
-        yield _Call("stats_pool", "stats_pool ragged", pooled, {"lengths": _ragged(batch, T)})
 
 
 class BoundOp:
@@ -225,7 +186,7 @@ class BoundOp:
 
     def _named(self, outputs: Any) -> dict[str, Tensor]:
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return dict(zip(run_ops.OUTPUTS.get(self._case.op, ("out",)), outputs, strict=False))
+        return dict(zip(OPS[self._case.op].outputs, outputs, strict=False))
 
 
 def _floating(value: Any) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from wavlm_fast import backends
 from wavlm_fast.modules._versions import RETURNS_WEIGHTS_UNASKED
+from wavlm_fast.ops import OPS
 from wavlm_fast.parity import plain
 from wavlm_fast.parity.composed import encoder_layer_of
 from wavlm_fast.parity.definitions import toeplitz
@@ -22,7 +23,7 @@ from ..run.providers import SHORT
 
 DTYPES = {short: dtype for dtype, short in SHORT.items()}
 # Ops that stand for several others, and run as those where there is no kernel for the whole.
-WHOLE = frozenset({"feature_encoder", "encoder_layer"})
+WHOLE = frozenset(name for name, op in OPS.items() if op.parts)
 _FASTEST = {"cpu": "cpu", "cuda": "triton"}
 
 

@@ -4,6 +4,7 @@ import json
 import sys
 from collections import Counter
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ pytest.importorskip("triton")
 if sys.platform != "linux":
     pytest.skip("Triton compiles on Linux alone", allow_module_level=True)
 
+from wavlm_fast import ops
 from wavlm_fast.benchmarks.gpu import static as gpu_static
 from wavlm_fast.benchmarks.gpu.architectures import ARCHITECTURES
 from wavlm_fast.benchmarks.gpu.bound import matrix_operations
-from wavlm_fast.benchmarks.gpu.cases import DTYPES, cases
+from wavlm_fast.benchmarks.gpu.cases import DTYPES, cases, packed, packed_stages, wide_heads
 from wavlm_fast.benchmarks.gpu.code import Mix
 from wavlm_fast.benchmarks.gpu.compile import Built, Product, build, record
 from wavlm_fast.benchmarks.gpu.static import BOUNDS, QUICK, Task, faults, judge, main, per_score, tasks
@@ -23,6 +25,22 @@ from wavlm_fast.kernels.add_layer_norm import add_layer_norm
 
 OPS = sorted({case.op for case in cases("base", torch.bfloat16)})
 ATTENTION = "gated_attention_fwd_kernel"
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_every_case_is_a_valid_call(dtype):
+    """The fake kernels check shapes and dtypes, of backward ops too."""
+    many = (cases("base", dtype), cases("large", dtype), wide_heads(dtype), packed(dtype))
+    for case in chain(*many, packed_stages("base", dtype), packed_stages("large", dtype)):
+        getattr(torch.ops.wavlm_fast, case.op)(*case.args)
+
+
+def test_cases_are_of_the_calls_that_the_ops_describe(monkeypatch):
+    op = ops.OPS["add_layer_norm"]
+    described = replace(op, example=lambda *shape, **options: {**op.example(*shape, **options), "eps": 0.5})
+    monkeypatch.setitem(ops.OPS, "add_layer_norm", described)
+    found = [case.args for case in cases("base", torch.bfloat16) if case.op.startswith("add_layer_norm")]
+    assert [[a for a in args if isinstance(a, float)] for args in found] == [[0.5], [0.5]]
 
 
 @pytest.mark.parametrize("architecture", QUICK)

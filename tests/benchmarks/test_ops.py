@@ -16,7 +16,7 @@ import wavlm_fast.ops
 from wavlm_fast import measure
 from wavlm_fast.benchmarks.ops import cases as ops
 from wavlm_fast.benchmarks.ops import providers as op_providers
-from wavlm_fast.benchmarks.run import cases, peaks
+from wavlm_fast.benchmarks.run import cases, flops, peaks
 from wavlm_fast.parity import plain
 
 LARGE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
@@ -116,6 +116,30 @@ def test_operations_are_what_torch_counts(model, batch):
             # torch counts the weight's gradient as if every channel met every other.
             counted -= (cases.MODELS[model].config.num_conv_pos_embedding_groups - 1) * case.operations / 3
         assert case.operations == counted, case.name
+
+
+def test_calls_and_operations_are_those_that_the_ops_describe(monkeypatch):
+    for name, op in wavlm_fast.ops.OPS.items():
+        with_eps = {"eps": 0.5} if "eps" in op.arguments and name != "encoder_layer" else {}
+
+        def example(*sizes, op=op, more=with_eps, **options):
+            return {**op.example(*sizes, **options), **more}
+
+        changed = dataclasses.replace(op, example=example, flops=lambda **arguments: 7)
+        monkeypatch.setitem(wavlm_fast.ops.OPS, name, changed)
+    seen = set()
+    for case in ops.op_cases("base", 2, 0.3):
+        gradients = 1 if case.op == "waveform_conv" else 2
+        assert case.operations == 7 * (1 + gradients * case.training)
+        seen |= {v for v in case.inputs.arrange(case.build(torch.float32, "cpu")) if isinstance(v, float)}
+    assert 0.5 in seen
+    assert 1e-5 not in seen
+    config = cases.MODELS["base"].config
+    stages = {"waveform conv": 1, "feature encoder": len(config.conv_dim) - 1, "projection": 1, "positional conv": 1}
+    stages |= dict.fromkeys(("qkv", "gate", "attention", "out proj", "feed-forward in", "feed-forward out"),
+                            config.num_hidden_layers)  # fmt: skip
+    found = flops.forward(config, 1, 16_000)
+    assert {stage: count / 7 for stage, count in found.items() if stage in stages} == stages
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,5 +1,6 @@
 """`wavlm-fast doctor` tells what is there, and what is not, without failing over it."""
 
+import dataclasses
 import json
 import sys
 
@@ -39,16 +40,17 @@ def test_json_says_what_the_chooser_says(command):
     assert found["versions"]["torch"] == torch.__version__
     for op, places in found["ops"].items():
         for dtype in (torch.float32, torch.bfloat16):
-            choice = backends.choose(op, doctor.EXAMPLES[op](torch.device("cpu"), dtype))
+            choice = backends.choose(op, doctor.example(op, dtype, "cpu"))
             told = places[f"cpu {str(dtype).removeprefix('torch.')}"]
             assert told["backend"] == choice.backend
             assert told["reasons"] == [f"{name}: {reason}" for name, reason in choice.refused]
 
 
-@pytest.mark.parametrize("op", sorted(doctor.EXAMPLES))
-def test_the_examples_are_valid_calls(op):
-    arguments = doctor.EXAMPLES[op](torch.device("meta"), torch.float32)
-    getattr(torch.ops.wavlm_fast, op)(*arguments)  # the fake kernel checks shapes and dtypes
+def test_it_asks_about_the_calls_that_the_ops_describe(monkeypatch):
+    described = dataclasses.replace(ops.OPS["tdnn"], example=lambda *sizes: {"x": ops.Operand((7, *sizes))})
+    monkeypatch.setitem(ops.OPS, "tdnn", dataclasses.replace(described, flops=lambda x: x.shape[1]))
+    asked = doctor.example("tdnn", torch.bfloat16, "cpu")
+    assert (asked[0].shape, asked[0].dtype, asked[1:]) == ((7, 1, 49, 512, 512, 5, 1), torch.bfloat16, (None,) * 8)
 
 
 def test_json_to_a_file_comes_beside_the_text(command, tmp_path):

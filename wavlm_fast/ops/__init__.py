@@ -9,6 +9,7 @@ save within a factor of two of its end, where the order of a sum decides, and wh
 """
 
 from ._define import kernels, references, schemas
+from ._registry import Op, Operand, Place, Sizes, described, empty
 from .add_layer_norm import add_layer_norm
 from .encoder_layer import encoder_layer
 from .feature_encoder import feature_encoder
@@ -22,7 +23,13 @@ from .tdnn import tdnn
 from .waveform_conv import waveform_conv
 
 __all__ = [
+    "OPS",
+    "Op",
+    "Operand",
+    "Place",
+    "Sizes",
     "add_layer_norm",
+    "empty",
     "encoder_layer",
     "feature_encoder",
     "gated_attention",
@@ -37,3 +44,21 @@ __all__ = [
     "tdnn",
     "waveform_conv",
 ]
+
+# Op name -> what is known of it beside its contract, in the order in which the signal meets them.
+OPS = {
+    name: described[name]
+    for name in (
+        "feature_encoder",
+        "waveform_conv",
+        "strided_conv",
+        "positional_conv",
+        "linear_act",
+        "add_layer_norm",
+        "position_gate",
+        "gated_attention",
+        "encoder_layer",
+        "tdnn",
+        "stats_pool",
+    )
+}

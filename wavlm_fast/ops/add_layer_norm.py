@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import _check as check
 from ._define import accumulation_dtype, autocast_by, define, differentiate, needs_grad, or_empty
+from ._registry import Arguments, Operand, Place, Sizes, describe, vector
 
 NAME = "add_layer_norm"
 BACKWARD = f"{NAME}_backward"
@@ -139,3 +140,23 @@ def _autocast(
 
 
 autocast_by(NAME, _autocast)
+
+
+def _example(*shape: int, keep_sum: bool = True) -> Arguments:
+    return {
+        "x": Operand(shape),
+        "residual": Operand(shape),
+        "weight": vector(shape[-1]),
+        "bias": vector(shape[-1]),
+        "eps": 1e-5,
+        "keep_sum": keep_sum,
+    }
+
+
+def _in_model(s: Sizes) -> list[Place]:
+    options = {"keep_sum": s.norm_first}
+    return [Place("norms", (s.batch, s.frames, s.channels), options, times=2 * s.layers)]
+
+
+_OUTPUTS = ("sum", "normed")
+describe(NAME, add_layer_norm, example=_example, flops=lambda **rest: 0, places=_in_model, outputs=_OUTPUTS)

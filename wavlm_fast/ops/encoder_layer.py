@@ -13,6 +13,7 @@ from ..derived import concatenated
 from . import _check as check
 from ._define import accumulation_dtype, autocast, define, references
 from ._packed import check_either, check_packed
+from ._registry import Arguments, Operand, Place, Sizes, describe, described, multiplied, vector
 from .add_layer_norm import add_layer_norm, check_norm
 from .add_layer_norm import reference as add_layer_norm_reference
 from .gated_attention import check_rel_bias, gated_attention
@@ -198,3 +199,42 @@ _op = define(
 )
 references[NAME] = reference
 autocast(NAME, _op, lower=(0,), weights=(3, 4))
+
+
+def _example(
+    batch: int, frames: int, heads: int, width: int, inner: int, *,
+    lengths: bool = False, activation: str = "gelu", norm_first: bool = False,
+) -> Arguments:  # fmt: skip
+    channels = heads * width
+    shapes = [(channels, channels)] * 4 + [(inner, channels), (channels, inner)]
+    attention = described["gated_attention"].example(batch, frames, heads, width, lengths=lengths)
+    gate = described["position_gate"].example(batch, frames, heads, width)
+    return {
+        "x": gate["x"],
+        "rel_bias": attention["rel_bias"],
+        "key_lengths": attention["key_lengths"],
+        "weights": [Operand(shape) for shape in shapes],
+        "biases": [vector(shape[0]) for shape in shapes],
+        "gate": [gate[name] for name in ("weight", "bias", "const")],
+        "norms": [vector(channels)] * 4,
+        "eps": [1e-5, 1e-5],
+        "scale": attention["scale"],
+        "activation": activation,
+        "norm_first": norm_first,
+    }
+
+
+def _flops(x: Operand, weights: list[Operand], gate: list[Operand], **rest: object) -> int:
+    (batch, frames, channels), heads = x.shape, gate[2].shape[0]
+    q = Operand((batch, frames, heads, channels // heads))
+    parts = described["gated_attention"].flops(q), described["position_gate"].flops(x, gate[0], gate[2])
+    return sum(parts) + sum(multiplied(batch * frames, weight) for weight in weights)
+
+
+def _in_model(s: Sizes) -> list[Place]:
+    options = {"activation": s.activation, "norm_first": s.norm_first}
+    return [Place("layer", (s.batch, s.frames, s.heads, s.width, s.inner), options, times=s.layers)]
+
+
+_PARTS = ("linear_act", "position_gate", "gated_attention", "add_layer_norm")
+describe(NAME, encoder_layer, example=_example, flops=_flops, places=_in_model, parts=_PARTS)

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import _check as check
 from ._define import autocast, define, needs_grad, references
 from ._packed import RESIZED, Resized, bounds, check_resized, windows
+from ._registry import Arguments, Operand, Place, Sizes, describe, multiplied, vector
 from .strided_conv import reference as further_reference
 from .strided_conv import strided_conv
 from .waveform_conv import NORMS, waveform_conv
@@ -196,3 +197,39 @@ _op = define(
 )
 references[NAME] = reference
 autocast(NAME, _op, lower=(0,), weights=(1, 2))
+
+
+def _example(
+    batch: int, samples: int, *layers: tuple[int, int, int],
+    norm: str = "group", bias: bool = False, activation: str = "gelu",
+) -> Arguments:  # fmt: skip
+    channels = [1, *(channels for channels, _, _ in layers)]
+    normed = {"none": 0, "group": 1, "layer": len(layers)}[norm]
+    return {
+        "waveform": Operand((batch, samples)),
+        "weights": [Operand((layer[0], before, layer[1])) for before, layer in zip(channels, layers, strict=False)],
+        "biases": [vector(c) for c in channels[1:] if bias],
+        "strides": [stride for _, _, stride in layers],
+        "norm": norm,
+        "norm_weights": [vector(c) for c in channels[1 : normed + 1]],
+        "norm_biases": [vector(c) for c in channels[1 : normed + 1]],
+        "eps": 1e-5,
+        "activation": activation,
+    }
+
+
+def _flops(waveform: Operand, weights: list[Operand], strides: list[int], **rest: object) -> int:
+    (batch, frames), count = waveform.shape, 0
+    for weight, stride in zip(weights, strides, strict=True):
+        frames = windows(weight.shape[2], stride)(frames)
+        count += multiplied(batch * frames, weight)
+    return count
+
+
+def _in_model(s: Sizes) -> list[Place]:
+    options = {"norm": s.norm, "bias": s.conv_bias, "activation": s.conv_activation}
+    return [Place("front end", (s.batch, s.samples, *s.convs), options)]
+
+
+_PARTS = ("waveform_conv", "strided_conv")
+describe(NAME, feature_encoder, example=_example, flops=_flops, places=_in_model, parts=_PARTS)

@@ -11,6 +11,7 @@ from . import _check as check
 from ._define import accumulation_dtype, autocast, define, differentiate
 from ._dropout import keep_mask
 from ._packed import bounds, check_either, check_packed
+from ._registry import Arguments, Operand, Place, Sizes, describe
 
 NAME = "gated_attention"
 BACKWARD = f"{NAME}_backward"
@@ -351,3 +352,34 @@ def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
 
 differentiate(NAME, reference, _backward, save=lambda outputs: outputs)
 autocast(NAME, _op, lower=(0, 1, 2))
+
+
+def _example(
+    batch: int, frames: int, heads: int, width: int, *,
+    lengths: bool = False, dropout: float = 0.0, scale: float | None = None,
+) -> Arguments:  # fmt: skip
+    each = Operand((batch, frames, heads, width))
+    return {
+        "q": each,
+        "k": each,
+        "v": each,
+        "gate": Operand((batch, heads, frames), wide=True),
+        "rel_bias": Operand((heads, 2 * frames - 1), wide=True),
+        "key_lengths": Operand((batch,), dtype=torch.int64) if lengths else None,
+        "dropout_p": dropout,
+        "seed": Operand((1,), dtype=torch.int64) if dropout else None,
+        "scale": width**-0.5 if scale is None else scale,
+    }
+
+
+def _flops(q: Operand, **rest: object) -> int:
+    batch, frames, heads, width = q.shape
+    return 2 * 2 * batch * heads * frames * frames * width
+
+
+def _in_model(s: Sizes) -> list[Place]:
+    return [Place("attention", (s.batch, s.frames, s.heads, s.width), times=s.layers)]
+
+
+_OUTPUTS = ("out", "lse")
+describe(NAME, gated_attention, example=_example, flops=_flops, places=_in_model, outputs=_OUTPUTS)

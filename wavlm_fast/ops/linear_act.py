@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,6 +12,7 @@ from ..freed import contiguous
 from . import _check as check
 from ._activation import activate, activate_backward
 from ._define import autocast, define, differentiate, needs_grad, only, or_empty, or_none
+from ._registry import Arguments, Operand, Place, Sizes, describe, multiplied, vector
 
 NAME = "linear_act"
 BACKWARD = f"{NAME}_backward"
@@ -102,3 +105,34 @@ def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
 
 differentiate(NAME, reference, _backward, save=lambda outputs: outputs[1:], unread="save")
 autocast(NAME, _op, lower=(0,), weights=(1, 2))
+
+
+def _example(*shape: int, outer: int, bias: bool = True, activation: str = "none") -> Arguments:
+    return {
+        "x": Operand(shape),
+        "weight": Operand((outer, shape[-1])),
+        "bias": vector(outer, bias),
+        "activation": activation,
+    }
+
+
+def _flops(x: Operand, weight: Operand, **rest: object) -> int:
+    return multiplied(math.prod(x.shape[:-1]), weight)
+
+
+def _in_model(s: Sizes) -> list[Place]:
+    C, inner = s.channels, s.inner
+
+    def place(stage: str, narrow: int, wide: int, activation: str = "none", times: int = s.layers) -> Place:
+        return Place(stage, (s.batch, s.frames, narrow), {"outer": wide, "activation": activation}, stage, times)
+
+    return [
+        place("projection", s.convs[-1][0], C, times=1),
+        place("qkv", C, 3 * C),
+        place("out proj", C, C),
+        place("feed-forward in", C, inner, s.activation),
+        place("feed-forward out", inner, C),
+    ]
+
+
+describe(NAME, linear_act, example=_example, flops=_flops, places=_in_model)

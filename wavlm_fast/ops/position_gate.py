@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import _check as check
 from ._define import accumulation_dtype, autocast, define, differentiate
+from ._registry import Arguments, Operand, Place, Sizes, describe, multiplied, vector
 
 NAME = "position_gate"
 BACKWARD = f"{NAME}_backward"
@@ -112,3 +113,23 @@ def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
 
 differentiate(NAME, reference, _backward)
 autocast(NAME, _op)
+
+
+def _example(batch: int, frames: int, heads: int, width: int) -> Arguments:
+    return {
+        "x": Operand((batch, frames, heads * width)),
+        "weight": Operand((8, width)),
+        "bias": vector(8),
+        "const": vector(heads),
+    }
+
+
+def _flops(x: Operand, weight: Operand, const: Operand, **rest: object) -> int:
+    return multiplied(x.shape[0] * x.shape[1] * const.shape[0], weight)
+
+
+def _in_model(s: Sizes) -> list[Place]:
+    return [Place("gate", (s.batch, s.frames, s.heads, s.width), times=s.layers)]
+
+
+describe(NAME, position_gate, example=_example, flops=_flops, places=_in_model)

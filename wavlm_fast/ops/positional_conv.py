@@ -10,6 +10,7 @@ from . import _check as check
 from ._activation import activate, activate_backward
 from ._define import autocast, define, differentiate, needs_grad, only, or_empty, or_none
 from ._packed import Resized, check_packed, each, each_backward, windows
+from ._registry import Arguments, Operand, Place, Sizes, describe, multiplied, vector
 
 NAME = "positional_conv"
 BACKWARD = f"{NAME}_backward"
@@ -215,3 +216,28 @@ def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
 
 differentiate(NAME, reference, _backward, save=lambda outputs: outputs[1:], unread="save")
 autocast(NAME, _op, lower=(0,), weights=(1, 2))
+
+
+def _example(
+    batch: int, frames: int, channels: int, kernel: int, groups: int, *,
+    bias: bool = True, activation: str = "gelu", residual: bool = True,
+) -> Arguments:  # fmt: skip
+    return {
+        "x": Operand((batch, frames, channels)),
+        "weight": Operand((channels, channels // groups, kernel)),
+        "bias": vector(channels, bias),
+        "groups": groups,
+        "activation": activation,
+        "residual": residual,
+    }
+
+
+def _flops(x: Operand, weight: Operand, **rest: object) -> int:
+    return multiplied(x.shape[0] * x.shape[1], weight)
+
+
+def _in_model(s: Sizes) -> list[Place]:
+    return [Place("positional conv", (s.batch, s.frames, s.channels, s.taps, s.groups))]
+
+
+describe(NAME, positional_conv, example=_example, flops=_flops, places=_in_model)

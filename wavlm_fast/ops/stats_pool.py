@@ -8,6 +8,7 @@ from torch import Tensor
 from . import _check as check
 from ._define import accumulation_dtype, autocast, define, differentiate
 from ._packed import check_either, check_packed, joined, utterances
+from ._registry import Arguments, Operand, Place, Sizes, describe
 
 NAME = "stats_pool"
 BACKWARD = f"{NAME}_backward"
@@ -116,3 +117,17 @@ def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
 
 differentiate(NAME, reference, _backward, save=lambda outputs: outputs)
 autocast(NAME, _op)
+
+
+def _example(batch: int, frames: int, channels: int, *, lengths: bool = False) -> Arguments:
+    return {
+        "x": Operand((batch, frames, channels)),
+        "lengths": Operand((batch,), dtype=torch.int64) if lengths else None,
+    }
+
+
+def _in_model(s: Sizes) -> list[Place]:
+    return [Place("x-vector head", (s.batch, s.frames_of_tdnn[-1], s.tdnn[-1][0]))]
+
+
+describe(NAME, stats_pool, example=_example, flops=lambda **rest: 0, places=_in_model)

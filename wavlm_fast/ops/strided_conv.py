@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,6 +12,7 @@ from . import _check as check
 from ._activation import activate, activate_backward
 from ._define import autocast, define, differentiate, needs_grad, only, or_empty, or_none
 from ._packed import DENSE, RESIZED, Resized, check_resized, each_backward, each_resized, windows
+from ._registry import Arguments, Operand, Place, Sizes, describe, multiplied, vector
 
 NAME = "strided_conv"
 BACKWARD = f"{NAME}_backward"
@@ -282,3 +285,36 @@ def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
 
 differentiate(NAME, reference, _backward, save=lambda outputs: outputs[1:], unread="save")
 autocast(NAME, _op, lower=(0,), weights=(1, 2))
+
+
+def _example(
+    batch: int, frames: int, inner: int, outer: int, kernel: int, stride: int, *,
+    norm: bool = False, bias: bool = False, activation: str = "gelu",
+) -> Arguments:  # fmt: skip
+    return {
+        "x": Operand((batch, frames, inner)),
+        "weight": Operand((outer, inner, kernel)),
+        "bias": vector(outer, bias),
+        "stride": stride,
+        "norm_weight": vector(outer, norm),
+        "norm_bias": vector(outer, norm),
+        "eps": 1e-5,
+        "activation": activation,
+    }
+
+
+def _flops(x: Operand, weight: Operand, stride: int, **rest: object) -> int:
+    batch, frames, _ = x.shape
+    return multiplied(batch * windows(weight.shape[2], stride)(frames), weight)
+
+
+def _in_model(s: Sizes) -> list[Place]:
+    options = {"norm": s.norm == "layer", "bias": s.conv_bias, "activation": s.conv_activation}
+    pairs = zip(s.frames_of_convs, pairwise(s.convs), strict=False)
+    return [
+        Place("feature encoder", (s.batch, frames, inner, *layer), options, f"k{layer[1]}")
+        for frames, ((inner, _, _), layer) in pairs
+    ]
+
+
+describe(NAME, strided_conv, example=_example, flops=_flops, places=_in_model)

@@ -10,6 +10,7 @@ from . import _check as check
 from ._activation import activate
 from ._define import autocast, define, differentiate, only, or_none
 from ._packed import RESIZED, Resized, check_resized, each_backward, each_resized, windows
+from ._registry import Arguments, Operand, Place, Sizes, describe, multiplied, vector
 
 NAME = "tdnn"
 BACKWARD = f"{NAME}_backward"
@@ -208,3 +209,33 @@ def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
 
 differentiate(NAME, reference, _backward, save=lambda outputs: outputs)
 autocast(NAME, _op, lower=(0,), weights=(1, 2))
+
+
+def _example(
+    batch: int, frames: int, inner: int, outer: int, kernel: int, dilation: int, *,
+    bias: bool = True, activation: str = "relu",
+) -> Arguments:  # fmt: skip
+    return {
+        "x": Operand((batch, frames, inner)),
+        "weight": Operand((outer, kernel * inner)),
+        "bias": vector(outer, bias),
+        "kernel_size": kernel,
+        "dilation": dilation,
+        "activation": activation,
+    }
+
+
+def _flops(x: Operand, weight: Operand, kernel_size: int, dilation: int, **rest: object) -> int:
+    batch, frames, _ = x.shape
+    return multiplied(batch * windows((kernel_size - 1) * dilation + 1)(frames), weight)
+
+
+def _in_model(s: Sizes) -> list[Place]:
+    frames, channels = [s.frames, *s.frames_of_tdnn], [s.tdnn[0][0], *(outer for outer, _, _ in s.tdnn)]
+    return [
+        Place("x-vector head", (s.batch, *before, *layer), what=f"k{layer[1]} d{layer[2]}")
+        for *before, layer in zip(frames, channels, s.tdnn, strict=False)
+    ]
+
+
+describe(NAME, tdnn, example=_example, flops=_flops, places=_in_model)

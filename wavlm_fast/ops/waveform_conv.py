@@ -10,6 +10,7 @@ from . import _check as check
 from ._activation import activate, activate_backward
 from ._define import autocast, define, differentiate, only, or_none
 from ._packed import RESIZED, Resized, check_resized, each_backward, each_resized, windows
+from ._registry import Arguments, Operand, Place, Sizes, describe, multiplied, vector
 
 NAME = "waveform_conv"
 BACKWARD = f"{NAME}_backward"
@@ -252,3 +253,34 @@ def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
 
 differentiate(NAME, reference, _backward)
 autocast(NAME, _op, lower=(0,), weights=(1, 2))
+
+
+def _example(
+    batch: int, samples: int, channels: int, kernel: int = 10, stride: int = 5, *, norm: str = "group",
+    bias: bool = False, affine: bool = True, activation: str = "gelu",
+) -> Arguments:  # fmt: skip
+    affine = affine and norm != "none"
+    return {
+        "waveform": Operand((batch, samples)),
+        "weight": Operand((channels, 1, kernel)),
+        "bias": vector(channels, bias),
+        "stride": stride,
+        "norm": norm,
+        "norm_weight": vector(channels, affine),
+        "norm_bias": vector(channels, affine),
+        "eps": 1e-5,
+        "activation": activation,
+    }
+
+
+def _flops(waveform: Operand, weight: Operand, stride: int, **rest: object) -> int:
+    batch, samples = waveform.shape
+    return multiplied(batch * windows(weight.shape[2], stride)(samples), weight)
+
+
+def _in_model(s: Sizes) -> list[Place]:
+    options = {"norm": s.norm, "bias": s.conv_bias, "activation": s.conv_activation}
+    return [Place("waveform conv", (s.batch, s.samples, *s.convs[0]), options)]
+
+
+describe(NAME, waveform_conv, example=_example, flops=_flops, places=_in_model)

@@ -14,33 +14,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import OPS
+
 
 @dataclass(frozen=True)
 class _Shape:
     """How an op's arguments and outputs lie.
 
     Attributes:
-        dense: the number of arguments before `offsets`, less `save`.
         frames: position of an argument that has frames -> its dimension of frames.
         bias: the position of the bias `[H, 2L - 1]`, of which an utterance has what lies around its centre.
         outputs: the dimension along which the utterances' outputs lie, for each of them.
     """
 
-    dense: int
     frames: tuple[tuple[int, int], ...] = ((0, 1),)
     bias: int | None = None
     outputs: tuple[int, ...] = (1,)
 
 
 _SHAPES = {
-    "waveform_conv": _Shape(9),
-    "feature_encoder": _Shape(9),
-    "strided_conv": _Shape(8),
-    "positional_conv": _Shape(6),
-    "gated_attention": _Shape(9, frames=((0, 1), (1, 1), (2, 1), (3, 2)), bias=4, outputs=(1, 2)),
-    "encoder_layer": _Shape(11, bias=1),
-    "tdnn": _Shape(6),
-    "stats_pool": _Shape(2, outputs=(0,)),
+    "waveform_conv": _Shape(),
+    "feature_encoder": _Shape(),
+    "strided_conv": _Shape(),
+    "positional_conv": _Shape(),
+    "gated_attention": _Shape(frames=((0, 1), (1, 1), (2, 1), (3, 2)), bias=4, outputs=(1, 2)),
+    "encoder_layer": _Shape(bias=1),
+    "tdnn": _Shape(),
+    "stats_pool": _Shape(outputs=(0,)),
 }
 PACKED = tuple(_SHAPES)
 
@@ -70,10 +70,10 @@ def each(op: str, dense: Callable[..., Any]) -> Callable[..., Any]:
     """`dense`, which takes the arguments of `op` for dense batches, for packed frames too."""
     if op not in _SHAPES:
         return dense
-    shape = _SHAPES[op]
+    shape, count = _SHAPES[op], list(OPS[op].arguments).index("offsets")
 
     def run(*args: Any) -> Any:
-        own, packed = args[: shape.dense], args[shape.dense :]
+        own, packed = args[:count], args[count:]
         if not packed or packed[0] is None:
             return dense(*own)
         ends = packed[0].tolist()

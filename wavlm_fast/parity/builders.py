@@ -9,16 +9,16 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .composed import arrange_layer, arrange_stack, layer, stack
-from .values import OUTLIER, Build, Leaves, gain, hidden_states, matrix, normal, optional, uniform
-
-
-def _in_order(leaves: Leaves) -> tuple:
-    return tuple(leaves.values())
+from ..ops import OPS, Operand
+from .composed import layer, stack
+from .drawn import Drawn, usual
+from .values import OUTLIER, Build, Leaves, normal, uniform
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Case:
     op: str
     name: str
     build: Build
-    arrange: Callable[[Leaves], tuple] = _in_order
+    arrange: Callable[[Leaves], tuple]
     wide: frozenset[str] = frozenset()
     upstream: tuple[int, ...] = (0,)
     differentiate: bool = True
@@ -53,103 +53,59 @@ class Case:
         return self.build(torch.Generator().manual_seed(seed))
 
 
-def waveform(
-    batch: int, samples: int, channels: int, kernel: int = 10, stride: int = 5, *, norm: str = "group",
-    bias: bool = False, affine: bool = True, act: str = "gelu", quiet: bool = False,
-) -> Build:  # fmt: skip
-    def build(g: torch.Generator) -> Leaves:
+def waveform(*sizes: int, quiet: bool = False, **options: Any) -> Drawn:
+    def draw(g: torch.Generator, name: str, operand: Operand, before: Leaves) -> Tensor:
+        if name != "waveform":
+            return usual(g, name, operand, before)
+        batch, samples = operand.shape
         waveform = normal(g, batch, samples)
         # Speech does not stay at one loudness, and a hum plus an offset make windows correlated.
         time = torch.arange(samples, dtype=torch.float64)
         waveform = waveform * (0.1 + torch.linspace(0, 2, batch)[:, None]) + torch.sin(time / 7) + 0.5
-        return {
-            "waveform": waveform * (3e-3 if quiet else 1),
-            "weight": matrix(g, channels, 1, kernel),
-            "bias": optional(g, channels, bias),
-            "stride": stride,
-            "norm": norm,
-            "norm_weight": gain(g, channels) if affine and norm != "none" else None,
-            "norm_bias": optional(g, channels, affine and norm != "none"),
-            "eps": 1e-5,
-            "activation": act,
-        }
+        return waveform * (3e-3 if quiet else 1)
 
-    return build
+    return Drawn("waveform_conv", OPS["waveform_conv"].example(*sizes, **options), draw)
 
 
-def strided(
-    batch: int, frames: int, inner: int, outer: int, kernel: int, stride: int, *,
-    norm: bool = False, bias: bool = False, act: str = "gelu", quiet: bool = False,
-) -> Build:  # fmt: skip
-    def build(g: torch.Generator) -> Leaves:
-        return {
-            "x": normal(g, batch, frames, inner) * 3e-3 if quiet else hidden_states(g, batch, frames, inner),
-            "weight": matrix(g, outer, inner, kernel),
-            "bias": optional(g, outer, bias),
-            "stride": stride,
-            "norm_weight": gain(g, outer) if norm else None,
-            "norm_bias": optional(g, outer, norm),
-            "eps": 1e-5,
-            "activation": act,
-        }
+def strided(*sizes: int, quiet: bool = False, **options: Any) -> Drawn:
+    def draw(g: torch.Generator, name: str, operand: Operand, before: Leaves) -> Tensor:
+        if quiet and name == "x":
+            return normal(g, *operand.shape) * 3e-3
+        return usual(g, name, operand, before)
 
-    return build
+    return Drawn("strided_conv", OPS["strided_conv"].example(*sizes, **options), draw)
 
 
-def positional(
-    batch: int, frames: int, channels: int, kernel: int, groups: int, *,
-    bias: bool = True, act: str = "gelu", residual: bool = True,
-) -> Build:  # fmt: skip
-    def build(g: torch.Generator) -> Leaves:
-        return {
-            "x": hidden_states(g, batch, frames, channels),
-            "weight": matrix(g, channels, channels // groups, kernel) * 2,
-            "bias": optional(g, channels, bias),
-            "groups": groups,
-            "activation": act,
-            "residual": residual,
-        }
+def positional(*sizes: int, **options: Any) -> Drawn:
+    def draw(g: torch.Generator, name: str, operand: Operand, before: Leaves) -> Tensor:
+        return usual(g, name, operand, before) * (2 if name == "weight" else 1)
 
-    return build
+    return Drawn("positional_conv", OPS["positional_conv"].example(*sizes, **options), draw)
 
 
-def linear(*shape: int, outer: int, bias: bool = True, act: str = "none") -> Build:
-    def build(g: torch.Generator) -> Leaves:
-        return {
-            "x": hidden_states(g, *shape),
-            "weight": matrix(g, outer, shape[-1]),
-            "bias": optional(g, outer, bias),
-            "activation": act,
-        }
+def norm(*shape: int, quiet: bool = False, **options: Any) -> Drawn:
+    def draw(g: torch.Generator, name: str, operand: Operand, before: Leaves) -> Tensor:
+        if name not in ("x", "residual"):
+            return usual(g, name, operand, before)
+        loud = name == "x" and not quiet
+        return (usual(g, name, operand, before) if loud else normal(g, *operand.shape)) * (3e-3 if quiet else 1)
 
-    return build
+    return Drawn("add_layer_norm", OPS["add_layer_norm"].example(*shape, **options), draw)
 
 
-def norm(*shape: int, quiet: bool = False, keep_sum: bool = True) -> Build:
-    def build(g: torch.Generator) -> Leaves:
-        make = normal if quiet else hidden_states
-        scale = 3e-3 if quiet else 1
-        return {
-            "x": make(g, *shape) * scale,
-            "residual": normal(g, *shape) * scale,
-            "weight": gain(g, shape[-1]),
-            "bias": normal(g, shape[-1], std=0.5),
-            "eps": 1e-5,
-            "keep_sum": keep_sum,
-        }
+def gate(*sizes: int) -> Drawn:
+    def draw(g: torch.Generator, name: str, operand: Operand, before: Leaves) -> Tensor:
+        if name == "weight":
+            # The logits must spread, not saturate: outliers enter through small weights, as in trained models.
+            (rows, width), channels = operand.shape, before["x"].shape[-1]
+            weight = normal(g, rows, width, std=0.75 * width**-0.5)
+            weight[:, [c % width for c in (3, channels // 2 + 1)]] *= 3 / OUTLIER
+            return weight
+        if name == "const":
+            return 0.5 + 2.5 * uniform(g, *operand.shape)
+        return normal(g, *operand.shape, std=0.3) if name == "bias" else usual(g, name, operand, before)
 
-    return build
-
-
-def gate(batch: int, frames: int, heads: int, width: int) -> Build:
-    def build(g: torch.Generator) -> Leaves:
-        x = hidden_states(g, batch, frames, heads * width)
-        # The logits must spread, not saturate: outliers enter through small weights, as in trained models.
-        weight = normal(g, 8, width, std=0.75 * width**-0.5)
-        weight[:, [c % width for c in (3, heads * width // 2 + 1)]] *= 3 / OUTLIER
-        return {"x": x, "weight": weight, "bias": normal(g, 8, std=0.3), "const": 0.5 + 2.5 * uniform(g, heads)}
-
-    return build
+    return Drawn("position_gate", OPS["position_gate"].example(*sizes), draw)
 
 
 def every_other_frame(leaves: Leaves) -> tuple:
@@ -157,100 +113,88 @@ def every_other_frame(leaves: Leaves) -> tuple:
     return x[:, 1::2], *rest
 
 
-def attention(
-    batch: int, frames: int, heads: int, width: int, *, lengths: tuple[int, ...] | None = None,
-    dropout: float = 0.0, layout: str = "separate", outliers: bool = False, scale: float | None = None,
-) -> Build:  # fmt: skip
-    shapes = {
-        "packed": (batch, frames, 3, heads, width),
-        "separate": (3, batch, frames, heads, width),
-        "heads first": (3, batch, heads, frames, width),
-        "window": (3, batch, frames + 3, heads, width + 4),
-    }
+# Layout of queries, keys and values -> the shape of the tensor that they are views of.
+_LAYOUTS: dict[str, Callable[[int, int, int, int], tuple[int, ...]]] = {
+    "packed": lambda B, T, H, D: (B, T, 3, H, D),
+    "separate": lambda B, T, H, D: (3, B, T, H, D),
+    "heads first": lambda B, T, H, D: (3, B, H, T, D),
+    "window": lambda B, T, H, D: (3, B, T + 3, H, D + 4),
+}
 
-    def build(g: torch.Generator) -> Leaves:
-        qkv = normal(g, *shapes[layout])
+
+@dataclass(frozen=True, eq=False)
+class _Attention(Drawn):
+    """Of queries, keys and values in one tensor, in one of _LAYOUTS."""
+
+    layout: str = "separate"
+
+    def arrange(self, leaves: Leaves) -> tuple:
+        qkv = leaves["qkv"]
+        if self.layout == "packed":
+            qkv = qkv.unbind(2)
+        elif self.layout == "heads first":
+            qkv = [x.transpose(1, 2) for x in qkv]
+        elif self.layout == "window":
+            qkv = [x[:, 1:-2, :, 3:-1] for x in qkv]
+        return super().arrange({**leaves, **dict(zip("qkv", qkv, strict=True))})
+
+
+def attention(
+    *sizes: int, lengths: tuple[int, ...] | None = None, layout: str = "separate", outliers: bool = False,
+    **options: Any,
+) -> Drawn:  # fmt: skip
+    q, _, _, *others = OPS["gated_attention"].example(*sizes, lengths=lengths is not None, **options).items()
+    example = {"qkv": Operand(_LAYOUTS[layout](*q[1].shape)), **dict(others)}
+
+    def draw(g: torch.Generator, name: str, operand: Operand, before: Leaves) -> Tensor:
+        if name == "gate":
+            return 0.2 + 3.6 * uniform(g, *operand.shape)
+        if name == "rel_bias":
+            return normal(g, *operand.shape, std=1.5).clamp(-5, 5)
+        if name != "qkv":
+            return torch.tensor(lengths if name == "key_lengths" else [2**33 + 20260131])
+        qkv = normal(g, *operand.shape)
         if layout == "separate":
             qkv[:2] *= 1.7  # scores of a deviation of three: rows with a handful of heavy keys
         if outliers:
             # Large in the product's one factor, small in the other, and large in the values.
             qkv[0, ..., 1], qkv[1, ..., 1] = OUTLIER, qkv[1, ..., 1] / OUTLIER
             qkv[2, ..., 2] += OUTLIER
-        return {
-            "qkv": qkv,
-            "gate": 0.2 + 3.6 * uniform(g, batch, heads, frames),
-            "rel_bias": normal(g, heads, 2 * frames - 1, std=1.5).clamp(-5, 5),
-            "key_lengths": None if lengths is None else torch.tensor(lengths),
-            "dropout_p": dropout,
-            "seed": torch.tensor([2**33 + 20260131]) if dropout else None,
-            "scale": width**-0.5 if scale is None else scale,
-            "layout": layout,
-        }
+        return qkv
 
-    return build
+    return _Attention("gated_attention", example, draw, layout)
 
 
-def _views(leaves: Leaves) -> tuple:
-    values = dict(leaves)
-    qkv, layout = values.pop("qkv"), values.pop("layout")
-    if layout == "packed":
-        qkv = qkv.unbind(2)
-    elif layout == "heads first":
-        qkv = [x.transpose(1, 2) for x in qkv]
-    elif layout == "window":
-        qkv = [x[:, 1:-2, :, 3:-1] for x in qkv]
-    return (*qkv, *values.values())
+def pool(*sizes: int, lengths: tuple[int, ...] | None = None) -> Drawn:
+    def draw(g: torch.Generator, name: str, operand: Operand, before: Leaves) -> Tensor:
+        return torch.tensor(lengths) if name == "lengths" else usual(g, name, operand, before)
+
+    return Drawn("stats_pool", OPS["stats_pool"].example(*sizes, lengths=lengths is not None), draw)
 
 
-def tdnn(
-    batch: int, frames: int, inner: int, outer: int, kernel: int, dilation: int, *, bias: bool = True, act: str = "relu"
-) -> Build:
-    def build(g: torch.Generator) -> Leaves:
-        return {
-            "x": hidden_states(g, batch, frames, inner),
-            "weight": matrix(g, outer, kernel * inner),
-            "bias": optional(g, outer, bias),
-            "kernel_size": kernel,
-            "dilation": dilation,
-            "activation": act,
-        }
-
-    return build
+def _as_described(op: str, *sizes: Any, **options: Any) -> Drawn:
+    return Drawn(op, OPS[op].example(*sizes, **options))
 
 
-def pool(batch: int, frames: int, channels: int, lengths: tuple[int, ...] | None = None) -> Build:
-    def build(g: torch.Generator) -> Leaves:
-        return {
-            "x": hidden_states(g, batch, frames, channels),
-            "lengths": None if lengths is None else torch.tensor(lengths),
-        }
-
-    return build
+linear = partial(_as_described, "linear_act")
+tdnn = partial(_as_described, "tdnn")
 
 
-_COMMON: dict[str, dict[str, Any]] = {
-    "gated_attention": {"arrange": _views, "wide": frozenset({"gate", "rel_bias"})},
-    "feature_encoder": {"arrange": arrange_stack, "differentiate": False},
-    "encoder_layer": {"arrange": arrange_layer, "wide": frozenset({"rel_bias"}), "differentiate": False},
-}
+def case(op: str, name: str, build: Drawn, **more: Any) -> Case:
+    usually = {"arrange": build.arrange, "wide": build.wide, "differentiate": OPS[op].has_gradient}
+    return Case(op, name, build, **usually | more)
 
 
-def case(op: str, name: str, build: Build, **more: Any) -> Case:
-    more = _COMMON.get(op, {}) | more
-    return Case(op, name, build, **more)
-
-
-BUILDERS: dict[str, Callable[..., Build]] = {
+# Builders of calls whose values are not the usual ones by their names, or that have options about values.
+_BUILDERS: dict[str, Callable[..., Drawn]] = {
     "feature_encoder": stack,
     "waveform_conv": waveform,
     "strided_conv": strided,
     "positional_conv": positional,
-    "linear_act": linear,
     "add_layer_norm": norm,
     "position_gate": gate,
     "gated_attention": attention,
     "encoder_layer": layer,
-    "tdnn": tdnn,
     "stats_pool": pool,
 }
 
@@ -260,6 +204,7 @@ def case_of(op: str, name: str, *sizes: Any, **options: Any) -> Case:
 
     Args:
         op, name: identify it; equal names have equal random numbers.
-        sizes, options: what the builder of the op's cases takes.
+        sizes, options: what the op's example takes, and the builder of its cases.
     """
-    return case(op, name, BUILDERS[op](*sizes, **options))
+    builder = _BUILDERS.get(op, partial(_as_described, op))
+    return case(op, name, builder(*sizes, **options))

@@ -11,7 +11,7 @@ import torch
 import transformers
 from rich.console import Console
 
-from .. import audio, backends
+from .. import audio, backends, ops
 from ..console import (
     add_truncated_argument,
     apply_threads,
@@ -23,7 +23,7 @@ from ..console import (
 )
 from ..errors import UserError
 from . import run_checkpoint, run_models, run_ops, table
-from .cases import OPS, cases_of
+from .cases import cases_of
 from .mutation_check import self_test
 from .rule import DTYPES, FAIL, SKIPPED, Result
 
@@ -139,7 +139,7 @@ def op_results(
         quick: only a selection of the cases.
         chosen: only cases with this in "op case".
     """
-    for op in OPS:
+    for op in ops.OPS:
         for backend in wanted:
             if backend == "auto" and len(wanted) > 1 and not run_ops.mixes(op, device):
                 continue

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .values import OUTLIER, Build, Leaves, gain, hidden_states, matrix, normal, uniform
+from ..ops import OPS, Operand
+from .drawn import Drawn, usual
+from .values import OUTLIER, Leaves, gain, hidden_states, matrix, normal, uniform
 
 _Parts = Mapping[str, Callable[..., Any]]
 
@@ -75,74 +77,51 @@ def encoder_layer_of(parts: _Parts) -> Callable[..., Tensor]:
     return encoder_layer
 
 
-def stack(
-    batch: int, samples: int, *layers: tuple[int, int, int],
-    norm: str = "group", bias: bool = False, act: str = "gelu", quiet: bool = False,
-) -> Build:  # fmt: skip
-    """A feature encoder of layers (channels, kernel, stride)."""
+def stack(*sizes: Any, quiet: bool = False, **options: Any) -> Drawn:
+    """A feature encoder of layers (channels, kernel, stride) after batch and samples."""
 
-    def build(g: torch.Generator) -> Leaves:
+    def draw(g: torch.Generator, name: str, operand: Operand, before: Leaves) -> Tensor:
+        if name.startswith("weights"):
+            return matrix(g, *operand.shape) * 1.5
+        if name != "waveform":
+            return usual(g, name, operand, before)
+        batch, samples = operand.shape
         time = torch.arange(samples, dtype=torch.float64)
         waveform = normal(g, batch, samples) * (0.1 + torch.linspace(0, 2, batch)[:, None]) + torch.sin(time / 7)
-        leaves: Leaves = {"waveform": waveform * (3e-3 if quiet else 1)}
-        narrow = 1
-        for i, (channels, kernel, _) in enumerate(layers):
-            normed = norm == "layer" or (norm == "group" and i == 0)
-            leaves[f"weight {i}"] = matrix(g, channels, narrow, kernel) * 1.5
-            if bias:
-                leaves[f"bias {i}"] = normal(g, channels, std=0.5)
-            if normed:
-                leaves |= {f"norm weight {i}": gain(g, channels), f"norm bias {i}": normal(g, channels, std=0.5)}
-            narrow = channels
-        strides = [stride for _, _, stride in layers]
-        return leaves | {"strides": strides, "norm": norm, "eps": 1e-5, "activation": act}
+        return waveform * (3e-3 if quiet else 1)
 
-    return build
+    return Drawn("feature_encoder", OPS["feature_encoder"].example(*sizes, **options), draw)
 
 
-def arrange_stack(leaves: Leaves) -> tuple:
-    """The leaves of `stack` as the op takes them."""
-    def of(kind: str) -> list[Tensor]:
-        names = [f"{kind} {i}" for i in range(len(leaves["strides"]))]
-        return [leaves[name] for name in names if name in leaves]
+def layer(*sizes: int, lengths: tuple[int, ...] | None = None, **options: Any) -> Drawn:
+    """A transformer layer with weights under which all of it matters."""
+    example = OPS["encoder_layer"].example(*sizes, lengths=lengths is not None, **options)
 
-    weights, biases, norm_weights, norm_biases = map(of, ("weight", "bias", "norm weight", "norm bias"))
-    head = (leaves["waveform"], weights, biases, leaves["strides"], leaves["norm"])
-    return *head, norm_weights, norm_biases, leaves["eps"], leaves["activation"]
+    def draw(g: torch.Generator, name: str, operand: Operand, before: Leaves) -> Tensor:
+        if name == "x":
+            return hidden_states(g, *operand.shape)
+        if name == "rel_bias":
+            return normal(g, *operand.shape, std=1.5).clamp(-5, 5)
+        if name == "key_lengths":
+            return torch.tensor(lengths)
+        large = (before["x"].abs().amax((0, 1)) > OUTLIER / 2).to(torch.float64)
+        return _parameter(g, name, operand, large)
 
-
-def layer(
-    batch: int, length: int, heads: int, width: int, inner: int, *,
-    lengths: tuple[int, ...] | None = None, act: str = "gelu", norm_first: bool = False,
-) -> Build:  # fmt: skip
-    """A transformer layer of `heads` · `width` channels, with weights under which all of it matters."""
-    channels = heads * width
-
-    def build(g: torch.Generator) -> Leaves:
-        x = hidden_states(g, batch, length, channels)
-        leaves: Leaves = {"x": x, "rel_bias": normal(g, heads, 2 * length - 1, std=1.5).clamp(-5, 5)}
-        leaves["key_lengths"] = None if lengths is None else torch.tensor(lengths)
-        shapes = [(channels, channels)] * 4 + [(inner, channels), (channels, inner)]
-        large = (x.abs().amax((0, 1)) > OUTLIER / 2).to(torch.float64)
-        for i, shape in enumerate(shapes):
-            weight = matrix(g, *shape) * (1.5 if i < 2 else 1)
-            # Who reads the frames reads of their large channels not much more than of the others.
-            leaves[f"weight {i}"] = weight * (1 - large + large * 3 / OUTLIER) if i in (0, 1, 2, 4) else weight
-            leaves[f"bias {i}"] = normal(g, shape[0], std=0.3)
-        folded = large.view(heads, width).amax(0)
-        leaves["gate weight"] = normal(g, 8, width, std=0.75 * width**-0.5) * (1 - folded + folded * 3 / OUTLIER)
-        leaves |= {"gate bias": normal(g, 8, std=0.3), "gate const": 0.5 + 2.5 * uniform(g, heads)}
-        for i in range(2):
-            leaves |= {f"norm weight {i}": gain(g, channels), f"norm bias {i}": normal(g, channels, std=0.5)}
-        return leaves | {"eps": [1e-5, 3e-3], "scale": width**-0.5, "activation": act, "norm_first": norm_first}
-
-    return build
+    return Drawn("encoder_layer", {**example, "eps": [1e-5, 3e-3]}, draw)
 
 
-def arrange_layer(leaves: Leaves) -> tuple:
-    """The leaves of `layer` as the op takes them."""
-    weights, biases = ([leaves[f"{kind} {i}"] for i in range(6)] for kind in ("weight", "bias"))
-    gate = [leaves[f"gate {name}"] for name in ("weight", "bias", "const")]
-    norms = [leaves[f"norm {name} {i}"] for i in range(2) for name in ("weight", "bias")]
-    head = (leaves["x"], leaves["rel_bias"], leaves["key_lengths"], weights, biases, gate, norms)
-    return *head, *(leaves[name] for name in ("eps", "scale", "activation", "norm_first"))
+def _parameter(g: torch.Generator, name: str, operand: Operand, large: Tensor) -> Tensor:
+    """Of a layer into which frames with `large` channels come: who reads these reads of them not much more than of the
+    others."""
+    (kind, _, index), shape = name.partition(" "), operand.shape
+    if kind == "weights":
+        weight = matrix(g, *shape) * (1.5 if index in "01" else 1)
+        return weight * (1 - large + large * 3 / OUTLIER) if index in "0124" else weight
+    if kind == "gate" and index == "0":
+        folded = large.view(-1, shape[1]).amax(0)
+        return normal(g, *shape, std=0.75 * shape[1] ** -0.5) * (1 - folded + folded * 3 / OUTLIER)
+    if kind == "gate" and index == "2":
+        return 0.5 + 2.5 * uniform(g, *shape)
+    if kind == "norms":
+        return gain(g, *shape) if index in "02" else normal(g, *shape, std=0.5)
+    return normal(g, *shape, std=0.3)  # biases, that of the gate among them

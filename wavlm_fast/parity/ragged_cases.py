@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .alone import RESIZED, lengths_after, offsets_of
 from .builders import Case, case_of
+from .drawn import named
 from .values import Build, Leaves
 
 _WAVEFORMS = ("waveform_conv", "feature_encoder")
@@ -33,22 +34,10 @@ def ragged(
     return replace(
         dense,
         build=_packed(op, dense.build, tuple(lengths), longest),
-        arrange=lambda leaves: (*dense.arrange(_without(leaves)), *_packing(leaves)),
         quick=quick,
         ragged=True,
         differentiate=dense.differentiate and differentiate,
     )
-
-
-_PACKING = ("offsets", "out_offsets", "out_frames")
-
-
-def _without(leaves: Leaves) -> Leaves:
-    return {name: value for name, value in leaves.items() if name not in _PACKING}
-
-
-def _packing(leaves: Leaves) -> tuple:
-    return tuple(leaves[name] for name in _PACKING if name in leaves)
 
 
 def _packed(op: str, build: Build, lengths: tuple[int, ...], longest: int) -> Build:
@@ -62,16 +51,11 @@ def _packed(op: str, build: Build, lengths: tuple[int, ...], longest: int) -> Bu
             leaves["rel_bias"] = leaves["rel_bias"][:, : 2 * longest - 1]
         leaves["offsets"] = offsets_of(lengths)
         if op in RESIZED:
-            out = lengths_after(op, _named(leaves), lengths)
+            out = lengths_after(op, named(op, leaves), lengths)
             leaves |= {"out_offsets": offsets_of(out), "out_frames": sum(out)}
         return leaves
 
     return packed
-
-
-def _named(leaves: Leaves) -> dict[str, Any]:
-    weights = [value for name, value in leaves.items() if name.startswith("weight ")]
-    return {**leaves, "weights": weights}
 
 
 def _levels(lengths: tuple[int, ...]) -> Tensor:
@@ -88,13 +72,14 @@ _STACK = ((16, 10, 5), (16, 3, 2), (12, 3, 2), (16, 2, 2))
 
 RAGGED: tuple[Case, ...] = (
     ragged("waveform_conv", "group norm", (203, 31, 408, 15, 96), 24, quick=True),
-    ragged("waveform_conv", "group norm, bias, sorted", (30, 32, 40, 90, 333), 16, bias=True, act="gelu_tanh"),
+    ragged("waveform_conv", "group norm, bias, sorted", (30, 32, 40, 90, 333), 16, bias=True, activation="gelu_tanh"),
     ragged("waveform_conv", "group norm, long among short", (21, 36, 5011, 18), 16),
     ragged("waveform_conv", "group norm, one utterance", (203,), 16),
     ragged("waveform_conv", "group norm, 64 utterances", _many(15, 99), 12),
     ragged("waveform_conv", "layer norm, one frame among others", (57, 10, 14, 211), 24, norm="layer", bias=True,
            quick=True),
-    ragged("waveform_conv", "no norm, equal lengths, odd kernel", (61, 61, 61), 12, 7, 3, norm="none", act="relu"),
+    ragged("waveform_conv", "no norm, equal lengths, odd kernel", (61, 61, 61), 12, 7, 3, norm="none",
+           activation="relu"),
     ragged("feature_encoder", "group norm", (403, 150, 707, 111), *_STACK, quick=True),
     ragged("feature_encoder", "layer norm, biases, sorted", (110, 131, 222, 603), *_STACK, norm="layer", bias=True,
            quick=True),
@@ -106,12 +91,12 @@ RAGGED: tuple[Case, ...] = (
     ragged("strided_conv", "k3 s2, gelu", (17, 41, 3, 12, 6, 30), 16, 24, 3, 2, quick=True),
     ragged("strided_conv", "layer norm, bias, sorted", (3, 4, 5, 12, 37), 16, 24, 3, 2, norm=True, bias=True,
            quick=True),
-    ragged("strided_conv", "k2 s2, equal lengths", (14, 14, 14), 24, 16, 2, 2, act="gelu_tanh"),
+    ragged("strided_conv", "k2 s2, equal lengths", (14, 14, 14), 24, 16, 2, 2, activation="gelu_tanh"),
     ragged("strided_conv", "k2 s2, 64 utterances", _many(2, 23), 16, 16, 2, 2, bias=True),
-    ragged("strided_conv", "k5 s3, long among short", (9, 5, 2003, 8), 8, 12, 5, 3, act="none", bias=True),
+    ragged("strided_conv", "k5 s3, long among short", (9, 5, 2003, 8), 8, 12, 5, 3, activation="none", bias=True),
     ragged("strided_conv", "one utterance", (41,), 16, 16, 3, 2, norm=True),
     ragged("positional_conv", "even kernel", (19, 1, 37, 4), 32, 16, 4, quick=True),
-    ragged("positional_conv", "odd kernel, sorted", (1, 2, 9, 40), 32, 15, 4, act="relu"),
+    ragged("positional_conv", "odd kernel, sorted", (1, 2, 9, 40), 32, 15, 4, activation="relu"),
     ragged("positional_conv", "k128", (60, 3, 149), 32, 128, 2),
     ragged("positional_conv", "64 utterances", _many(1, 20), 16, 8, 2, residual=False),
     ragged("positional_conv", "equal lengths", (21, 21, 21), 16, 6, 1, bias=False),
@@ -130,13 +115,15 @@ RAGGED: tuple[Case, ...] = (
     ragged("encoder_layer", "norms first, bias of more", (30, 2, 44), 2, 32, 48, norm_first=True, longest=60,
            quick=True),
     ragged("encoder_layer", "64 utterances", _many(1, 20), 2, 16, 24),
-    ragged("encoder_layer", "equal lengths, norms first, relu", (21, 21, 21), 2, 16, 24, norm_first=True, act="relu"),
-    ragged("encoder_layer", "sorted", (1, 2, 5, 33, 90), 2, 16, 40, act="gelu_tanh"),
+    ragged("encoder_layer", "equal lengths, norms first, relu", (21, 21, 21), 2, 16, 24, norm_first=True,
+           activation="relu"),
+    ragged("encoder_layer", "sorted", (1, 2, 5, 33, 90), 2, 16, 40, activation="gelu_tanh"),
     ragged("encoder_layer", "one utterance", (37,), 2, 16, 24, norm_first=True),
     ragged("encoder_layer", "long among short", (12, 1101, 3), 1, 16, 24),
     ragged("tdnn", "k5", (23, 5, 12, 31), 16, 24, 5, 1, quick=True),
     ragged("tdnn", "k3, dilation 2, sorted", (5, 6, 21, 40), 24, 16, 3, 2),
-    ragged("tdnn", "k3, dilation 3, no bias, none, equal lengths", (19, 19, 19), 16, 12, 3, 3, bias=False, act="none"),
+    ragged("tdnn", "k3, dilation 3, no bias, none, equal lengths", (19, 19, 19), 16, 12, 3, 3, bias=False,
+           activation="none"),
     ragged("tdnn", "k1", (7, 1, 20), 16, 40, 1, 1),
     ragged("tdnn", "64 utterances", _many(5, 30), 16, 16, 3, 2),
     ragged("tdnn", "one utterance", (23,), 16, 24, 5, 1),

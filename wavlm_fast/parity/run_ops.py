@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,44 +16,15 @@ from . import definitions, plain
 from .cases import Case
 from .rule import FAIL, PASS, Result, allowed_error, dtype_name, error_of, magnitude, poisoned, ratio, rms
 
-OUTPUTS = {"add_layer_norm": ("sum", "normed"), "gated_attention": ("out", "lse")}
+
+def _by_position(op: ops.Op, *args: Any) -> Any:
+    return op.run(**dict(zip(op.arguments, args, strict=False)))
 
 
-def _attention(*args: Any) -> tuple[Tensor, Tensor]:
-    # The front draws a seed of its own and keeps the log-sum-exp to itself; both matter here.
-    return torch.ops.wavlm_fast.gated_attention(*args)
-
-
-def _packed(values: tuple) -> dict[str, Any]:
-    """The last arguments of an op that takes packed frames, by name."""
-    return dict(zip(("offsets", "out_offsets", "out_frames"), values, strict=False))
-
-
-FRONTS: dict[str, Callable[..., Any]] = {
-    "waveform_conv": lambda x, w, b, stride, norm, nw, nb, eps, act, *packed: ops.waveform_conv(
-        x, w, b, stride=stride, norm=norm, norm_weight=nw, norm_bias=nb, eps=eps, activation=act, **_packed(packed)
-    ),
-    "feature_encoder": lambda x, w, b, strides, norm, nw, nb, eps, act, *packed: ops.feature_encoder(
-        x, w, b, strides=strides, norm=norm, norm_weights=nw, norm_biases=nb, eps=eps, activation=act, **_packed(packed)
-    ),
-    "encoder_layer": lambda *args: ops.encoder_layer(
-        *args[:7], eps=args[7], scale=args[8], activation=args[9], norm_first=args[10], **_packed(args[11:])
-    ),
-    "strided_conv": lambda x, w, b, stride, nw, nb, eps, act, *packed: ops.strided_conv(
-        x, w, b, stride=stride, norm_weight=nw, norm_bias=nb, eps=eps, activation=act, **_packed(packed)
-    ),
-    "positional_conv": lambda x, w, b, groups, act, residual, *packed: ops.positional_conv(
-        x, w, b, groups=groups, activation=act, residual=residual, **_packed(packed)
-    ),
-    "linear_act": ops.linear_act,
-    "add_layer_norm": ops.add_layer_norm,
-    "position_gate": ops.position_gate,
-    "gated_attention": _attention,
-    "tdnn": lambda x, w, b, kernel, dilation, act, *packed: ops.tdnn(
-        x, w, b, kernel_size=kernel, dilation=dilation, activation=act, **_packed(packed)
-    ),
-    "stats_pool": ops.stats_pool,
-}
+# Op name -> the public function, on the arguments that a case arranges.
+FRONTS: dict[str, Callable[..., Any]] = {name: partial(_by_position, op) for name, op in ops.OPS.items()}
+# The front draws a seed of its own and keeps the log-sum-exp to itself; both matter here.
+FRONTS["gated_attention"] = torch.ops.wavlm_fast.gated_attention
 
 Named = dict[str, Tensor]
 
@@ -89,7 +60,7 @@ def evaluate(
     leaves = {k: v.detach().clone().requires_grad_(track) if _is_leaf(v) else v for k, v in leaves.items()}
     outputs = function(*case.arrange(leaves))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    named = dict(zip(OUTPUTS.get(case.op, ("out",)), outputs, strict=True))
+    named = dict(zip(ops.OPS[case.op].outputs, outputs, strict=True))
     if upstream is None:
         return named, {}
     wanted = {k: v for k, v in leaves.items() if _is_leaf(v)}

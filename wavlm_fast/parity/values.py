@@ -31,10 +31,6 @@ def matrix(g: torch.Generator, *shape: int) -> Tensor:
     return normal(g, *shape, std=math.prod(shape[1:]) ** -0.5)
 
 
-def optional(g: torch.Generator, size: int, present: bool) -> Tensor | None:
-    return normal(g, size, std=0.5) if present else None
-
-
 def gain(g: torch.Generator, size: int) -> Tensor:
     return 1 + normal(g, size, std=0.3)
 
