@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from ._private import FRAME_MASK, compute_mask_indices, frame_lengths, tdnn_leng
 from .freed import MayBeFreed
 from .inputs import check_checkpoint, check_ctc_labels, check_labels, check_lengths, check_mask
 from .leaving import leaving
-from .modules import FastWavLMFeatureEncoder, pool_statistics
+from .modules import FastWavLMFeatureEncoder, Signal, Step, pool_statistics, steps_of_children
 from .modules._masks import forget_made, made
 from .modules._originals import StandIn, become_twin, or_original, own_methods, stands_in_for
 from .modules._packing import Packing, in_front_end, packings, valid_samples
@@ -61,6 +62,10 @@ class _FastModel(StandIn, MayBeFreed):
         super().__init__(config, *args, **kwargs)
         become_twin(self)
         accelerate_new(self)
+
+    def steps(self, signal: Signal) -> Iterator[Step]:
+        """What `report` tells of."""
+        return steps_of_children(self, signal)
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -289,6 +294,11 @@ class WavLMForXVector(_FastModel, hf.WavLMForXVector):
 
     def check_labels(self, labels: Tensor, utterances: int) -> None:
         check_labels(labels, self.config.num_labels, utterances)
+
+    def steps(self, signal: Signal) -> Iterator[Step]:
+        yield from super().steps(signal)
+        frames = signal.frames(self, self.config.tdnn_dim[-1])
+        yield Step("stats_pool", None, lambda: pool_statistics(frames, None))
 
     def run_original(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' forward; in a graph of rows that are to be as if alone ours, as theirs pools padding."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ._originals import TWINS
-from ._steps import FastModule, Plan
+from ._steps import FastModule, Signal, Step, steps_of, steps_of_children
 from .attention import FastWavLMAttention
 from .encoder import FastWavLMEncoder, FastWavLMEncoderStableLayerNorm
 from .encoder_layer import FastWavLMEncoderLayer, FastWavLMEncoderLayerStableLayerNorm, FastWavLMFeedForward
@@ -33,6 +33,9 @@ __all__ = [
     "FastWavLMLayerNormConvLayer",
     "FastWavLMNoLayerNormConvLayer",
     "FastWavLMPositionalConvEmbedding",
-    "Plan",
+    "Signal",
+    "Step",
     "pool_statistics",
+    "steps_of",
+    "steps_of_children",
 ]

@@ -28,6 +28,8 @@ class StandIn:
     # Name of each method of `original` that the fast class may do without calling it, the method that a module has
     # under that name, and transformers' own, as both were at import.
     taken_over: ClassVar[tuple[tuple[str, Callable, Callable | None], ...]] = ()
+    # Whether the original's forward takes and makes a dense position bias.
+    original_makes_dense_bias: ClassVar[bool] = False
 
     def run_original(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the class that this one stands in for."""

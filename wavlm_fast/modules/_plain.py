@@ -95,8 +95,10 @@ def fused_activation(activation: object) -> str | None:
     return _FUSED_ACTIVATIONS.get(type(activation))
 
 
-def same_dtype(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether an op can take these together: autocast brings them to one dtype, otherwise they must have it."""
-    if torch.is_autocast_enabled(x.device.type):
-        return True
-    return all(p is None or p.dtype == x.dtype for p in parameters)
+def why_mixed(x: Tensor, *parameters: Tensor | None) -> str | None:
+    """Why an op cannot take these together; None when it can: autocast brings them to one dtype, else they have it."""
+    dtype = x.dtype
+    for p in parameters:
+        if p is not None and p.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            return "its dtype is not that of its input"
+    return None

@@ -54,11 +54,19 @@ def define(
     schemas[name] = signature
     REFERENCE_TABLE[name] = backends.Implementation(kernel)
 
+    def choose(args: tuple) -> tuple[backends.Choice, bool]:
+        """Who computes it, and whether that is ops that are chosen for in their turn."""
+        choice = backends.choose(name, args)
+        by_ops = in_parts and choice.backend == "reference"
+        if not by_ops:
+            backends.note(name, choice)
+        return choice, by_ops
+
     def dispatch(*args: Any) -> Any:
         args = _completed(name, args)
         check(*args)
-        choice = backends.choose(name, args)
-        if choice.backend == "reference" and not in_parts:
+        choice, by_ops = choose(args)
+        if choice.backend == "reference" and not by_ops:
             refuse(name, args)
         outputs = choice.fn(*args)
         # Autograd forbids writing into an output that is a view, even when nobody else has its base; SpecAugment does.
@@ -67,6 +75,10 @@ def define(
     def checked_fake(*args: Any) -> Any:
         args = _completed(name, args)
         check(*args)
+        if backends.is_noting():
+            choice, by_ops = choose(args)
+            if by_ops:
+                return choice.fn(*args)
         return fake(*args)
 
     LIBRARY.define(name + signature, tags=TAGS)
