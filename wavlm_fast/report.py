@@ -10,10 +10,11 @@ from torch import nn
 from transformers.models.wavlm import modeling_wavlm as hf
 
 from . import _private, backends, derived
-from .modules import TWINS, Signal, Step, steps_of
+from .modules import Signal, Step, steps_of
 from .modules._originals import StandIn
 from .packed_batch import why_alone
 from .padding import asks_for_attentions, mode_of
+from .swap import FAST_CLASSES
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def report(model: nn.Module) -> Report:
     with _private.without_memory(), derived.remembering_nothing(), torch.set_grad_enabled(model.training):
         for step in steps_of(model, Signal()):
             counts.update(_rows(step))
-    slow = Counter(type(m).__name__ for m in model.modules() if isinstance(m, tuple(TWINS)) and not _is_fast(m))
+    slow = Counter(type(m).__name__ for m in model.modules() if isinstance(m, tuple(FAST_CLASSES)) and not _is_fast(m))
     first = next(model.parameters(), torch.empty(0))
     wavlm = next((m for m in model.modules() if isinstance(m, hf.WavLMPreTrainedModel)), None)
     padding = "transformers" if wavlm is None else mode_of(wavlm)
@@ -96,7 +97,7 @@ def report(model: nn.Module) -> Report:
 
 
 def _is_fast(module: nn.Module) -> bool:
-    return isinstance(module, tuple(TWINS.values()))
+    return isinstance(module, tuple(FAST_CLASSES.values()))
 
 
 def _rows(step: Step) -> list[tuple[str, str, tuple[str, ...]]]:

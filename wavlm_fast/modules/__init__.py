@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ._originals import TWINS
 from ._steps import FastModule, Signal, Step, steps_of, steps_of_children
 from .attention import FastWavLMAttention
 from .encoder import FastWavLMEncoder, FastWavLMEncoderStableLayerNorm
@@ -17,8 +16,25 @@ from .feature_projection import FastWavLMFeatureProjection
 from .positional_conv import FastWavLMPositionalConvEmbedding
 from .xvector import FastTDNNLayer, pool_statistics
 
+# Each stands in for a class of transformers'.
+MODULES = (
+    FastWavLMFeatureEncoder,
+    FastWavLMGroupNormConvLayer,
+    FastWavLMLayerNormConvLayer,
+    FastWavLMNoLayerNormConvLayer,
+    FastWavLMFeatureProjection,
+    FastWavLMPositionalConvEmbedding,
+    FastWavLMEncoder,
+    FastWavLMEncoderStableLayerNorm,
+    FastWavLMEncoderLayer,
+    FastWavLMEncoderLayerStableLayerNorm,
+    FastWavLMAttention,
+    FastWavLMFeedForward,
+    FastTDNNLayer,
+)
+
 __all__ = [
-    "TWINS",
+    "MODULES",
     "FastModule",
     "FastTDNNLayer",
     "FastWavLMAttention",
