@@ -137,7 +137,8 @@ class _FastLayer(FastModule):
         }
 
     def steps(self, signal: Signal) -> Iterator[Step]:
-        attention, x = self.attention, signal.frames(self, *self.layer_norm.normalized_shape)
+        norms = [norm for norm in (self.layer_norm, self.final_layer_norm) if isinstance(norm, nn.LayerNorm)]
+        attention, x = self.attention, signal.frames(self, *(norms[0].normalized_shape if norms else ()))
         owns_bias = getattr(attention, "rel_attn_embed", None) is not None
         position_bias = None if owns_bias else signal.position_bias(getattr(attention, "num_heads", 1), x)
         whole = self._whole(x, None, position_bias, signal.output_attentions)

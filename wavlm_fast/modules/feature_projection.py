@@ -19,7 +19,7 @@ class FastWavLMFeatureProjection(FastModule, hf.WavLMFeatureProjection):
         return linear_step("projection", self.projection, normed)
 
     def steps(self, signal: Signal) -> Iterator[Step]:
-        yield self._project(signal.frames(self, *self.layer_norm.normalized_shape))
+        yield self._project(signal.frames(self, getattr(self.projection, "in_features", 0)))
 
     @or_original
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
