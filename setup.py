@@ -69,9 +69,11 @@ def main() -> None:
         kernels = sorted(str(path) for path in Path("csrc").glob("*_kernel.cpp"))
         entries = sorted({str(path) for path in Path("csrc").glob("*.cpp")} - set(kernels))
         extensions = [Extension("wavlm_fast._C", entries, depends=kernels, language="c++", optional=True)]
+    folders = {package: package.rpartition(".")[2] for package in FOLDERS}
+    inner = [f"{package}.{name}" for package, folder in folders.items() for name in find_packages(folder)]
     setup(
-        packages=[*find_packages(include=["wavlm_fast", "wavlm_fast.*"]), *FOLDERS],
-        package_dir={package: package.rpartition(".")[2] for package in FOLDERS},
+        packages=[*find_packages(include=["wavlm_fast", "wavlm_fast.*"]), *FOLDERS, *inner],
+        package_dir=folders,
         package_data={"wavlm_fast": ["_build.json", "data/*"]},
         ext_modules=extensions,
         cmdclass=classes,
