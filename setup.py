@@ -127,7 +127,7 @@ def openmp_flags(command: list[str]) -> list[str]:
 
 
 def digest_of_sources() -> str:
-    """A name for the state of csrc/: backends/cpu.py asks whether the extension is of the sources beside it."""
+    """A name for the state of csrc/: backends/cpu/extension.py asks whether the extension is of these sources."""
     digest = hashlib.sha256()
     for path in sorted(Path("csrc").iterdir()):
         digest.update(path.name.encode() + path.read_bytes())

@@ -15,8 +15,8 @@ def fingerprint(request, monkeypatch):
     """Changes are seen in two ways, with the extension and without."""
     if request.param == "Python":
         monkeypatch.setattr(wavlm_fast.derived, "_fingerprint", None)
-    elif cpu.EXTENSION_PROBLEM is not None:
-        pytest.skip(cpu.EXTENSION_PROBLEM)
+    elif cpu.extension.problem() is not None:
+        pytest.skip(cpu.extension.problem())
 
 
 class Double:

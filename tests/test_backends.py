@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -234,3 +236,88 @@ def test_wrong_arguments_are_refused_before_any_backend_is_asked(cpu_table):
     cpu_table["stats_pool"] = Implementation(lambda *args: None, lambda *args: pytest.fail("asked"))
     with pytest.raises(ValueError, match="stats_pool wants x of shape"):
         ops.stats_pool(X[0])
+
+
+OP = """
+from wavlm_fast.backends import Implementation
+TABLE = {"stats_pool": Implementation(lambda x, *rest: x.new_full((2, 8), 4.0))}
+"""
+BACKEND = """
+NAME, DEVICES, RANK = "fourth", %s, %s
+def why_not(device=None):
+    return None
+"""
+GATHERS = """
+from wavlm_fast.backends import gather
+TABLE = gather(__name__, __path__)
+"""
+
+
+@pytest.fixture(params=["file", "folder"])
+def fourth(request, tmp_path, monkeypatch):
+    """Puts another backend beside ours, which nobody is told of."""
+
+    def forget():
+        for known in (load, backends.names, backends._found, backends._serving):
+            known.cache_clear()
+        for name in [name for name in sys.modules if name.startswith("wavlm_fast.backends.fourth")]:
+            del sys.modules[name]
+
+    def put(devices, rank):
+        says = BACKEND % (devices, rank)
+        if request.param == "file":
+            tmp_path.joinpath("fourth.py").write_text(says + OP)
+        else:
+            tmp_path.joinpath("fourth").mkdir()
+            tmp_path.joinpath("fourth", "__init__.py").write_text(says + GATHERS)
+            tmp_path.joinpath("fourth", "stats_pool.py").write_text(OP)
+            tmp_path.joinpath("fourth", "engine.py").write_text("")
+        forget()
+
+    monkeypatch.setattr(backends, "__path__", [*backends.__path__, str(tmp_path)])
+    monkeypatch.setattr(backends, "fourth", None, raising=False)  # the import sets it
+    yield put
+    forget()
+
+
+def test_a_fourth_backend_is_found(fourth):
+    fourth(("cpu",), 1.5)
+    assert backends.names() == ("reference", "cpu", "fourth", "triton")
+    assert choose("stats_pool", ARGS).backend == "fourth"
+    assert torch.equal(ops.stats_pool(X), torch.full((2, 8), 4.0))
+    others = choose("stats_pool_backward", (X.new_ones(2, 8), X, None, X.new_ones(2, 8), None))
+    assert ("fourth", "no fourth kernel for stats_pool_backward") in others.refused
+    with use_backend("fourth"):
+        assert choose("stats_pool", ARGS).backend == "fourth"
+    with use_backend("reference"):
+        assert not torch.equal(ops.stats_pool(X), torch.full((2, 8), 4.0))
+
+
+def test_a_fourth_backend_has_its_place(fourth, cpu_table):
+    cpu_table["stats_pool"] = Implementation(lambda *args: None)
+    fourth(("cpu", "meta"), 0.5)
+    assert choose("stats_pool", ARGS).backend == "cpu"
+    assert choose("stats_pool", (X.to("meta"), None)).backend == "fourth"
+    del cpu_table["stats_pool"]
+    assert choose("stats_pool", ARGS).backend == "fourth"
+
+
+def test_a_fourth_backend_of_other_devices_is_not_asked(fourth):
+    fourth(("xpu",), 9)
+    assert "fourth" in backends.names()
+    assert choose("stats_pool", ARGS).backend in ("cpu", "reference")
+    assert not any(name == "fourth" for name, _ in choose("stats_pool", (X.double(), None)).refused)
+
+
+def test_importing_opens_no_backend_and_finding_them_needs_nothing():
+    code = """
+import sys
+sys.modules["triton"] = None
+import wavlm_fast
+print([name for name in sys.modules if name.startswith("wavlm_fast.backends.")])
+from wavlm_fast import backends
+print(*backends.names())
+print(backends.load("cpu").extension._problem_of_loading.cache_info().currsize)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == ["[]", "reference cpu triton", "0"]

@@ -297,7 +297,7 @@ def _flags_show_amx() -> bool:
         return False
 
 
-# oneDNN's products on packed weights; backends/onednn.py tries them all before it relies on one.
+# oneDNN's products on packed weights; backends/cpu/onednn.py tries them all before it relies on one.
 _lost = "bfloat16 products run in C++ only, also where the CPU has AMX"
 reorder_linear_weight, linear_pointwise, reorder_convolution_weight, convolution_pointwise, is_mkldnn_bf16_supported = (
     fetch("torch.ops.mkldnn", name, _lost)

@@ -59,12 +59,13 @@ def examine() -> dict[str, Any]:
 def extension() -> dict[str, Any]:
     """The C++ extension: how it was built and which instruction set it uses, or why there is none."""
     cpu = backends.load("cpu")
-    levels = list(cpu.isa_levels())
-    problem = cpu.EXTENSION_PROBLEM or torch.ops.wavlm_fast_cpu.isa_problem() or None
-    threads, wanted = cpu.threads(), torch.get_num_threads()
-    if problem is None and threads < wanted:
-        problem = f"compiled without the OpenMP that torch uses: its kernels run on {threads} of {wanted} threads"
-    return {"build": cpu.build_record(), "level": cpu.isa(), "levels": levels, "threads": threads, "problem": problem}
+    return {
+        "build": cpu.build_record(),
+        "level": cpu.isa(),
+        "levels": cpu.isa_levels(),
+        "threads": cpu.threads(),
+        "problem": cpu.extension.problem() or cpu.extension.isa_problem(),
+    }
 
 
 def _tuning() -> dict[str, Any]:

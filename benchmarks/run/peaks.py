@@ -47,8 +47,8 @@ def peaks(device: str = "cpu") -> Peaks:
     if device != "cpu":
         fp32, bf16 = (_product(dtype, _GPU_SIZE, device) for dtype in (torch.float32, torch.bfloat16))
         return Peaks(fp32, bf16, "a large product by the vendor's library")
-    if cpu.EXTENSION_PROBLEM is not None:
-        return Peaks(None, None, f"not measured: {cpu.EXTENSION_PROBLEM}")
+    if cpu.extension.problem() is not None:
+        return Peaks(None, None, f"not measured: {cpu.extension.problem()}")
     fp32, bf16 = (torch.ops.wavlm_fast_cpu.peak(dtype) for dtype in ("float32", "bfloat16"))
     if _has_matrix_unit():
         return Peaks(fp32, _product(), f"multiply-adds on registers, {cpu.isa()}; bf16: a large oneDNN product, on AMX")

@@ -1,6 +1,7 @@
-"""Loading the extension, and the sentence that stands where it cannot be loaded."""
+"""Loading the extension, the sentence that stands where it cannot be used, and who is told."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -8,10 +9,12 @@ import sys
 import pytest
 import torch
 
-from wavlm_fast import backends
+import wavlm_fast
+from wavlm_fast import backends, doctor, ops
 from wavlm_fast.backends import cpu
+from wavlm_fast.backends.cpu import extension
 
-needs_extension = pytest.mark.skipif(cpu.EXTENSION_PROBLEM is not None, reason=str(cpu.EXTENSION_PROBLEM))
+needs_extension = pytest.mark.skipif(cpu.extension.problem() is not None, reason=str(cpu.extension.problem()))
 
 
 def folder_with(path, record, library=b""):
@@ -22,18 +25,32 @@ def folder_with(path, record, library=b""):
 
 
 def test_never_installed(tmp_path):
-    assert cpu._load_extension(tmp_path) == "extension not built: wavlm-fast was not installed, only put on the path"
+    assert (
+        extension._find_and_load(tmp_path) == "extension not built: wavlm-fast was not installed, only put on the path"
+    )
 
 
 def test_failed_build_gives_its_reason(tmp_path):
     folder = folder_with(tmp_path, {"failed": "no C++ compiler found (c++ does not exist)"}, library=None)
-    assert cpu._load_extension(folder) == "extension not built: no C++ compiler found (c++ does not exist)"
+    assert extension._find_and_load(folder) == "extension not built: no C++ compiler found (c++ does not exist)"
 
 
-def test_built_for_another_torch(tmp_path):
-    problem = cpu._load_extension(folder_with(tmp_path, {"torch": "2.3.1", "levels": []}))
-    assert problem.startswith("extension built with torch 2.3.1, torch ")
-    assert "install wavlm-fast again" in problem
+@pytest.mark.parametrize("built_with", ["2.10.0", "2.99.0+cpu"])
+def test_built_with_whatever_torch(tmp_path, built_with):
+    problem = extension._find_and_load(folder_with(tmp_path, {"torch": built_with}, library=b"not a library"))
+    assert problem.startswith("extension cannot be loaded: ")
+
+
+@pytest.mark.parametrize(
+    ("installed", "old"), [("2.9.1+cpu", True), ("1.13.0", True), ("2.10.0a0", False), ("3.0", False)]
+)
+def test_torch_may_be_too_old(tmp_path, monkeypatch, installed, old):
+    monkeypatch.setattr(torch, "__version__", installed)
+    problem = extension._find_and_load(folder_with(tmp_path, {}, library=b"not a library"))
+    assert (problem == f"extension needs torch 2.10 or newer, got {installed}") == old
+    if old:
+        monkeypatch.setattr(extension, "_problem_of_loading", lambda: problem)
+        assert extension.mending() == "pip install --upgrade torch"
 
 
 def test_built_from_other_sources(tmp_path):
@@ -41,27 +58,28 @@ def test_built_from_other_sources(tmp_path):
     tmp_path.joinpath("csrc", "dispatch.h").write_text("")
     tmp_path.joinpath("package").mkdir()
     record = {"torch": torch.__version__, "sources": "0"}
-    problem = cpu._load_extension(folder_with(tmp_path / "package", record))
+    problem = extension._find_and_load(folder_with(tmp_path / "package", record))
     assert problem == "extension is older than the sources in csrc/: install wavlm-fast again"
 
 
 @needs_extension
 def test_the_extension_is_of_the_sources_beside_it():
-    assert cpu._digest_of(cpu._FOLDER.parent / "csrc") in (None, cpu.build_record()["sources"])
+    assert extension._digest_of(extension._FOLDER.parent / "csrc") in (None, cpu.build_record()["sources"])
 
 
 def test_unloadable_library(tmp_path):
-    problem = cpu._load_extension(folder_with(tmp_path, {"torch": torch.__version__}, library=b"not a library"))
+    problem = extension._find_and_load(folder_with(tmp_path, {"torch": torch.__version__}, library=b"not a library"))
     assert problem.startswith("extension cannot be loaded: ")
 
 
 def test_without_extension_auto_falls_back_and_the_name_raises(monkeypatch):
-    monkeypatch.setattr(cpu, "EXTENSION_PROBLEM", "extension not built: no C++ compiler found")
+    monkeypatch.setattr(extension, "_problem_of_loading", lambda: "extension not built: no C++ compiler found")
     x, w = torch.randn(2, 8), torch.ones(8)
     choice = backends.choose("add_layer_norm", (x, x, w, w, 1e-5, True))
     assert choice.backend == "reference"
     assert choice.refused == (("cpu", "extension not built: no C++ compiler found"),)
     assert cpu.isa() is None
+    assert cpu.threads() is None
     assert cpu.isa_levels() == []
     with (
         backends.use_backend("cpu"),
@@ -87,18 +105,69 @@ def test_build_record_matches_the_extension():
 
 
 @needs_extension
-@pytest.mark.parametrize("threads", ["1", "2"])
+@pytest.mark.parametrize("threads", [1, 2])
 def test_kernels_run_on_the_threads_of_torch(threads):
-    if "clang" in cpu.build_record()["compiler"]:
-        pytest.skip("only GCC's OpenMP is the one that torch uses")
-    run = subprocess.run(
-        [sys.executable, "-c", "from wavlm_fast.backends import cpu; print(cpu.threads())"],
-        env={**os.environ, "OMP_NUM_THREADS": threads},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert run.stdout.strip() == threads
+    code = "from wavlm_fast.backends import cpu; print(cpu.extension._problem_of_loading(), cpu.extension._threads())"
+    assert ended(code, OMP_NUM_THREADS=str(threads)).stdout.split() == ["None", str(threads)]
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Kernels that run on one thread, whatever torch has."""
+    monkeypatch.setattr(extension, "_problem_of_loading", lambda: None)
+    monkeypatch.setattr(extension, "_threads", lambda: 1)
+    extension._problem_of_threads.cache_clear()
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+    extension._problem_of_threads.cache_clear()
+
+
+def test_kernels_on_fewer_threads_than_torch_are_refused(one_thread):
+    x, w = torch.randn(2, 8), torch.ones(8)
+    sentence = "extension was compiled without the threads of torch: its kernels would run on 1 of {}"
+    torch.set_num_threads(1)
+    assert extension.problem() is None
+    for wanted in (2, 3):  # whenever torch gets more
+        torch.set_num_threads(wanted)
+        choice = backends.choose("add_layer_norm", (x, x, w, w, 1e-5, True))
+        assert (choice.backend, choice.refused) == ("reference", (("cpu", sentence.format(wanted)),))
+    assert doctor.extension()["problem"] == sentence.format(3)
+    torch.set_num_threads(1)
+    assert extension.problem() is None
+
+
+def ended(code, **environment):
+    run = [sys.executable, "-c", code]
+    return subprocess.run(run, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+
+
+ASKED = "from wavlm_fast.backends.cpu import isa, extension as e; print(isa(), e.problem(), e.mending(), sep='\\n')"
+
+
+def test_another_extension_by_its_path(tmp_path):
+    file = tmp_path / "other.so"
+    file.write_bytes(b"not a library")
+    isa, problem, mending = ended(ASKED, WAVLM_FAST_EXTENSION=str(file)).stdout.splitlines()
+    assert isa == "None"
+    assert problem.startswith("extension cannot be loaded: ")
+    assert str(file) in problem
+    assert mending == "unset WAVLM_FAST_EXTENSION"
+
+
+@needs_extension
+def test_another_extension_is_not_compared_with_sources(tmp_path, monkeypatch):
+    installed = next(extension._FOLDER.glob("_C*.so"))
+    tmp_path.joinpath("other.so").symlink_to(installed)
+    monkeypatch.setattr(extension, "_digest_of", lambda sources: "of other sources")
+    monkeypatch.setattr(extension, "build_record", lambda folder=None: {"sources": "0"})
+    monkeypatch.setenv("WAVLM_FAST_EXTENSION", str(tmp_path / "other.so"))
+    load, loaded = torch.ops.load_library, []
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: loaded.append(path) or load(path))
+    assert extension._problem_of_loading.__wrapped__() is None
+    assert loaded == [str(tmp_path / "other.so")]
+    monkeypatch.setenv("WAVLM_FAST_EXTENSION", "")
+    assert extension._problem_of_loading.__wrapped__().startswith("extension is older than the sources")
 
 
 @needs_extension
@@ -110,13 +179,69 @@ def test_kernels_run_on_the_threads_of_torch(threads):
     ],
 )
 def test_forced_level(wanted, used, said):
-    run = subprocess.run(
-        [sys.executable, "-c", "from wavlm_fast.backends import cpu; print(cpu.isa())"],
-        env={**os.environ, "WAVLM_FAST_CPU_ISA": wanted},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert run.stdout.strip() == (used or cpu.isa_levels()[-1])
+    run = ended(ASKED, WAVLM_FAST_CPU_ISA=wanted)
+    assert run.stdout.splitlines()[0] == (used or cpu.isa_levels()[-1])
     assert said in run.stderr
     assert bool(said) == ("WAVLM_FAST_CPU_ISA" in run.stderr)
+
+
+MENDING = "pip install --force-reinstall --no-cache-dir --no-deps ."
+
+
+@pytest.fixture
+def missing(monkeypatch, caplog):
+    """A machine without the extension; the warnings that a user of it has seen."""
+    monkeypatch.setattr(extension, "_problem_of_loading", lambda: "extension not built: no C++ compiler found")
+    monkeypatch.setattr(extension, "build_record", lambda: {"failed": "no C++ compiler found"})
+    monkeypatch.setattr(backends, "_warned", set())
+    caplog.set_level(logging.WARNING, logger="wavlm_fast")
+    return lambda: [r.getMessage() for r in caplog.records if r.name == "wavlm_fast"]
+
+
+def test_missing_kernels_are_told_once_with_what_mends_it(missing):
+    x, w = torch.randn(2, 8), torch.ones(8)
+    for _ in range(2):
+        ops.add_layer_norm(x, x, w, w)
+        ops.stats_pool(x[None])
+    (told,) = missing()
+    assert "extension not built: no C++ compiler found" in told
+    assert told.endswith(MENDING)
+
+
+def test_what_kernels_would_not_have_taken_is_no_warning(missing):
+    ops.stats_pool(torch.randn(1, 2, 8).double())
+    assert not missing()
+
+
+def test_without_kernels_by_choice_nothing_is_told(missing, monkeypatch):
+    x = torch.randn(1, 2, 8)
+    with backends.use_backend("reference"):
+        ops.stats_pool(x)
+    monkeypatch.setenv("WAVLM_FAST_BACKEND", "reference")
+    ops.stats_pool(x)
+    monkeypatch.delenv("WAVLM_FAST_BACKEND")
+    monkeypatch.setattr(extension, "build_record", lambda: {"failed": "WAVLM_FAST_NO_EXTENSION is set"})
+    ops.stats_pool(x)
+    assert not missing()
+
+
+def test_who_asks_is_told_without_a_warning(missing):
+    doctor.examine()
+    model = wavlm_fast.WavLMModel(wavlm_fast.WavLMConfig(num_hidden_layers=1)).eval()
+    assert "extension not built" in str(wavlm_fast.report(model))
+    assert not missing()
+
+
+def test_the_warning_is_seen_by_default_and_is_no_error():
+    code = """
+import torch, wavlm_fast
+from wavlm_fast import ops
+from wavlm_fast.backends.cpu import extension
+extension._problem_of_loading = lambda: "extension not built: it rains"
+for _ in range(2):
+    ops.stats_pool(torch.ones(1, 2, 8))
+"""
+    for filters in ("ignore", "error::UserWarning"):
+        run = ended(code, PYTHONWARNINGS=filters)
+        assert run.stderr.count("extension not built: it rains") == 1
+        assert run.stderr.strip().endswith(MENDING)

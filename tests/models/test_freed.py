@@ -14,7 +14,7 @@ from wavlm_cases import FORMS, MODELS, SAMPLES, ours_only, plain_model, ragged_m
 from wavlm_fast.backends import cpu, use_backend
 from wavlm_fast.freed import FreedWeight
 
-pytestmark = [ours_only, pytest.mark.skipif(cpu.EXTENSION_PROBLEM is not None, reason=str(cpu.EXTENSION_PROBLEM))]
+pytestmark = [ours_only, pytest.mark.skipif(cpu.extension.problem() is not None, reason=str(cpu.extension.problem()))]
 
 REFUSAL = r"needs the values of a weight .*keep_originals=False\) has freed"
 

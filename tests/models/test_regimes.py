@@ -22,9 +22,10 @@ from wavlm_cases import (
 )
 
 from wavlm_fast.backends import cpu
+from wavlm_fast.backends.cpu import packed_conv, positional_conv
 from wavlm_fast.derived import values
 
-pytestmark = [ours_only, pytest.mark.skipif(cpu.EXTENSION_PROBLEM is not None, reason=str(cpu.EXTENSION_PROBLEM))]
+pytestmark = [ours_only, pytest.mark.skipif(cpu.extension.problem() is not None, reason=str(cpu.extension.problem()))]
 both_forms = pytest.mark.parametrize("form", ["base", "large"])
 
 
@@ -71,10 +72,10 @@ def built(run, model):
 def packed(monkeypatch):
     """What is packed: names of native ops, one for each call."""
     found = []
-    for name in ("pack_conv", "positional_spectra"):
-        op = getattr(torch.ops.wavlm_fast_cpu, name)
+    for module, name in ((packed_conv, "_pack_conv"), (positional_conv, "_positional_spectra")):
+        op = getattr(module, name)
         counting = lambda *args, op=op, name=name: (found.append(name), op(*args))[1]  # noqa: E731
-        monkeypatch.setattr(torch.ops.wavlm_fast_cpu, name, counting)
+        monkeypatch.setattr(module, name, counting)
     return found
 
 
@@ -97,7 +98,7 @@ def test_training_keeps_nothing_of_weights_that_learn(packed):
     model = fast_model("WavLMModel").train()
     for _ in range(3):
         model(waveforms()).last_hidden_state.square().mean().backward()
-    assert "positional_spectra" not in packed
+    assert "_positional_spectra" not in packed
     kept = {tuple(v.shape) for v in values(model.parameters()) if isinstance(v, torch.Tensor)}
     width = model.config.hidden_size
     assert (3 * width, width) not in kept  # queries, keys and values merged

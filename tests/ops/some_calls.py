@@ -11,10 +11,12 @@ from itertools import accumulate
 
 import torch
 
-import wavlm_fast.backends.cpu
 import wavlm_fast.ops  # noqa: F401  registers the ops
+from wavlm_fast.backends import cpu
 from wavlm_fast.backends.reference import TABLE as REFERENCE
 from wavlm_fast.ops._define import arguments_of, schemas
+
+cpu.extension.problem()  # loads it
 
 FORWARD = (
     "add_layer_norm", "encoder_layer", "feature_encoder", "gated_attention", "linear_act", "position_gate",

@@ -10,7 +10,7 @@ from op_contract import randn, strided
 from wavlm_fast.backends import cpu
 from wavlm_fast.ops._activation import activate_backward
 
-pytestmark = pytest.mark.skipif(cpu.EXTENSION_PROBLEM is not None, reason=str(cpu.EXTENSION_PROBLEM))
+pytestmark = pytest.mark.skipif(cpu.extension.problem() is not None, reason=str(cpu.extension.problem()))
 
 BACKWARD = torch.ops.wavlm_fast_cpu.activation_backward.default
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")

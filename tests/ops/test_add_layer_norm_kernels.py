@@ -14,7 +14,7 @@ from wavlm_fast.backends import cpu, triton
 
 CASES = Path(__file__).with_name("add_layer_norm_cases.py")
 LEVELS = ("default", "avx2", "avx512", "avx512_bf16")
-needs_extension = pytest.mark.skipif(cpu.EXTENSION_PROBLEM is not None, reason=str(cpu.EXTENSION_PROBLEM))
+needs_extension = pytest.mark.skipif(cpu.extension.problem() is not None, reason=str(cpu.extension.problem()))
 
 
 def compare(backend, **environment):

@@ -11,7 +11,8 @@ from transformers import WavLMConfig
 from transformers.models.wavlm import modeling_wavlm as hf
 
 from wavlm_fast import backends, ops
-from wavlm_fast.backends import cpu, products
+from wavlm_fast.backends import cpu
+from wavlm_fast.backends.cpu import packed_conv
 from wavlm_fast.ops import references
 
 NORM_FIRST = pytest.mark.parametrize("norm_first", [True, False])
@@ -126,11 +127,11 @@ def test_refusals(index, value, error, message):
         ops.encoder_layer(*args, **options())
 
 
-@pytest.mark.skipif(cpu.EXTENSION_PROBLEM is not None, reason=str(cpu.EXTENSION_PROBLEM))
+@pytest.mark.skipif(cpu.extension.problem() is not None, reason=str(cpu.extension.problem()))
 def test_the_cpu_refuses_what_its_level_lacks():
     x, *rest = operands(torch.bfloat16)
     reason = cpu.TABLE["encoder_layer"].why_not(x, *rest, *tail())
-    assert (reason is None) == (cpu.isa() == "avx512_bf16" and not products.in_onednn(x))
+    assert (reason is None) == (cpu.isa() == "avx512_bf16" and not packed_conv.in_onednn(x))
     x, *rest = operands(torch.float16)
     assert "float32 or bfloat16" in cpu.TABLE["encoder_layer"].why_not(x, *rest, *tail())
     with torch.no_grad(), backends.use_backend("cpu"), pytest.raises(backends.BackendUnavailable):

@@ -9,7 +9,7 @@ import wavlm_fast.ops
 from wavlm_fast import backends
 from wavlm_fast.backends import cpu
 
-pytestmark = pytest.mark.skipif(cpu.EXTENSION_PROBLEM is not None, reason=str(cpu.EXTENSION_PROBLEM))
+pytestmark = pytest.mark.skipif(cpu.extension.problem() is not None, reason=str(cpu.extension.problem()))
 
 REFERENCE = wavlm_fast.ops.references["gated_attention"]
 KERNEL = torch.ops.wavlm_fast_cpu.gated_attention

@@ -17,7 +17,7 @@ from test_gated_attention_backward_cpu import check as check_gradients
 from wavlm_fast import backends, ops
 from wavlm_fast.backends import cpu
 
-pytestmark = pytest.mark.skipif(cpu.EXTENSION_PROBLEM is not None, reason=str(cpu.EXTENSION_PROBLEM))
+pytestmark = pytest.mark.skipif(cpu.extension.problem() is not None, reason=str(cpu.extension.problem()))
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 DROPOUT = pytest.mark.parametrize("dropout", [(0.0, None), (0.3, torch.tensor([2**40 + 12345]))], ids=["", "dropout"])

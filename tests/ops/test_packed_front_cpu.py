@@ -11,9 +11,10 @@ from cpu_rule import assert_no_worse, check_threads
 from packed_calls import CALLS, DIFFERENTIATED, EXTRA, offsets_of
 
 from wavlm_fast import backends, use_backend
-from wavlm_fast.backends import cpu, onednn, products
+from wavlm_fast.backends import cpu
+from wavlm_fast.backends.cpu import onednn, packed_conv
 
-pytestmark = pytest.mark.skipif(cpu.EXTENSION_PROBLEM is not None, reason=str(cpu.EXTENSION_PROBLEM))
+pytestmark = pytest.mark.skipif(cpu.extension.problem() is not None, reason=str(cpu.extension.problem()))
 
 OPS = ("feature_encoder", "strided_conv", "tdnn", "waveform_conv")
 FRONT = [name for name, call in CALLS.items() if call.name in OPS]
@@ -93,7 +94,7 @@ IN_ONEDNN = [name for name in FRONT if name.startswith(("strided_conv", "tdnn", 
 @pytest.mark.parametrize("extra", MORE)
 @pytest.mark.parametrize("name", IN_ONEDNN)
 def test_in_onednn(name, extra, monkeypatch):
-    monkeypatch.setattr(products, "_prefers_onednn", lambda: True)
+    monkeypatch.setattr(packed_conv, "_prefers_onednn", lambda: True)
     if not name.startswith("feature_encoder"):
         check_rule(name, extra, torch.bfloat16)
         return
@@ -111,7 +112,7 @@ def test_nothing_passes_a_boundary(name, value):
 @needs_onednn
 @pytest.mark.parametrize("name", [name for name in IN_ONEDNN if not name.startswith("feature_encoder")])
 def test_nothing_passes_a_boundary_in_onednn(name, monkeypatch):
-    monkeypatch.setattr(products, "_prefers_onednn", lambda: True)
+    monkeypatch.setattr(packed_conv, "_prefers_onednn", lambda: True)
     check_boundaries(name, float("nan"), torch.bfloat16)
 
 

@@ -14,7 +14,7 @@ from wavlm_fast import use_backend
 from wavlm_fast.backends import cpu
 from wavlm_fast.parity.rule import poisoned
 
-pytestmark = pytest.mark.skipif(cpu.EXTENSION_PROBLEM is not None, reason=str(cpu.EXTENSION_PROBLEM))
+pytestmark = pytest.mark.skipif(cpu.extension.problem() is not None, reason=str(cpu.extension.problem()))
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 NAMES = [name for name, call in CALLS.items() if call.name in ("positional_conv", "stats_pool")]

@@ -9,7 +9,7 @@ from op_contract import randn
 
 from wavlm_fast.backends import cpu
 
-pytestmark = pytest.mark.skipif(cpu.EXTENSION_PROBLEM is not None, reason=str(cpu.EXTENSION_PROBLEM))
+pytestmark = pytest.mark.skipif(cpu.extension.problem() is not None, reason=str(cpu.extension.problem()))
 
 FORWARD, BACKWARD = TABLE["position_gate"].fn, TABLE["position_gate_backward"].fn
 # B, T, H, D. A block is 32 frames, a vector 4, 8 or 16 channels.

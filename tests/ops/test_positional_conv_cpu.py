@@ -11,7 +11,7 @@ from wavlm_fast import backends, derived
 from wavlm_fast.backends import cpu
 from wavlm_fast.parity.rule import poisoned
 
-pytestmark = pytest.mark.skipif(cpu.EXTENSION_PROBLEM is not None, reason=str(cpu.EXTENSION_PROBLEM))
+pytestmark = pytest.mark.skipif(cpu.extension.problem() is not None, reason=str(cpu.extension.problem()))
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 

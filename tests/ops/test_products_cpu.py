@@ -7,7 +7,8 @@ import torch
 
 import wavlm_fast.ops
 from wavlm_fast import backends, derived
-from wavlm_fast.backends import cpu, onednn
+from wavlm_fast.backends import cpu
+from wavlm_fast.backends.cpu import onednn
 from wavlm_fast.ops import references
 
 
@@ -16,7 +17,7 @@ def random(*shape, dtype=torch.float32, seed=0, scale=1.0):
 
 
 def skip_unless_usable(dtype):
-    reason = cpu.EXTENSION_PROBLEM
+    reason = cpu.extension.problem()
     if reason is not None and (dtype == torch.float32 or onednn.why_not() is not None):
         pytest.skip(reason)
 

@@ -9,7 +9,7 @@ from op_contract import randn
 
 from wavlm_fast.backends import cpu
 
-pytestmark = pytest.mark.skipif(cpu.EXTENSION_PROBLEM is not None, reason=str(cpu.EXTENSION_PROBLEM))
+pytestmark = pytest.mark.skipif(cpu.extension.problem() is not None, reason=str(cpu.extension.problem()))
 
 FORWARD, BACKWARD = TABLE["stats_pool"].fn, TABLE["stats_pool_backward"].fn
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,7 +7,8 @@ import torch
 from some_calls import BACKWARD, FORWARD, OPS, SAVING, Draw, any_call, call, with_option
 
 from wavlm_fast import backends, ops, use_backend
-from wavlm_fast.backends import cpu, onednn, products
+from wavlm_fast.backends import cpu
+from wavlm_fast.backends.cpu import onednn, packed_conv
 
 SEEDS = range(15)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -87,7 +88,7 @@ def test_the_layout_changes_nothing(op, dtype):
 @pytest.mark.skipif(onednn.why_not() is not None, reason=str(onednn.why_not()))
 @pytest.mark.parametrize("op", ["linear_act", "strided_conv", "tdnn", "encoder_layer", "feature_encoder"])
 def test_the_layout_changes_nothing_in_onednn(op, monkeypatch):
-    monkeypatch.setattr(products, "_prefers_onednn", lambda: True)
+    monkeypatch.setattr(packed_conv, "_prefers_onednn", lambda: True)
     test_the_layout_changes_nothing(op, torch.bfloat16)
 
 
@@ -141,7 +142,7 @@ def test_projections_of_different_strides():
     assert backends.choose("encoder_layer", (*args[:3], weights, *args[4:])).backend in ("cpu", "reference")
     found = ops.encoder_layer(*args[:3], weights, *args[4:7], **_options(args))
     torch.testing.assert_close(found, wanted)
-    if cpu.EXTENSION_PROBLEM is None:
+    if cpu.extension.problem() is None:
         with use_backend("cpu"):
             assert torch.equal(ops.encoder_layer(*args[:3], weights, *args[4:7], **_options(args)), found)
 

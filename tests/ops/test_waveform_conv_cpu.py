@@ -9,7 +9,7 @@ from wavlm_fast.backends import cpu
 from wavlm_fast.backends.reference import TABLE as REFERENCE_TABLE
 from wavlm_fast.ops import references
 
-pytestmark = pytest.mark.skipif(cpu.EXTENSION_PROBLEM is not None, reason=str(cpu.EXTENSION_PROBLEM))
+pytestmark = pytest.mark.skipif(cpu.extension.problem() is not None, reason=str(cpu.extension.problem()))
 
 REFERENCE = references["waveform_conv"]
 KERNEL = cpu.TABLE["waveform_conv"].fn

@@ -16,7 +16,7 @@ from wavlm_fast import use_backend
 from wavlm_fast.backends import cpu
 
 HERE = Path(__file__).parent
-needs_extension = pytest.mark.skipif(cpu.EXTENSION_PROBLEM is not None, reason=str(cpu.EXTENSION_PROBLEM))
+needs_extension = pytest.mark.skipif(cpu.extension.problem() is not None, reason=str(cpu.extension.problem()))
 SEEDS = 1000
 
 

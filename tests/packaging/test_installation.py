@@ -21,7 +21,7 @@ if importlib.util.find_spec("triton"):
     import wavlm_fast.kernels.add_layer_norm as kernel
     assert pathlib.Path(kernel.__file__).is_file()
 print("from", pathlib.Path(wavlm_fast.__file__).parent)
-print("problem:", cpu.EXTENSION_PROBLEM)
+print("problem:", cpu.extension.problem())
 """
 
 

@@ -1,7 +1,16 @@
 """Who computes an op: the chooser, its reasons, and the user's wish for a backend.
 
-A backend is one file in this folder with a `NAME`, a backend-level `why_not(device)`, and a `TABLE` from op name to
-`Implementation`. `choose` walks the backends in order and takes the first that does not refuse.
+A backend is a file or a folder beside this one; nothing else names it. `choose` walks those that serve the device,
+fastest first, and takes the first that does not refuse. What a backend's module holds:
+
+    NAME: its name, that of the file or folder.
+    DEVICES: the device types whose tensors it is chosen for; None for all. ROCm devices are "cuda" to torch.
+    RANK: its place among those that serve the same device; the highest is asked first.
+    TABLE: op name -> `Implementation`.
+    why_not(device=None): why none of them can run, on the device or anywhere here; None when one can.
+    mending(reason): what the user can do about a refusal that slows a call down, if anything; may be left out.
+
+Importing it must neither take long nor fail, whatever is not installed: all are imported to be put in order.
 """
 
 from __future__ import annotations
@@ -9,7 +18,8 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,12 +32,10 @@ import torch
 logger = logging.getLogger("wavlm_fast")
 
 ENVIRONMENT_VARIABLE = "WAVLM_FAST_BACKEND"
-_NAMES = ("reference", "cpu", "triton")
-# Fastest first, by the kind of device that the tensors are on. ROCm devices are "cuda" to torch.
-_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 
 _wanted: ContextVar[str | None] = ContextVar("wavlm_fast_backend", default=None)
 _noted: ContextVar[list[tuple[str, Choice]] | None] = ContextVar("wavlm_fast_noted", default=None)
+_warned: set[str] = set()
 
 
 class BackendUnavailable(RuntimeError):
@@ -39,7 +47,8 @@ class Implementation:
     """One backend's way to compute one op.
 
     `fn` takes the arguments of the op's schema. `why_not` takes the same and returns a sentence when `fn` cannot
-    compute this call, None when it can. It must read shapes, dtypes and devices only, never values.
+    compute this call, None when it can. It must read shapes, dtypes and devices only, never values. Whoever calls `fn`
+    has asked it: what a kernel needs may be loaded then.
     """
 
     fn: Callable[..., Any]
@@ -55,9 +64,10 @@ class Choice:
     refused: tuple[tuple[str, str], ...] = ()
 
 
+@cache
 def names() -> tuple[str, ...]:
-    """The backends by name, without "auto"."""
-    return _NAMES
+    """The backends by name, without "auto"; the reference first."""
+    return tuple(backend.NAME for backend in _found())
 
 
 @cache
@@ -66,9 +76,30 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
+@cache
+def _found() -> tuple[ModuleType, ...]:
+    """All backends, by rank."""
+    return tuple(sorted((load(file.name) for file in pkgutil.iter_modules(__path__)), key=lambda b: b.RANK))
+
+
+@cache
+def _serving(device_type: str) -> tuple[ModuleType, ...]:
+    """The backends for tensors on such a device, fastest first."""
+    return tuple(b for b in reversed(_found()) if b.DEVICES is None or device_type in b.DEVICES)
+
+
+def gather(package: str, folder: Iterable[str]) -> dict[str, Implementation]:
+    """The table of a backend that is a folder: of the tables of its files, one for each op and its gradient."""
+    table: dict[str, Implementation] = {}
+    for file in pkgutil.iter_modules(folder):
+        table |= getattr(importlib.import_module(f"{package}.{file.name}"), "TABLE", {})
+    return table
+
+
 def _checked(name: str, source: str) -> str:
-    if name not in (*_NAMES, "auto"):
-        raise ValueError(f"{source} must be one of 'auto', {', '.join(map(repr, _NAMES))}, got {name!r}")
+    known = names()
+    if name not in (*known, "auto"):
+        raise ValueError(f"{source} must be one of 'auto', {', '.join(map(repr, known))}, got {name!r}")
     return name
 
 
@@ -77,7 +108,8 @@ def current() -> str:
     wanted = _wanted.get()
     if wanted is not None:
         return wanted
-    return _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", f"the environment variable {ENVIRONMENT_VARIABLE}")
+    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    return _checked(name, f"the environment variable {ENVIRONMENT_VARIABLE}") if name else "auto"
 
 
 @contextmanager
@@ -121,12 +153,12 @@ def choose(op: str, args: tuple) -> Choice:
     if wanted != "auto":
         return _named(wanted, op, args, device)
     refused = []
-    for name in _PREFERENCE.get(device.type, ("reference",)):
-        implementation, reason = _ask(name, op, args, device)
+    for backend in _serving(device.type):
+        implementation, reason = _ask(backend, op, args, device)
         if reason is None:
-            return Choice(name, implementation.fn, tuple(refused))
-        refused.append((name, reason))
-        _log_once(op, name, reason)
+            return Choice(backend.NAME, implementation.fn, tuple(refused))
+        refused.append((backend.NAME, reason))
+        _log_once(op, backend.NAME, reason)
     raise AssertionError("the reference never refuses")
 
 
@@ -153,20 +185,20 @@ def note(op: str, choice: Choice) -> None:
 
 
 def _named(name: str, op: str, args: tuple, device: torch.device) -> Choice:
-    if op not in load(name).TABLE:
+    backend = load(name)
+    if op not in backend.TABLE:
         reason = f"the {name} backend has no kernel for {op}"
         return Choice("reference", load("reference").TABLE[op].fn, ((name, reason),))
-    implementation, reason = _ask(name, op, args, device)
+    implementation, reason = _ask(backend, op, args, device)
     if reason is not None:
         raise BackendUnavailable(f"{op} cannot run on the {name} backend: {reason}")
     return Choice(name, implementation.fn)
 
 
-def _ask(name: str, op: str, args: tuple, device: torch.device) -> tuple[Implementation | None, str | None]:
-    backend = load(name)
+def _ask(backend: ModuleType, op: str, args: tuple, device: torch.device) -> tuple[Implementation | None, str | None]:
     implementation = backend.TABLE.get(op)
     if implementation is None:
-        return None, f"no {name} kernel for {op}"
+        return None, f"no {backend.NAME} kernel for {op}"
     reason = backend.why_not(device)
     return implementation, implementation.why_not(*args) if reason is None else reason
 
@@ -174,3 +206,17 @@ def _ask(name: str, op: str, args: tuple, device: torch.device) -> tuple[Impleme
 @cache
 def _log_once(op: str, name: str, reason: str) -> None:
     logger.info("%s does not run on the %s backend: %s", op, name, reason)
+
+
+def warn_once(choice: Choice) -> None:
+    """Say where everybody sees it that a call falls back, when the user could help that; once for each backend.
+
+    By the logger, as transformers tells of slow paths, and at a level that is shown by default: a warning of Python
+    would be lost where warnings are ignored, and end the forward where they are errors.
+    """
+    for name, reason in choice.refused:
+        mending = getattr(load(name), "mending", None)
+        line = None if name in _warned or mending is None else mending(reason)
+        if line is not None:
+            _warned.add(name)
+            logger.warning("wavlm_fast runs in plain torch, slower than it could: %s. To mend it: %s", reason, line)

@@ -8,7 +8,7 @@ Whether such an element is NaN or infinite may differ. Large finite numbers leav
 save within a factor of two of its end, where the order of a sum decides, and where several operands are large at once.
 """
 
-from ._define import references, schemas
+from ._define import kernels, references, schemas
 from .add_layer_norm import add_layer_norm
 from .encoder_layer import encoder_layer
 from .feature_encoder import feature_encoder
@@ -26,6 +26,7 @@ __all__ = [
     "encoder_layer",
     "feature_encoder",
     "gated_attention",
+    "kernels",
     "linear_act",
     "position_gate",
     "positional_conv",

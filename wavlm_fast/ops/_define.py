@@ -6,8 +6,8 @@ asks the chooser (`wavlm_fast.backends`) at each call.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .. import backends
 from .._private import TAGS, unaliased
-from ..backends.reference import TABLE as REFERENCE_TABLE
 from ..derived import derived
 from ..freed import refuse
 from ._decompose import decomposes
@@ -25,11 +24,10 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 # Op name -> the op in differentiable plain torch, same arguments less `save`: the oracle of the parity harness.
 references: dict[str, Callable[..., Any]] = {}
+# Op name -> the reference backend's implementation.
+kernels: dict[str, Callable[..., Any]] = {}
 # Op name -> schema text without the name, for backends that implement the same schema in their own namespace.
 schemas: dict[str, str] = {}
-# Op name -> the names of its arguments, and the positions of those that are lists.
-_names: dict[str, list[str]] = {}
-_lists: dict[str, tuple[int, ...]] = {}
 
 
 def define(
@@ -51,8 +49,7 @@ def define(
         check: raises ValueError or TypeError when the arguments break the contract. Runs before any kernel; reads no
             values. A backward op refuses what its forward does, and what does not fit the forward's outputs.
     """
-    schemas[name] = signature
-    REFERENCE_TABLE[name] = backends.Implementation(kernel)
+    schemas[name], kernels[name] = signature, kernel
 
     def choose(args: tuple) -> tuple[backends.Choice, bool]:
         """Who computes it, and whether that is ops that are chosen for in their turn."""
@@ -68,6 +65,7 @@ def define(
         choice, by_ops = choose(args)
         if choice.backend == "reference" and not by_ops:
             refuse(name, args)
+            backends.warn_once(choice)
         outputs = choice.fn(*args)
         # Autograd forbids writing into an output that is a view, even when nobody else has its base; SpecAugment does.
         return tuple(map(unaliased, outputs)) if isinstance(outputs, tuple) else unaliased(outputs)
@@ -85,10 +83,7 @@ def define(
     LIBRARY.impl(name, dispatch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=LIBRARY)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    arguments = arguments_of(signature)
-    _names[name] = list(arguments)
-    _lists[name] = tuple(i for i, kind in enumerate(arguments.values()) if kind.endswith("[]"))
-    decomposes(op, list(arguments), kernel)
+    decomposes(op, list(arguments_of(signature)), kernel)
     return op
 
 
@@ -99,14 +94,22 @@ def arguments_of(signature: str) -> dict[str, str]:
     return {name: kind for kind, _, name in pairs}
 
 
+@cache
+def _count_and_lists(name: str) -> tuple[int, tuple[int, ...]]:
+    """How many arguments an op has, and the positions of those that are lists."""
+    kinds = arguments_of(schemas[name]).values()
+    return len(kinds), tuple(i for i, kind in enumerate(kinds) if kind.endswith("[]"))
+
+
 def _completed(name: str, args: tuple) -> tuple:
     """All arguments of an op as its schema has them: the dispatcher leaves out defaults, and packages of AOTInductor
     hand on None for an empty list.
     """
-    args = (*args, *[None] * (len(_names[name]) - len(args)))
-    if not any(args[i] is None for i in _lists[name]):
+    count, lists = _count_and_lists(name)
+    args = (*args, *[None] * (count - len(args)))
+    if not any(args[i] is None for i in lists):
         return args
-    return tuple([] if a is None and i in _lists[name] else a for i, a in enumerate(args))
+    return tuple([] if a is None and i in lists else a for i, a in enumerate(args))
 
 
 def differentiate(
@@ -115,20 +118,22 @@ def differentiate(
     backward: Callable[..., Sequence[Tensor | None]],
     save: Callable[[tuple], Sequence[Tensor]] = lambda outputs: (),
     flowing: int = 1,
+    unread: str | None = None,
 ) -> None:
     """Give an op its gradient.
 
     Args:
         name: op name.
         reference: the op in differentiable plain torch, for the parity harness and for gradients of gradients. Takes
-            the op's inputs by their names, less those that it has no use for.
+            the op's inputs less `unread`.
         backward: from (gradients of the outputs, inputs of the op, saved outputs, which inputs want a gradient) to one
             gradient per input of `reference`; those of inputs that want none are not looked at.
         save: which of the outputs the backward pass needs.
         flowing: number of outputs, the first ones, from which a gradient may flow; the others are there to be saved.
+        unread: name of the input, if any, that says whether these are wanted.
     """
     references[name] = reference
-    takes = [_names[name].index(argument) for argument in inspect.signature(reference).parameters]
+    names = list(arguments_of(schemas[name]))
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         refuse(f"the gradient of {name}", inputs)
@@ -147,7 +152,7 @@ def differentiate(
         pairs = zip(grads, ctx.likes, strict=False)
         grads = tuple(torch.zeros(shape, **options) if g is None else g for g, (shape, options) in pairs)
         if torch.is_grad_enabled():
-            found = _reference_gradients(reference, inputs, takes, grads)
+            found = _reference_gradients(reference, dict(zip(names, inputs, strict=True)), unread, grads)
         else:
             with backends.resumed(ctx.backend):
                 found = backward(grads, inputs, tuple(saved), ctx.needs_input_grad)
@@ -157,23 +162,20 @@ def differentiate(
 
 
 def _reference_gradients(
-    reference: Callable[..., Any], inputs: list, takes: list[int], grads: tuple
+    reference: Callable[..., Any], inputs: dict[str, Any], unread: str | None, grads: tuple
 ) -> list[Tensor | None]:
-    """Gradients that can be differentiated again, through plain torch, which takes the inputs at some positions."""
-    wanted = [i for i, a in enumerate(inputs) if isinstance(a, Tensor) and a.requires_grad]
+    """Gradients that can be differentiated again, through plain torch, which takes all inputs but one."""
+    wanted = [name for name, a in inputs.items() if isinstance(a, Tensor) and a.requires_grad]
     # Aliases keep one input's gradient from flowing on into another input that it was computed from.
-    for i in wanted:
-        inputs[i] = inputs[i].view_as(inputs[i])
-    outputs = reference(*(inputs[i] for i in takes))
+    inputs |= {name: inputs[name].view_as(inputs[name]) for name in wanted}
+    outputs = reference(*(a for name, a in inputs.items() if name != unread))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=False) if g is not None]
     found = torch.autograd.grad(
-        [o for o, _ in pairs], [inputs[i] for i in wanted], [g for _, g in pairs], create_graph=True, allow_unused=True
+        [o for o, _ in pairs], [inputs[n] for n in wanted], [g for _, g in pairs], create_graph=True, allow_unused=True
     )
-    result: list[Tensor | None] = [None] * len(inputs)
-    for i, g in zip(wanted, found, strict=True):
-        result[i] = g
-    return result
+    gradients = dict(zip(wanted, found, strict=True))
+    return [gradients.get(name) for name in inputs]
 
 
 def autocast(name: str, op: Callable[..., Any], lower: tuple[int, ...] = (), weights: tuple[int, ...] = ()) -> None:

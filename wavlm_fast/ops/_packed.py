@@ -12,12 +12,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _check as check
+
+
+class Resized(NamedTuple):
+    """The last arguments of an op that makes another number of frames; all None of a dense batch."""
+
+    offsets: Tensor | None = None
+    out_offsets: Tensor | None = None
+    out_frames: int | None = None
+
+
+DENSE = Resized()
 
 
 def bounds(op: str, offsets: Tensor, frames: int, name: str = "offsets") -> list[tuple[int, int]]:
@@ -82,37 +93,30 @@ def check_lengths(
 
 
 def each_resized(
-    op: str,
-    function: Callable[..., Tensor],
-    after: Callable[[int], int],
-    offsets: Tensor,
-    out_offsets: Tensor,
-    out_frames: int,
-    frames: Tensor,
+    op: str, function: Callable[..., Tensor], after: Callable[[int], int], packed: Resized, frames: Tensor
 ) -> Tensor:
     """The same where `function` makes `after(T)` frames of T.
 
     Raises:
         ValueError: the offsets do not fit the frames, or each other.
     """
-    check_lengths(op, after, offsets, out_offsets, frames.shape[1], out_frames)
-    return each(op, function, offsets, frames)
+    check_lengths(op, after, packed.offsets, packed.out_offsets, frames.shape[1], packed.out_frames)
+    return each(op, function, packed.offsets, frames)
 
 
 def each_backward(
     op: str,
     function: Callable[..., tuple[Tensor, ...]],
     after: Callable[[int], int],
-    offsets: Tensor,
-    out_offsets: Tensor,
+    packed: Resized,
     inputs: Sequence[Tensor],
     outputs: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
     """A backward utterance by utterance: `function(*inputs, *outputs)` of the frames of each gives the gradient of the
     first input, whose utterances are joined, and others, which are added up.
     """
-    check_lengths(op, after, offsets, out_offsets, inputs[0].shape[1], outputs[0].shape[1])
-    pairs = zip(utterances(op, offsets, *inputs), utterances(op, out_offsets, *outputs), strict=True)
+    check_lengths(op, after, packed.offsets, packed.out_offsets, inputs[0].shape[1], outputs[0].shape[1])
+    pairs = zip(utterances(op, packed.offsets, *inputs), utterances(op, packed.out_offsets, *outputs), strict=True)
     first, *others = zip(*(function(*own, *made) for own, made in pairs), strict=True)
     return joined(first), *map(summed, others)
 
@@ -142,12 +146,11 @@ def check_offsets(op: str, name: str, x: Tensor, offsets: Tensor) -> None:
     check.same_device(op, "the frames", x, **{name: offsets})
 
 
-def check_resized(
-    op: str, name: str, x: Tensor, offsets: Tensor | None, out_offsets: Tensor | None, out_frames: int | None
-) -> None:
+def check_resized(op: str, name: str, x: Tensor, packed: Resized) -> None:
     """The same of an op that changes the number of frames."""
+    offsets, out_offsets, out_frames = packed
     check_packed(op, name, x, offsets)
-    given = [v is not None for v in (offsets, out_offsets, out_frames)]
+    given = [v is not None for v in packed]
     if any(given) and not all(given):
         raise ValueError(f"{op} wants offsets, out_offsets and out_frames together, or none of them")
     if offsets is None:

@@ -121,7 +121,7 @@ def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
     return dx, dx, dweight, dbias, None
 
 
-differentiate(NAME, reference, _backward, save=lambda outputs: outputs[:1], flowing=2)
+differentiate(NAME, reference, _backward, save=lambda outputs: outputs[:1], flowing=2, unread="keep_sum")
 
 
 def _autocast(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -122,25 +123,11 @@ _REFERENCES = (
 )
 
 
-def reference(
-    x: Tensor,
-    rel_bias: Tensor,
-    key_lengths: Tensor | None,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    gate: list[Tensor],
-    norms: list[Tensor],
-    eps: list[float],
-    scale: float,
-    activation: str,
-    norm_first: bool,
-    offsets: Tensor | None = None,
-) -> Tensor:
-    parameters = (weights, biases, gate, norms)
-    return _layer(_REFERENCES, x, rel_bias, key_lengths, *parameters, eps, scale, activation, norm_first, offsets)
+def reference(*args: Any) -> Tensor:
+    return _layer(_REFERENCES, *args)
 
 
-def _kernel(*args: object) -> Tensor:
+def _kernel(*args: Any) -> Tensor:
     # Of the ops, not of their references: a backend without this op may have those.
     return _layer(_OPS, *args)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _check as check
 from ._define import autocast, define, needs_grad, references
-from ._packed import RESIZED, bounds, check_resized, windows
+from ._packed import RESIZED, Resized, bounds, check_resized, windows
 from .strided_conv import reference as further_reference
 from .strided_conv import strided_conv
 from .waveform_conv import NORMS, waveform_conv
@@ -61,7 +62,7 @@ def feature_encoder(
     args = (waveform.contiguous(), list(weights), list(biases), list(strides), norm, list(norm_weights),
             list(norm_biases), eps, activation, offsets, out_offsets, out_frames)  # fmt: skip
     if needs_grad(waveform, *weights, *biases, *norm_weights, *norm_biases):
-        check_resized(NAME, "waveform", waveform, offsets, out_offsets, out_frames)
+        check_resized(NAME, "waveform", waveform, Resized(offsets, out_offsets, out_frames))
         return _kernel(*args)
     return _op(*args)
 
@@ -83,32 +84,26 @@ def _in_turn(
     norm_biases: list[Tensor],
     eps: float,
     activation: str,
-    offsets: Tensor | None = None,
-    out_offsets: Tensor | None = None,
-    out_frames: int | None = None,
+    *packed: Tensor | int | None,
 ) -> Tensor:
     taps = [weight.shape[2] for weight in weights]
-    places = _places(offsets, out_offsets, out_frames, waveform.shape[1], taps, strides)
+    places = _places(Resized(*packed), waveform.shape[1], taps, strides)
     vectors = (per_layer(v, len(weights)) for v in (biases, norm_weights, norm_biases))
-    layers = list(zip(weights, strides, *vectors, places, strict=True))
-    weight, stride, bias, norm_weight, norm_bias, packed = layers[0]
-    x = first(waveform, weight, bias, stride, norm, norm_weight, norm_bias, eps, activation, packed)
-    for weight, stride, bias, norm_weight, norm_bias, packed in layers[1:]:
-        x = further(x, weight, bias, stride, norm_weight, norm_bias, eps, activation, packed)
+    layers = zip(weights, strides, *vectors, places, strict=True)
+    x = waveform
+    for i, (weight, stride, bias, norm_weight, norm_bias, place) in enumerate(layers):
+        options = {"stride": stride, "norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps}
+        options |= {"activation": activation, "offsets": place.offsets}
+        options |= {"out_offsets": place.out_offsets, "out_frames": place.out_frames}
+        x = further(x, weight, bias, **options) if i else first(x, weight, bias, norm=norm, **options)
     return x
 
 
-def _places(
-    offsets: Tensor | None,
-    out_offsets: Tensor | None,
-    out_frames: int | None,
-    samples: int,
-    taps: list[int],
-    strides: list[int],
-) -> list[tuple]:
-    """`offsets`, `out_offsets` and `out_frames` of every layer."""
-    if offsets is None:
-        return [(None, None, None)] * len(taps)
+def _places(packed: Resized, samples: int, taps: list[int], strides: list[int]) -> list[Resized]:
+    """Those of every layer."""
+    if packed.offsets is None:
+        return [packed] * len(taps)
+    offsets, out_offsets, out_frames = packed
     lengths = given = [end - first for first, end in bounds(NAME, offsets, samples)]
     places = []
     for size, stride in zip(taps, strides, strict=True):
@@ -116,58 +111,20 @@ def _places(
         if min(lengths) < 1:
             raise ValueError(f"{NAME} wants offsets of utterances long enough for a frame, got lengths {given}")
         ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=offsets.device)
-        places.append((offsets, ends, sum(lengths)))
+        places.append(Resized(offsets, ends, sum(lengths)))
         offsets = ends
     if lengths != [end - first for first, end in bounds(NAME, out_offsets, out_frames, "out_offsets")]:
         raise ValueError(f"{NAME} wants out_offsets of {lengths} frames for these offsets, got {out_offsets.tolist()}")
     return places
 
 
-def reference(
-    waveform: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    strides: list[int],
-    norm: str,
-    norm_weights: list[Tensor],
-    norm_biases: list[Tensor],
-    eps: float,
-    activation: str,
-    offsets: Tensor | None = None,
-    out_offsets: Tensor | None = None,
-    out_frames: int | None = None,
-) -> Tensor:
-    layers = (waveform, weights, biases, strides, norm, norm_weights, norm_biases)
-    return _in_turn(
-        lambda *args: first_reference(*args[:-1], *args[-1]),
-        lambda *args: further_reference(*args[:-1], *args[-1]),
-        *layers, eps, activation, offsets, out_offsets, out_frames,
-    )  # fmt: skip
+def reference(*args: Any) -> Tensor:
+    return _in_turn(first_reference, further_reference, *args)
 
 
-def _first(waveform: Tensor, weight: Tensor, bias: Tensor | None, stride: int, norm: str, *rest: object) -> Tensor:
-    norm_weight, norm_bias, eps, activation, packed = rest
-    return waveform_conv(
-        waveform, weight, bias, stride=stride, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps,
-        activation=activation, **_named(packed),
-    )  # fmt: skip
-
-
-def _further(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, *rest: object) -> Tensor:
-    norm_weight, norm_bias, eps, activation, packed = rest
-    return strided_conv(
-        x, weight, bias, stride=stride, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, activation=activation,
-        **_named(packed),
-    )  # fmt: skip
-
-
-def _named(packed: tuple) -> dict[str, object]:
-    return dict(zip(("offsets", "out_offsets", "out_frames"), packed, strict=True))
-
-
-def _kernel(*args: object) -> Tensor:
+def _kernel(*args: Any) -> Tensor:
     # Of the layers' ops, not of their references: a backend without this op may have those.
-    return _in_turn(_first, _further, *args)
+    return _in_turn(waveform_conv, strided_conv, *args)
 
 
 def _check(
@@ -180,9 +137,7 @@ def _check(
     norm_biases: list[Tensor],
     eps: float,
     activation: str,
-    offsets: Tensor | None = None,
-    out_offsets: Tensor | None = None,
-    out_frames: int | None = None,
+    *packed: Tensor | int | None,
 ) -> None:
     check.floating(NAME, "waveform", waveform)
     check.shape(NAME, "waveform", waveform, ("B", "S"))
@@ -210,7 +165,7 @@ def _check(
         check.shape(NAME, f"biases[{i}]", bias, (weights[i].shape[0],))
         check.same(NAME, "waveform", waveform, **{f"biases[{i}]": bias})
     check.frames(NAME, waveform.shape[1], _samples(weights, strides), "samples")
-    check_resized(NAME, "waveform", waveform, offsets, out_offsets, out_frames)
+    check_resized(NAME, "waveform", waveform, Resized(*packed))
 
 
 def _samples(weights: list[Tensor], strides: list[int]) -> int:

@@ -100,5 +100,5 @@ def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
     return or_none(wanted, _backward_op(grads[0].contiguous(), x, weight, bias, *saved, activation, wanted))
 
 
-differentiate(NAME, reference, _backward, save=lambda outputs: outputs[1:])
+differentiate(NAME, reference, _backward, save=lambda outputs: outputs[1:], unread="save")
 autocast(NAME, _op, lower=(0,), weights=(1, 2))

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import _check as check
 from ._activation import activate, activate_backward
 from ._define import autocast, define, differentiate, needs_grad, only, or_empty, or_none
-from ._packed import check_packed, each, each_backward, windows
+from ._packed import Resized, check_packed, each, each_backward, windows
 
 NAME = "positional_conv"
 BACKWARD = f"{NAME}_backward"
@@ -136,7 +136,7 @@ def _fake(
     activation: str,
     residual: bool,
     save: bool,
-    offsets: Tensor | None = None,
+    *rest: object,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x) if save and activation != "none" else x.new_empty(0)
 
@@ -158,7 +158,7 @@ def _backward_kernel(
         def alone(x: Tensor, grad: Tensor, pre: Tensor) -> tuple[Tensor, ...]:
             return _backward_kernel(grad, x, weight, bias, pre, groups, activation, residual, wanted)
 
-        return each_backward(NAME, alone, windows(1), offsets, offsets, (x,), (grad, pre))
+        return each_backward(NAME, alone, windows(1), Resized(offsets, offsets), (x,), (grad, pre))
     kernel = weight.shape[2]
     dy = activate_backward(activation, grad, pre).transpose(1, 2)
     dy = F.pad(dy, (0, (kernel + 1) % 2))  # the dropped frame has no gradient
@@ -213,5 +213,5 @@ def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
     return or_none(wanted, found)
 
 
-differentiate(NAME, reference, _backward, save=lambda outputs: outputs[1:])
+differentiate(NAME, reference, _backward, save=lambda outputs: outputs[1:], unread="save")
 autocast(NAME, _op, lower=(0,), weights=(1, 2))

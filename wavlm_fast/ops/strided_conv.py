@@ -9,7 +9,7 @@ from torch import Tensor
 from . import _check as check
 from ._activation import activate, activate_backward
 from ._define import autocast, define, differentiate, needs_grad, only, or_empty, or_none
-from ._packed import RESIZED, check_resized, each_backward, each_resized, windows
+from ._packed import DENSE, RESIZED, Resized, check_resized, each_backward, each_resized, windows
 
 NAME = "strided_conv"
 BACKWARD = f"{NAME}_backward"
@@ -58,18 +58,10 @@ def strided_conv(
     return _op(x.contiguous(), weight, bias, stride, *tail)[0]
 
 
-def _convolve(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int,
-    offsets: Tensor | None = None,
-    out_offsets: Tensor | None = None,
-    out_frames: int | None = None,
-) -> Tensor:
-    if offsets is not None:
-        packed = (windows(weight.shape[2], stride), offsets, out_offsets, out_frames)
-        return each_resized(NAME, lambda own: _convolve(own, weight, bias, stride), *packed, x)
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, packed: Resized) -> Tensor:
+    if packed.offsets is not None:
+        after = windows(weight.shape[2], stride)
+        return each_resized(NAME, lambda own: _convolve(own, weight, bias, stride, DENSE), after, packed, x)
     # conv2d over channels-last frames would be faster on a CPU, and more than twice as far from float64.
     return F.conv1d(x.transpose(1, 2), weight, bias, stride).transpose(1, 2).contiguous()
 
@@ -97,7 +89,7 @@ def reference(
     out_offsets: Tensor | None = None,
     out_frames: int | None = None,
 ) -> Tensor:
-    pre = _convolve(x, weight, bias, stride, offsets, out_offsets, out_frames)
+    pre = _convolve(x, weight, bias, stride, Resized(offsets, out_offsets, out_frames))
     return _finish(pre, norm_weight, norm_bias, eps, activation)
 
 
@@ -111,11 +103,9 @@ def _kernel(
     eps: float,
     activation: str,
     save: bool,
-    offsets: Tensor | None = None,
-    out_offsets: Tensor | None = None,
-    out_frames: int | None = None,
+    *packed: Tensor | int | None,
 ) -> tuple[Tensor, Tensor]:
-    pre = _convolve(x, weight, bias, stride, offsets, out_offsets, out_frames)
+    pre = _convolve(x, weight, bias, stride, Resized(*packed))
     out = _finish(pre, norm_weight, norm_bias, eps, activation)
     return out, or_empty(pre if save and out is not pre else None, x)
 
@@ -130,9 +120,7 @@ def _check(
     eps: float,
     activation: str,
     save: bool,
-    offsets: Tensor | None = None,
-    out_offsets: Tensor | None = None,
-    out_frames: int | None = None,
+    *packed: Tensor | int | None,
 ) -> None:
     check.floating(NAME, "x", x)
     check.shape(NAME, "weight", weight, ("C'", "C", "K"))
@@ -144,7 +132,7 @@ def _check(
     check.activation(NAME, activation)
     check.positive(NAME, stride=stride, taps=weight.shape[2])
     check.frames(NAME, x.shape[1], weight.shape[2])
-    check_resized(NAME, "x", x, offsets, out_offsets, out_frames)
+    check_resized(NAME, "x", x, Resized(*packed))
 
 
 def _check_backward(
@@ -159,13 +147,10 @@ def _check_backward(
     eps: float,
     activation: str,
     wanted: list[bool],
-    offsets: Tensor | None = None,
-    out_offsets: Tensor | None = None,
-    out_frames: int | None = None,
+    *packed: Tensor | int | None,
 ) -> None:
-    packed = (offsets, out_offsets, out_frames)
     _check(x, weight, bias, stride, norm_weight, norm_bias, eps, activation, True, *packed)
-    out = _shape(x, weight, stride, out_frames)
+    out = _shape(x, weight, stride, Resized(*packed))
     unread = norm_weight is None and activation == "none"
     check.alike(BACKWARD, out, "x", x, grad=grad, **({} if unread else {"pre": pre}))
     norm_bias = None if norm_weight is None else norm_bias  # the forward ignores it
@@ -173,8 +158,8 @@ def _check_backward(
     check.wanted(BACKWARD, wanted, **inputs)
 
 
-def _shape(x: Tensor, weight: Tensor, stride: int, out_frames: int | None) -> tuple[int, int, int]:
-    frames = (x.shape[1] - weight.shape[2]) // stride + 1 if out_frames is None else out_frames
+def _shape(x: Tensor, weight: Tensor, stride: int, packed: Resized) -> tuple[int, int, int]:
+    frames = (x.shape[1] - weight.shape[2]) // stride + 1 if packed.offsets is None else packed.out_frames
     return x.shape[0], frames, weight.shape[0]
 
 
@@ -188,11 +173,9 @@ def _fake(
     eps: float,
     activation: str,
     save: bool,
-    offsets: Tensor | None = None,
-    out_offsets: Tensor | None = None,
-    out_frames: int | None = None,
+    *packed: Tensor | int | None,
 ) -> tuple[Tensor, Tensor]:
-    out = x.new_empty(_shape(x, weight, stride, out_frames))
+    out = x.new_empty(_shape(x, weight, stride, Resized(*packed)))
     distinct = norm_weight is not None or activation != "none"
     return out, torch.empty_like(out) if save and distinct else x.new_empty(0)
 
@@ -209,18 +192,17 @@ def _backward_kernel(
     eps: float,
     activation: str,
     wanted: list[bool],
-    offsets: Tensor | None = None,
-    out_offsets: Tensor | None = None,
-    out_frames: int | None = None,
+    *packed: Tensor | int | None,
 ) -> tuple[Tensor, ...]:
-    if offsets is not None:
+    packed = Resized(*packed)
+    if packed.offsets is not None:
 
         def alone(x: Tensor, grad: Tensor, pre: Tensor) -> tuple[Tensor, ...]:
             tail = (stride, norm_weight, norm_bias, eps, activation, wanted)
             return _backward_kernel(grad, x, weight, bias, pre, *tail)
 
         after = windows(weight.shape[2], stride)
-        return each_backward(NAME, alone, after, offsets, out_offsets, (x,), (grad, pre))
+        return each_backward(NAME, alone, after, packed, (x,), (grad, pre))
     dpre, dnorm_weight, dnorm_bias = finish_backward(grad, pre, norm_weight, norm_bias, eps, activation)
     dx, dweight, dbias = torch.ops.aten.convolution_backward(
         dpre.to(x.dtype).transpose(1, 2), x.transpose(1, 2), weight,
@@ -266,9 +248,7 @@ def _backward_fake(
     eps: float,
     activation: str,
     wanted: list[bool],
-    offsets: Tensor | None = None,
-    out_offsets: Tensor | None = None,
-    out_frames: int | None = None,
+    *packed: Tensor | int | None,
 ) -> tuple[Tensor, ...]:
     vectors = (None if v is None else torch.empty_like(v) for v in (bias, norm_weight, norm_bias))
     return only(wanted, torch.empty_like(x), weight.new_empty(weight.shape), *vectors, like=x)
@@ -293,13 +273,12 @@ _backward_op = define(
 
 
 def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
-    x, weight, bias, *tail, _, offsets, out_offsets, out_frames = inputs
+    x, weight, bias, *tail = inputs[:8]
     wanted = (*wanted[:3], *(w and tail[1] is not None for w in wanted[4:6]))
-    packed = (offsets, out_offsets, out_frames)
-    found = _backward_op(grads[0].contiguous(), x, weight, bias, *saved, *tail, wanted, *packed)
+    found = _backward_op(grads[0].contiguous(), x, weight, bias, *saved, *tail, wanted, *inputs[9:])
     dx, dweight, dbias, dnorm_weight, dnorm_bias = or_none(wanted, found)
     return dx, dweight, dbias, None, dnorm_weight, dnorm_bias
 
 
-differentiate(NAME, reference, _backward, save=lambda outputs: outputs[1:])
+differentiate(NAME, reference, _backward, save=lambda outputs: outputs[1:], unread="save")
 autocast(NAME, _op, lower=(0,), weights=(1, 2))

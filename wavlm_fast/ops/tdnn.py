@@ -9,7 +9,7 @@ from torch import Tensor
 from . import _check as check
 from ._activation import activate
 from ._define import autocast, define, differentiate, only, or_none
-from ._packed import RESIZED, check_resized, each_backward, each_resized, windows
+from ._packed import RESIZED, Resized, check_resized, each_backward, each_resized, windows
 
 NAME = "tdnn"
 BACKWARD = f"{NAME}_backward"
@@ -71,7 +71,8 @@ def reference(
     if offsets is not None:
         tail = (weight, bias, kernel_size, dilation, activation)
         after = windows((kernel_size - 1) * dilation + 1)
-        return each_resized(NAME, lambda own: reference(own, *tail), after, offsets, out_offsets, out_frames, x)
+        packed = Resized(offsets, out_offsets, out_frames)
+        return each_resized(NAME, lambda own: reference(own, *tail), after, packed, x)
     y = F.conv1d(x.transpose(1, 2), _filter(weight, kernel_size), bias, dilation=dilation)
     return activate(activation, y.transpose(1, 2).contiguous())
 
@@ -83,9 +84,7 @@ def _check(
     kernel_size: int,
     dilation: int,
     activation: str,
-    offsets: Tensor | None = None,
-    out_offsets: Tensor | None = None,
-    out_frames: int | None = None,
+    *packed: Tensor | int | None,
 ) -> None:
     check.floating(NAME, "x", x)
     check.shape(NAME, "x", x, ("B", "T", "C"))
@@ -97,7 +96,7 @@ def _check(
     if activation not in ACTIVATIONS:
         raise ValueError(f"{NAME} wants an activation of {ACTIVATIONS}, got {activation!r}")
     check.frames(NAME, x.shape[1], (kernel_size - 1) * dilation + 1)
-    check_resized(NAME, "x", x, offsets, out_offsets, out_frames)
+    check_resized(NAME, "x", x, Resized(*packed))
 
 
 def _check_backward(
@@ -110,20 +109,16 @@ def _check_backward(
     dilation: int,
     activation: str,
     wanted: list[bool],
-    offsets: Tensor | None = None,
-    out_offsets: Tensor | None = None,
-    out_frames: int | None = None,
+    *packed: Tensor | int | None,
 ) -> None:
-    _check(x, weight, bias, kernel_size, dilation, activation, offsets, out_offsets, out_frames)
-    shape = _shape(x, weight, kernel_size, dilation, out_frames)
+    _check(x, weight, bias, kernel_size, dilation, activation, *packed)
+    shape = _shape(x, weight, kernel_size, dilation, Resized(*packed))
     check.alike(BACKWARD, shape, "x", x, grad=grad, **({} if activation == "none" else {"out": out}))
     check.wanted(BACKWARD, wanted, x=x, weight=weight, bias=bias)
 
 
-def _shape(
-    x: Tensor, weight: Tensor, kernel_size: int, dilation: int, out_frames: int | None
-) -> tuple[int, int, int]:
-    frames = x.shape[1] - (kernel_size - 1) * dilation if out_frames is None else out_frames
+def _shape(x: Tensor, weight: Tensor, kernel_size: int, dilation: int, packed: Resized) -> tuple[int, int, int]:
+    frames = x.shape[1] - (kernel_size - 1) * dilation if packed.offsets is None else packed.out_frames
     return x.shape[0], frames, weight.shape[0]
 
 
@@ -134,11 +129,9 @@ def _fake(
     kernel_size: int,
     dilation: int,
     activation: str,
-    offsets: Tensor | None = None,
-    out_offsets: Tensor | None = None,
-    out_frames: int | None = None,
+    *packed: Tensor | int | None,
 ) -> Tensor:
-    return x.new_empty(_shape(x, weight, kernel_size, dilation, out_frames))
+    return x.new_empty(_shape(x, weight, kernel_size, dilation, Resized(*packed)))
 
 
 def _backward_kernel(
@@ -151,17 +144,16 @@ def _backward_kernel(
     dilation: int,
     activation: str,
     wanted: list[bool],
-    offsets: Tensor | None = None,
-    out_offsets: Tensor | None = None,
-    out_frames: int | None = None,
+    *packed: Tensor | int | None,
 ) -> tuple[Tensor, ...]:
-    if offsets is not None:
+    packed = Resized(*packed)
+    if packed.offsets is not None:
 
         def alone(x: Tensor, grad: Tensor, out: Tensor) -> tuple[Tensor, ...]:
             return _backward_kernel(grad, x, weight, bias, out, kernel_size, dilation, activation, wanted)
 
         after = windows((kernel_size - 1) * dilation + 1)
-        return each_backward(NAME, alone, after, offsets, out_offsets, (x,), (grad, out))
+        return each_backward(NAME, alone, after, packed, (x,), (grad, out))
     if activation == "relu":
         grad = torch.where(out > 0, grad, 0)
     dx, dfilter, dbias = torch.ops.aten.convolution_backward(
@@ -183,9 +175,7 @@ def _backward_fake(
     dilation: int,
     activation: str,
     wanted: list[bool],
-    offsets: Tensor | None = None,
-    out_offsets: Tensor | None = None,
-    out_frames: int | None = None,
+    *packed: Tensor | int | None,
 ) -> tuple[Tensor, ...]:
     dbias = None if bias is None else torch.empty_like(bias)
     return only(wanted, torch.empty_like(x), weight.new_empty(weight.shape), dbias, like=x)

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import _check as check
 from ._activation import activate, activate_backward
 from ._define import autocast, define, differentiate, only, or_none
-from ._packed import RESIZED, check_resized, each_backward, each_resized, windows
+from ._packed import RESIZED, Resized, check_resized, each_backward, each_resized, windows
 
 NAME = "waveform_conv"
 BACKWARD = f"{NAME}_backward"
@@ -77,7 +77,8 @@ def reference(
     if offsets is not None:
         tail = (weight, bias, stride, norm, norm_weight, norm_bias, eps, activation)
         after = windows(weight.shape[2], stride)
-        return each_resized(NAME, lambda own: reference(own, *tail), after, offsets, out_offsets, out_frames, waveform)
+        packed = Resized(offsets, out_offsets, out_frames)
+        return each_resized(NAME, lambda own: reference(own, *tail), after, packed, waveform)
     y = F.conv1d(waveform[:, None], weight, bias, stride)  # [B, C, T]
     # Norm parameters may be wider than the product under autocast.
     wide = y if norm_weight is None else y.to(norm_weight.dtype)
@@ -99,9 +100,7 @@ def _check(
     norm_bias: Tensor | None,
     eps: float,
     activation: str,
-    offsets: Tensor | None = None,
-    out_offsets: Tensor | None = None,
-    out_frames: int | None = None,
+    *packed: Tensor | int | None,
 ) -> None:
     check.floating(NAME, "waveform", waveform)
     check.shape(NAME, "waveform", waveform, ("B", "S"))
@@ -115,7 +114,7 @@ def _check(
     check.activation(NAME, activation)
     check.positive(NAME, stride=stride, taps=weight.shape[2])
     check.frames(NAME, waveform.shape[1], weight.shape[2], "samples")
-    check_resized(NAME, "waveform", waveform, offsets, out_offsets, out_frames)
+    check_resized(NAME, "waveform", waveform, Resized(*packed))
 
 
 def _check_backward(
@@ -130,13 +129,10 @@ def _check_backward(
     eps: float,
     activation: str,
     wanted: list[bool],
-    offsets: Tensor | None = None,
-    out_offsets: Tensor | None = None,
-    out_frames: int | None = None,
+    *packed: Tensor | int | None,
 ) -> None:
-    packed = (offsets, out_offsets, out_frames)
     _check(waveform, weight, bias, stride, norm, norm_weight, norm_bias, eps, activation, *packed)
-    out = _shape(waveform, weight, stride, out_frames)
+    out = _shape(waveform, weight, stride, Resized(*packed))
     check.alike(BACKWARD, out, "waveform", waveform, grad=grad)
     if norm == "none":  # its parameters are not looked at, and have empty gradients
         norm_weight = norm_bias = weight
@@ -144,13 +140,13 @@ def _check_backward(
     check.wanted(BACKWARD, wanted, **inputs)
 
 
-def _shape(waveform: Tensor, weight: Tensor, stride: int, out_frames: int | None) -> tuple[int, int, int]:
-    frames = (waveform.shape[1] - weight.shape[2]) // stride + 1 if out_frames is None else out_frames
+def _shape(waveform: Tensor, weight: Tensor, stride: int, packed: Resized) -> tuple[int, int, int]:
+    frames = (waveform.shape[1] - weight.shape[2]) // stride + 1 if packed.offsets is None else packed.out_frames
     return waveform.shape[0], frames, weight.shape[0]
 
 
 def _fake(waveform: Tensor, weight: Tensor, bias: Tensor | None, stride: int, *rest: object) -> Tensor:
-    return waveform.new_empty(_shape(waveform, weight, stride, rest[-1]))
+    return waveform.new_empty(_shape(waveform, weight, stride, Resized(*rest[-3:])))
 
 
 def _backward_kernel(
@@ -165,18 +161,17 @@ def _backward_kernel(
     eps: float,
     activation: str,
     wanted: list[bool],
-    offsets: Tensor | None = None,
-    out_offsets: Tensor | None = None,
-    out_frames: int | None = None,
+    *packed: Tensor | int | None,
 ) -> tuple[Tensor, ...]:
-    if offsets is not None:
+    packed = Resized(*packed)
+    if packed.offsets is not None:
 
         def alone(waveform: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
             tail = (stride, norm, norm_weight, norm_bias, eps, activation, wanted)
             return _backward_kernel(grad, waveform, weight, bias, *tail)
 
         after = windows(weight.shape[2], stride)
-        return each_backward(NAME, alone, after, offsets, out_offsets, (waveform,), (grad,))
+        return each_backward(NAME, alone, after, packed, (waveform,), (grad,))
     aten = torch.ops.aten
     y = F.conv1d(waveform[:, None], weight, bias, stride)  # [B, C, T], recomputed: one channel in makes it cheap
     dtype = y.dtype if norm_weight is None else norm_weight.dtype
@@ -226,9 +221,7 @@ def _backward_fake(
     eps: float,
     activation: str,
     wanted: list[bool],
-    offsets: Tensor | None = None,
-    out_offsets: Tensor | None = None,
-    out_frames: int | None = None,
+    *packed: Tensor | int | None,
 ) -> tuple[Tensor, ...]:
     tensors = (waveform, weight, bias, *((None, None) if norm == "none" else (norm_weight, norm_bias)))
     return only(wanted, *(None if t is None else torch.empty_like(t) for t in tensors), like=waveform)
@@ -249,10 +242,10 @@ _backward_op = define(
 
 
 def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
-    *operands, offsets, out_offsets, out_frames = inputs
+    operands, packed = inputs[:9], inputs[9:]
     norm = operands[4]
     wanted = (*wanted[:3], *(w and norm != "none" for w in wanted[5:7]))
-    found = _backward_op(grads[0].contiguous(), *operands, wanted, offsets, out_offsets, out_frames)
+    found = _backward_op(grads[0].contiguous(), *operands, wanted, *packed)
     dwaveform, dweight, dbias, dnorm_weight, dnorm_bias = or_none(wanted, found)
     return dwaveform, dweight, dbias, None, None, dnorm_weight, dnorm_bias
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _private
-from ..ops._activation import activate
+from ... import _private
+from ...ops._activation import activate
 
 _POST_OPERATIONS = {  # activation -> name and algorithm, as oneDNN calls them
     "none": ("none", ""),

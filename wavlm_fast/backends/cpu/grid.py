@@ -12,27 +12,27 @@ from itertools import accumulate, pairwise
 
 from torch import Tensor
 
-from ..ops._packed import bounds
+from ...ops._packed import Resized, bounds
 
 Bounds = list[tuple[int, int]]
 
 
-def resized_bounds(
-    op: str, offsets: Tensor, out_offsets: Tensor, out_frames: int, frames: int, span: int, stride: int
-) -> tuple[Bounds, Bounds]:
+def resized_bounds(op: str, packed: Resized, frames: int, span: int, stride: int) -> tuple[Bounds, Bounds]:
     """First frame and end of every utterance before and after windows of `span` frames.
 
     Raises:
         ValueError: offsets that cannot be, or out_offsets and out_frames of others.
     """
-    found = bounds(op, offsets, frames)
+    found = bounds(op, packed.offsets, frames)
     lengths = [(end - first - span) // stride + 1 for first, end in found]
     if min(lengths) < 1:
         shortest = min(end - first for first, end in found)
         raise ValueError(f"{op} wants offsets of utterances of {span} frames or more, got one of {shortest}")
-    out = bounds(op, out_offsets, out_frames, "out_offsets")
+    out = bounds(op, packed.out_offsets, packed.out_frames, "out_offsets")
     if lengths != [end - first for first, end in out]:
-        raise ValueError(f"{op} wants out_offsets of {lengths} frames for these offsets, got {out_offsets.tolist()}")
+        raise ValueError(
+            f"{op} wants out_offsets of {lengths} frames for these offsets, got {packed.out_offsets.tolist()}"
+        )
     return found, out
 
 

@@ -1,0 +1,49 @@
+"""A transformer layer whole: csrc/encoder_layer.cpp. Its products are those of the engine packed_conv.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...derived import concatenated
+from .. import Implementation
+from . import extension, packed_conv
+
+_encoder_layer = extension.kernel(
+    "encoder_layer(Tensor x, Tensor rel_bias, Tensor? key_lengths, Tensor[] packed, Tensor[] biases, Tensor[] gate, "
+    "Tensor[] norms, float[] eps, float scale, str activation, bool norm_first, Tensor? offsets=None) -> Tensor"
+)
+
+
+def encoder_layer(
+    x: Tensor,
+    rel_bias: Tensor,
+    key_lengths: Tensor | None,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    *rest: object,
+) -> Tensor:
+    """The op of that name."""
+    qkv = packed_conv.pack_together("packed qkv", weights[:3])
+    others = [packed_conv.pack(weight, lambda weight=weight: weight[:, None], 1) for weight in weights[3:]]
+    biases = [concatenated("qkv bias", biases[:3]), *biases[3:]]
+    return _encoder_layer(x, rel_bias, key_lengths, [qkv, *others], biases, *rest)
+
+
+def why_not(
+    x: Tensor, rel_bias: Tensor, key_lengths: Tensor | None, weights: list[Tensor], *rest: object
+) -> str | None:
+    """Why a layer cannot run as a whole; None when it can."""
+    reason = packed_conv.why_not(x, weights[0])
+    if any(weight.numel() == 0 for weight in weights):
+        return "there is nothing to compute"
+    if reason is not None or x.dtype == torch.float32:
+        return reason
+    if packed_conv.in_onednn(x):
+        return "bfloat16 products run in oneDNN here, one by one"
+    if extension.isa() != "avx512_bf16" or any(weight.shape[1] % 2 for weight in weights):
+        return "the C++ encoder_layer takes bfloat16 of even width where the CPU multiplies pairs of it (AVX-512 BF16)"
+    return None
+
+
+TABLE = {"encoder_layer": Implementation(encoder_layer, why_not)}

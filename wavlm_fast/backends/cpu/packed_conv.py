@@ -1,0 +1,108 @@
+"""Engine: convolutions and linear layers on packed weights, bias and activation fused.
+
+linear_act, strided_conv and tdnn are all convolutions over time-major frames; a linear layer has one tap. They run in
+C++ (csrc/packed_conv.cpp), float32 as fast as in oneDNN, whose rounding error is more than twice that of torch's own
+linear and conv1d. bfloat16 runs in oneDNN on CPUs with matrix units (AMX), or for want of the extension: packed frames
+in one call on a grid, for it would make itself ready anew for each length.
+
+A kernel runs below autograd and cannot see whether a gradient is recorded. While a weight learns it is packed anew at
+each optimizer step, which costs less than the faster product saves; gradients take the weight itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..._private import is_amx_supported
+from ...derived import derived
+from ...ops._packed import DENSE, Resized
+from . import extension, onednn
+from .grid import Grid, resized_bounds
+
+_pack_conv = extension.kernel("pack_conv(Tensor[] weights, bool filtered) -> Tensor")
+_packed_conv = extension.kernel(
+    "packed_conv(Tensor x, Tensor packed, Tensor? bias, int channels, int taps, int stride, int dilation, "
+    f"bool filtered, str activation, {extension.RESIZED}) -> Tensor"
+)
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    filters: Callable[[], Tensor],
+    taps: int,
+    bias: Tensor | None,
+    stride: int,
+    dilation: int,
+    activation: str,
+    filtered: bool = False,
+    packed: Resized = DENSE,
+) -> Tensor:
+    """`[B, T, C]` -> `[B, T', C']`; `filters` gives the weight as `[C', K, C]`."""
+    if in_onednn(x):
+        kind = f"onednn conv, {taps} taps, stride {stride}, dilation {dilation}"
+        ready = derived(kind, (weight,), lambda: onednn.pack_conv(filters(), stride, dilation), replaces=True)
+        convolve = lambda x: onednn.convolve(x, ready, bias, stride, dilation, activation)  # noqa: E731
+        if packed.offsets is None:
+            return convolve(x)
+        stride = min(stride, x.shape[1])  # beyond the frames a stride leaves one, whatever it is
+        span = (taps - 1) * dilation + 1
+        grid = Grid(*resized_bounds("the convolution", packed, x.shape[1], span, stride), stride)
+        return grid.pick_out(convolve(grid.place(x)))
+    ready = pack(weight, filters, taps, filtered)
+    return _packed_conv(x, ready, bias, weight.shape[0], taps, stride, dilation, filtered, activation, *packed)
+
+
+def pack(weight: Tensor, filters: Callable[[], Tensor], taps: int, filtered: bool = False) -> Tensor:
+    """`filters()` `[C', K, C]` of a weight in the order of packed_conv.cpp, remembered."""
+    kind = f"packed conv, {taps} taps{', filtered' if filtered else ''}"
+    return derived(kind, (weight,), lambda: _pack_conv([filters()], filtered), replaces=True)
+
+
+def pack_together(kind: str, weights: list[Tensor]) -> Tensor:
+    """Linear layers' weights `[C', C]` as one, remembered under `kind`."""
+    return derived(kind, tuple(weights), lambda: _pack_conv([w[:, None] for w in weights], False), replaces=True)
+
+
+def wide_and_packed(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The first convolution's weight `[C, 1, K]` in float32, as it is and packed, remembered."""
+
+    def build() -> tuple[Tensor, Tensor]:
+        wide = weight.detach().float()  # never the weight itself: what is derived of one must not keep it
+        return wide, _pack_conv([wide], False)
+
+    return derived("packed waveform conv", (weight,), build)
+
+
+def can_filter(taps: int, stride: int) -> bool:
+    """Whether minimal filtering (packed_conv_kernel.cpp) does a convolution in 7/9 of the products.
+
+    It rounds sums of frames and of taps: in bfloat16 no more than what the fused forward saves, in float32 a tenth of
+    the error more. Gradients, which add up more roundings, are taken of the direct form.
+    """
+    return taps == 3 and stride == 2
+
+
+def in_onednn(x: Tensor) -> bool:
+    """Whether products of `x` run in oneDNN."""
+    return x.dtype == torch.bfloat16 and _prefers_onednn()
+
+
+def _prefers_onednn() -> bool:
+    return onednn.why_not() is None and (_has_amx() or extension.problem() is not None)
+
+
+_has_amx = cache(is_amx_supported)
+
+
+def why_not(x: Tensor, weight: Tensor, *rest: object) -> str | None:
+    """Why these ops cannot run on packed weights; None when they can."""
+    if x.dtype not in extension.DTYPES or weight.dtype != x.dtype:
+        return f"packed weights are float32 or bfloat16, x is {x.dtype} and the weight {weight.dtype}"
+    if x.numel() == 0 or weight.numel() == 0:
+        return "there is nothing to compute"
+    return None if in_onednn(x) else extension.problem()

@@ -1,0 +1,53 @@
+"""Strided convolution, norm and activation: kernels/strided_conv.py."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...ops._define import only
+from .. import Implementation
+from . import launch
+
+_gradients = launch.kernel("strided_conv", "strided_conv_backward")
+
+
+def why_not(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, norm_weight: Tensor | None, *rest: object
+) -> str | None:
+    """Why the kernel cannot take this call."""
+    if norm_weight is not None and weight.shape[0] > launch.MOST_NORMED_CHANNELS:
+        most = launch.MOST_NORMED_CHANNELS
+        return f"the Triton strided_conv norms up to {most} channels, weight has {weight.shape[0]}"
+    return launch.why_not("strided_conv", x, norm_weight)
+
+
+def strided_conv_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pre: Tensor,
+    stride: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    activation: str,
+    wanted: list[bool],
+    *packed: Tensor | int | None,
+) -> tuple[Tensor, ...]:
+    """The op of that name; all gradients are computed."""
+    found = _gradients(grad, x, weight, bias, pre, stride, norm_weight, norm_bias, eps, activation, *packed)
+    return only(wanted, *found, like=x)
+
+
+def why_not_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, pre: Tensor, *rest: object
+) -> str | None:
+    """The same of the gradient."""
+    return why_not(x, weight, bias, *rest)
+
+
+TABLE = {
+    "strided_conv": Implementation(launch.kernel("strided_conv", "strided_conv"), why_not),
+    "strided_conv_backward": Implementation(strided_conv_backward, why_not_backward),
+}
