@@ -31,6 +31,7 @@ _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 # Guards building. The store itself needs no guard: it changes in single steps, also when a source dies, in any thread.
 _lock = ForkSafeLock()
 _releases: ContextVar[bool] = ContextVar("wavlm_fast_releases", default=False)
+_remembers: ContextVar[bool] = ContextVar("wavlm_fast_remembers", default=True)
 _store: dict[tuple, _Entry] = {}  # (kind, ids of the sources)
 
 
@@ -70,7 +71,7 @@ def derived(
     sources = tuple(map(_without_link, sources))
     if type(sources[0]) is FreedWeight:
         return _what_is_left(kind, sources)
-    if torch.compiler.is_compiling() or leaving() is not None:
+    if _only_once():
         return build()
     if learning or not all(map(_can_watch, sources)):
         return None if if_met_before else build()
@@ -120,8 +121,7 @@ def linked(
     is derived from the result is derived from the remembered value, and remembered too.
     """
     learning = torch.is_grad_enabled() and any(s.requires_grad for s in sources)
-    in_graph = torch.compiler.is_compiling() or leaving() is not None
-    if not learning or in_graph or not all(map(_can_watch, sources)):
+    if not learning or _only_once() or not all(map(_can_watch, sources)):
         return derived(kind, sources, lambda: function(*sources))
     value = _remembered(kind, sources, lambda: function(*sources), False, False)
     result = _Link.apply([value], function, *sources)
@@ -153,6 +153,21 @@ class _Link(torch.autograd.Function):
             out = ctx.function(*sources)
             found = iter(torch.autograd.grad(out, [s for s in sources if s.requires_grad], grad, create_graph=twice))
         return None, None, *(next(found) if s.requires_grad else None for s in sources)
+
+
+def _only_once() -> bool:
+    """Whether nothing that is remembered is used now, and nothing remembered: of a graph it would be a constant."""
+    return torch.compiler.is_compiling() or leaving() is not None or not _remembers.get()
+
+
+@contextmanager
+def remembering_nothing() -> Iterator[None]:
+    """Build, in this thread, everything anew inside, of tensors without values too, and keep nothing."""
+    token = _remembers.set(False)
+    try:
+        yield
+    finally:
+        _remembers.reset(token)
 
 
 def _what_is_left(kind: str, sources: tuple[torch.Tensor, ...]) -> Any:

@@ -40,9 +40,8 @@ class FreedWeight(nn.Parameter):
         if func is Tensor.contiguous or (func in _CONVERSIONS and _stays(func, args, kwargs)):
             return args[0]
         # nn.Module.to sets what such a conversion gave, nn.Module.requires_grad_ what is so already.
-        unchanged = (func == Tensor.data.__set__ and args[0] is args[1]) or (
-            func is Tensor.requires_grad_ and not [*args[1:], *kwargs.values(), True][0]
-        )
+        sets_itself = func == Tensor.data.__set__ and args[0] is args[1]
+        unchanged = sets_itself or (func is Tensor.requires_grad_ and not _wants_gradient(*args, **kwargs))
         ours = getattr(func, "namespace", None) in _NAMESPACES
         if func in _HARMLESS or unchanged or ours or reads_no_values(func):
             return super().__torch_function__(func, types, args, kwargs)
@@ -103,6 +102,11 @@ def refuse(what: str, args: Iterable[Any]) -> None:
             )
         if isinstance(a, (list, tuple)):
             refuse(what, a)
+
+
+def _wants_gradient(tensor: Tensor, requires_grad: bool = True) -> bool:
+    """What `tensor.requires_grad_(...)` says."""
+    return requires_grad
 
 
 def _stays(conversion: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,21 +23,20 @@ from ._private import FRAME_MASK, compute_mask_indices, frame_lengths, tdnn_leng
 from .freed import MayBeFreed
 from .inputs import check_checkpoint, check_ctc_labels, check_labels, check_lengths, check_mask
 from .leaving import leaving
-from .modules import FastWavLMFeatureEncoder, pool_statistics
+from .modules import FastWavLMFeatureEncoder, Signal, Step, pool_statistics, steps_of_children
 from .modules._masks import forget_made, made
-from .modules._originals import StandIn, become_twin, or_original, own_methods, stands_in_for
+from .modules._originals import StandIn, or_original, own_methods, stands_in_for
 from .modules._packing import Packing, in_front_end, packings, valid_samples
 from .modules._versions import ENCODER_COLLECTS
 from .packed_batch import PackedBatch
-from .padding import check_mode, set_mode, with_padding
-from .swap import accelerate_new
+from .padding import by_name, check_mode, set_mode, with_padding
 
 
 def _named(cls: type, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of the forward of a class here by name; the order of positional ones differs between transformers
     4 and 5.
     """
-    return dict(zip(_PARAMETERS[cls.__name__], args, strict=False)) | kwargs
+    return by_name(_PARAMETERS[cls.__name__], args) | kwargs
 
 
 # Read now: `install` puts our classes under these names.
@@ -59,8 +59,15 @@ class _FastModel(StandIn, MayBeFreed):
         if isinstance(config, WavLMConfig):  # what is none, transformers refuses
             check_lengths(config, "conv_dim", "conv_stride", "conv_kernel")
         super().__init__(config, *args, **kwargs)
-        become_twin(self)
+        from .swap import accelerate_new  # which puts the classes of this file in the place of transformers'
+
+        if type(self).twin.__base__ is type(self):
+            self.__class__ = self.twin
         accelerate_new(self)
+
+    def steps(self, signal: Signal) -> Iterator[Step]:
+        """What `report` tells of."""
+        return steps_of_children(self, signal)
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -290,6 +297,11 @@ class WavLMForXVector(_FastModel, hf.WavLMForXVector):
     def check_labels(self, labels: Tensor, utterances: int) -> None:
         check_labels(labels, self.config.num_labels, utterances)
 
+    def steps(self, signal: Signal) -> Iterator[Step]:
+        yield from super().steps(signal)
+        frames = signal.frames(self, self.config.tdnn_dim[-1])
+        yield Step("stats_pool", None, lambda: pool_statistics(frames, None))
+
     def run_original(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' forward; in a graph of rows that are to be as if alone ours, as theirs pools padding."""
         return super().run_original(*args, **kwargs) if valid_samples() is None else self._forward(*args, **kwargs)
@@ -338,3 +350,13 @@ class WavLMForXVector(_FastModel, hf.WavLMForXVector):
         for index, layer in enumerate(self.tdnn):
             hidden_states = layer(hidden_states, *stages[index : index + 2])
         return ops.stats_pool(hidden_states, offsets=stages[-1].offsets)
+
+
+# Each stands in for transformers' of the same name.
+MODELS = (
+    WavLMModel,
+    WavLMForCTC,
+    WavLMForSequenceClassification,
+    WavLMForAudioFrameClassification,
+    WavLMForXVector,
+)

@@ -12,7 +12,13 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.models.wavlm import modeling_wavlm as hf
 
 from .inputs import receptive_field
-from .modules import FastTDNNLayer, FastWavLMFeatureEncoder, FastWavLMFeatureProjection
+from .modules import (
+    FastTDNNLayer,
+    FastWavLMEncoder,
+    FastWavLMEncoderStableLayerNorm,
+    FastWavLMFeatureEncoder,
+    FastWavLMFeatureProjection,
+)
 from .modules._originals import StandIn, why_original
 from .modules._packing import Packing, packings
 
@@ -20,7 +26,11 @@ Forward = Callable[..., Any]
 
 # Outputs whose second dimension is frames; logits are of frames in two of the classes.
 _OF_FRAMES = ("last_hidden_state", "extract_features", "hidden_states")
-_PARTS = {"feature_extractor": FastWavLMFeatureEncoder, "feature_projection": FastWavLMFeatureProjection}
+_PARTS = {
+    "feature_extractor": FastWavLMFeatureEncoder,
+    "feature_projection": FastWavLMFeatureProjection,
+    "encoder": (FastWavLMEncoder, FastWavLMEncoderStableLayerNorm),
+}
 _LOGITS_OF_FRAMES = (hf.WavLMForCTC, hf.WavLMForAudioFrameClassification)
 
 

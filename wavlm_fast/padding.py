@@ -61,6 +61,18 @@ def set_mode(model: nn.Module, padding: str) -> None:
                 module.__dict__[_MODE] = padding
 
 
+def by_name(names: tuple[str, ...], args: tuple) -> dict[str, Any]:
+    """Positional arguments by their names, which are the first of these.
+
+    Raises:
+        TypeError: there are more arguments than names.
+    """
+    if len(args) > len(names):
+        raise TypeError(f"forward takes at most {len(names)} positional arguments, got {len(args)}")
+    # Not by `zip`: torch.compile before torch 2.11 takes its `strict=False` for True.
+    return {names[i]: value for i, value in enumerate(args)}
+
+
 def with_padding(forward: Callable[..., Any]) -> Callable[..., Any]:
     """The forward of a model class, in the mode of the model."""
     names = tuple(inspect.signature(forward).parameters)[1:]
@@ -69,7 +81,7 @@ def with_padding(forward: Callable[..., Any]) -> Callable[..., Any]:
     def chosen(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _MODE not in self.__dict__:
             return forward(self, *args, **kwargs)
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given = by_name(names, args) | kwargs
         if given.get("attention_mask") is None or isinstance(given["attention_mask"], PackedBatch):
             return forward(self, **given)
         return _exact(functools.partial(forward, self), self, given)

@@ -10,10 +10,11 @@ from torch import nn
 from transformers.models.wavlm import modeling_wavlm as hf
 
 from . import _private, backends, derived
-from .modules import TWINS, FastModule, Plan
-from .modules._originals import StandIn, why_original
+from .modules import Signal, Step, steps_of
+from .modules._originals import StandIn
 from .packed_batch import why_alone
 from .padding import asks_for_attentions, mode_of
+from .swap import FAST_CLASSES
 
 
 @dataclass(frozen=True)
@@ -75,20 +76,10 @@ def report(model: nn.Module) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"report wants a torch module, got a {type(model).__name__}")
     counts: Counter[tuple] = Counter()
-    slow: Counter[str] = Counter()
-    with _private.without_memory(), torch.set_grad_enabled(model.training):
-        planned: set[nn.Module] = set()
-        for module in model.modules():  # parents first
-            if module in planned:
-                continue
-            reason = why_original(module) if isinstance(module, StandIn) else None
-            if reason is not None:
-                counts.update([_decide(Plan(module.original.__name__, f"transformers' forward runs: {reason}"))])
-            elif isinstance(module, FastModule):
-                counts.update(_decide(plan) for plan in module.plan())
-                planned.update(module.planned())
-            elif isinstance(module, tuple(TWINS)) and not isinstance(module, tuple(TWINS.values())):
-                slow[type(module).__name__] += 1
+    with _private.without_memory(), derived.remembering_nothing(), torch.set_grad_enabled(model.training):
+        for step in steps_of(model, Signal()):
+            counts.update(_rows(step))
+    slow = Counter(type(m).__name__ for m in model.modules() if isinstance(m, tuple(FAST_CLASSES)) and not _is_fast(m))
     first = next(model.parameters(), torch.empty(0))
     wavlm = next((m for m in model.modules() if isinstance(m, hf.WavLMPreTrainedModel)), None)
     padding = "transformers" if wavlm is None else mode_of(wavlm)
@@ -105,11 +96,17 @@ def report(model: nn.Module) -> Report:
     )
 
 
-def _decide(plan: Plan) -> tuple[str, str, tuple[str, ...]]:
-    if plan.refusal is not None:
-        return plan.op, "modules", (plan.refusal,)
-    try:
-        choice = backends.choose(plan.op, plan.example())
-    except backends.BackendUnavailable as error:
-        return plan.op, "none", (str(error),)
-    return plan.op, choice.backend, tuple(reason for _, reason in choice.refused)
+def _is_fast(module: nn.Module) -> bool:
+    return isinstance(module, tuple(FAST_CLASSES.values()))
+
+
+def _rows(step: Step) -> list[tuple[str, str, tuple[str, ...]]]:
+    """What runs in a step, with the reasons why nothing faster does: one op, or those that it is made of here."""
+    if step.refusal is not None:
+        return [(step.op, "modules", (step.refusal,))]
+    with backends.noting() as noted:
+        try:
+            step.fused()
+        except Exception as error:  # so would the forward
+            return [(step.op, "none", (str(error).partition("\n")[0],))]
+    return [(op, choice.backend, tuple(reason for _, reason in choice.refused)) for op, choice in noted]

@@ -9,18 +9,20 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.models.wavlm import modeling_wavlm as hf
 
 from ._private import let_record
 from .derived import forget, releasing
 from .freed import refuse
 from .inputs import SAMPLE_RATE
-from .modules import TWINS
-from .modules._originals import public_class
+from .models import MODELS
+from .modules import MODULES
 from .padding import check_mode, set_mode
 
 Module = TypeVar("Module", bound=nn.Module)
+
+# transformers' class -> the class that stands in for it.
+FAST_CLASSES = {fast.original: fast.twin for fast in (*MODULES, *MODELS)}
 
 # Of models that are built while installed.
 _padding = "transformers"
@@ -58,11 +60,11 @@ def accelerate(model: Module, keep_originals: bool = True, padding: str | None =
     if padding is not None:
         check_mode(padding)
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    if not any(isinstance(m, tuple(TWINS)) for m in modules):
+    if not any(isinstance(m, tuple(FAST_CLASSES)) for m in modules):
         raise TypeError(f"accelerate wants a transformers WavLM model, got {_describe(model)}, which contains none")
     if not keep_originals and any(m.training for m in modules):
         raise ValueError("accelerate frees the originals of a model that is in eval mode, this one trains: call eval()")
-    _swap(modules, TWINS)
+    _swap(modules, FAST_CLASSES)
     if padding is not None:
         set_mode(model, padding)
     if not keep_originals:
@@ -98,7 +100,7 @@ def restore(model: Module) -> Module:
         raise TypeError(f"restore wants a torch module, got {_describe(model)}")
     refuse("restore()", model.parameters())
     set_mode(model, "transformers")
-    _swap(list(model.modules()), {fast: plain for plain, fast in TWINS.items()})
+    _swap(list(model.modules()), {fast: plain for plain, fast in FAST_CLASSES.items()})
     forget(model.parameters())
     return model
 
@@ -118,7 +120,7 @@ def install(padding: str = "transformers") -> None:
     check_mode(padding)
     global _padding
     _padding = padding
-    _offer({plain.__name__: public_class(fast) for plain, fast in TWINS.items() if issubclass(plain, PreTrainedModel)})
+    _offer({fast.__name__: fast for fast in MODELS})
 
 
 def accelerate_new(model: nn.Module) -> None:
@@ -130,7 +132,7 @@ def uninstall() -> None:
     """Undo `install`. Models built in between stay fast; `restore` them."""
     global _padding
     _padding = "transformers"
-    _offer({plain.__name__: plain for plain in TWINS if issubclass(plain, PreTrainedModel)})
+    _offer({fast.__name__: fast.original for fast in MODELS})
 
 
 def _offer(classes: dict[str, type]) -> None:

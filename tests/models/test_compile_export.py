@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from leaving_cases import our_ops
@@ -19,6 +22,7 @@ from wavlm_cases import (
     plain_model,
     ragged_mask,
     small_config,
+    subject,
     truth_of,
     waveforms,
     with_labels,
@@ -156,3 +160,22 @@ def test_jit_trace(name):
         got, expected = traced(waveforms(seed=5)), plain(waveforms(seed=5))
         key = "logits" if "logits" in got else "last_hidden_state"
         assert_close_to_truth(got[key], expected[key], truth_of(plain)(waveforms(seed=5).double())[key])
+
+
+@ours_only
+@pytest.mark.parametrize("path", ["models.py", "padding.py", "losses.py", "inputs.py", "leaving.py", "modules"])
+def test_what_is_traced_zips_nothing_of_unequal_lengths(path):
+    # torch.compile before torch 2.11 takes `strict=False` for True.
+    found = Path(subject.__file__).parent.joinpath(path)
+    for file in [found] if found.is_file() else sorted(found.glob("*.py")):
+        for call in ast.walk(ast.parse(file.read_text())):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", None) == "zip":
+                assert [k.value.value for k in call.keywords if k.arg == "strict"] == [True], f"{file}:{call.lineno}"
+
+
+@ours_only
+@pytest.mark.parametrize("name", ["WavLMForCTC", "WavLMForSequenceClassification", "WavLMForXVector"])
+def test_more_positional_arguments_than_there_are_names(name):
+    ours = subject.accelerate(plain_model(name, small_config(num_hidden_layers=1)))
+    with pytest.raises(TypeError, match="positional arguments"):
+        ours(waveforms(), *[None] * 20)

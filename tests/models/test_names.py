@@ -8,15 +8,15 @@ import pytest
 import torch
 from wavlm_cases import FORMS, MODELS, is_one_of, ours_only, plain_model, small_config, subject, waveforms
 
-from wavlm_fast.modules import TWINS
 from wavlm_fast.modules._originals import StandIn
+from wavlm_fast.swap import FAST_CLASSES
 
 pytestmark = ours_only
 
 
-@pytest.mark.parametrize("original", TWINS, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("original", FAST_CLASSES, ids=lambda cls: cls.__name__)
 def test_a_twin_answers_to_its_originals_name(original):
-    twin = TWINS[original]
+    twin = FAST_CLASSES[original]
     assert issubclass(twin, original) and twin is not original
     for name in ("__name__", "__qualname__", "__module__"):
         assert getattr(twin, name) == getattr(original, name)
@@ -71,7 +71,7 @@ class Mine(subject.WavLMModel):
     pass
 
 
-class MyAttention(next(twin for original, twin in TWINS.items() if original.__name__ == "WavLMAttention")):
+class MyAttention(next(twin for original, twin in FAST_CLASSES.items() if original.__name__ == "WavLMAttention")):
     pass
 
 

@@ -23,9 +23,9 @@ from wavlm_cases import (
     waveforms,
 )
 
-from wavlm_fast.modules import TWINS
 from wavlm_fast.modules._originals import own_methods
 from wavlm_fast.modules._plain import _ARITHMETIC
+from wavlm_fast.swap import FAST_CLASSES
 
 pytestmark = ours_only
 
@@ -33,10 +33,13 @@ pytestmark = ours_only
 _FREEZING = {"freeze_feature_encoder", "freeze_feature_extractor", "freeze_base_model", "_freeze_parameters"}
 _ASIDE = {*_FREEZING, "tie_weights"}
 METHODS = [
-    (cls, name) for cls in (*TWINS, hf.WavLMPreTrainedModel) for name, _ in own_methods(cls) if name not in _ASIDE
+    (cls, name)
+    for cls in (*FAST_CLASSES, hf.WavLMPreTrainedModel)
+    for name, _ in own_methods(cls)
+    if name not in _ASIDE
 ]
 METHODS.remove((hf.WavLMPreTrainedModel, "_init_weights"))
-OWN = [(cls, name) for cls, name in METHODS if cls in TWINS]
+OWN = [(cls, name) for cls, name in METHODS if cls in FAST_CLASSES]
 LAYERS = [cls for cls in _ARITHMETIC if cls in (nn.Linear, nn.Conv1d, nn.LayerNorm, nn.GroupNorm, nn.Embedding,
                                                 nn.Dropout, hf.WavLMSamePadLayer)]  # fmt: skip
 
@@ -96,7 +99,7 @@ def test_a_method_of_transformers_class(cls, name, monkeypatch):
     before = run(ours)
     monkeypatch.setattr(cls, name, louder(getattr(cls, name)))
     assert_patched(plain, before, ours, subject.accelerate(later))
-    if cls in TWINS:
+    if cls in FAST_CLASSES:
         assert f"{cls.__name__}.{name} was replaced" in str(subject.report(ours))
     monkeypatch.undo()
     assert torch.equal(run(ours)[0], before[0])

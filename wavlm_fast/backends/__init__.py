@@ -34,6 +34,7 @@ logger = logging.getLogger("wavlm_fast")
 ENVIRONMENT_VARIABLE = "WAVLM_FAST_BACKEND"
 
 _wanted: ContextVar[str | None] = ContextVar("wavlm_fast_backend", default=None)
+_noted: ContextVar[list[tuple[str, Choice]] | None] = ContextVar("wavlm_fast_noted", default=None)
 _warned: set[str] = set()
 
 
@@ -159,6 +160,28 @@ def choose(op: str, args: tuple) -> Choice:
         refused.append((backend.NAME, reason))
         _log_once(op, backend.NAME, reason)
     raise AssertionError("the reference never refuses")
+
+
+@contextmanager
+def noting() -> Iterator[list[tuple[str, Choice]]]:
+    """Note what is chosen for the ops that this thread calls inside, also on tensors without memory."""
+    noted: list[tuple[str, Choice]] = []
+    token = _noted.set(noted)
+    try:
+        yield noted
+    finally:
+        _noted.reset(token)
+
+
+def is_noting() -> bool:
+    return _noted.get() is not None
+
+
+def note(op: str, choice: Choice) -> None:
+    """Say, to who notes it, that a choice is what computes an op."""
+    noted = _noted.get()
+    if noted is not None:
+        noted.append((op, choice))
 
 
 def _named(name: str, op: str, args: tuple, device: torch.device) -> Choice:

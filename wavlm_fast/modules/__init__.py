@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from ._originals import TWINS
-from ._steps import FastModule, Plan
+from ._steps import FastModule, Signal, Step, steps_of, steps_of_children
 from .attention import FastWavLMAttention
 from .encoder import FastWavLMEncoder, FastWavLMEncoderStableLayerNorm
 from .encoder_layer import FastWavLMEncoderLayer, FastWavLMEncoderLayerStableLayerNorm, FastWavLMFeedForward
@@ -17,8 +16,25 @@ from .feature_projection import FastWavLMFeatureProjection
 from .positional_conv import FastWavLMPositionalConvEmbedding
 from .xvector import FastTDNNLayer, pool_statistics
 
+# Each stands in for a class of transformers'.
+MODULES = (
+    FastWavLMFeatureEncoder,
+    FastWavLMGroupNormConvLayer,
+    FastWavLMLayerNormConvLayer,
+    FastWavLMNoLayerNormConvLayer,
+    FastWavLMFeatureProjection,
+    FastWavLMPositionalConvEmbedding,
+    FastWavLMEncoder,
+    FastWavLMEncoderStableLayerNorm,
+    FastWavLMEncoderLayer,
+    FastWavLMEncoderLayerStableLayerNorm,
+    FastWavLMAttention,
+    FastWavLMFeedForward,
+    FastTDNNLayer,
+)
+
 __all__ = [
-    "TWINS",
+    "MODULES",
     "FastModule",
     "FastTDNNLayer",
     "FastWavLMAttention",
@@ -33,6 +49,9 @@ __all__ = [
     "FastWavLMLayerNormConvLayer",
     "FastWavLMNoLayerNormConvLayer",
     "FastWavLMPositionalConvEmbedding",
-    "Plan",
+    "Signal",
+    "Step",
     "pool_statistics",
+    "steps_of",
+    "steps_of_children",
 ]

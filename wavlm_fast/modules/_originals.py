@@ -17,17 +17,18 @@ from ..leaving import leaving
 
 Class = TypeVar("Class", bound=type)
 
-# transformers' class -> the class that stands in for it.
-TWINS: dict[type[nn.Module], type[nn.Module]] = {}
-
 
 class StandIn:
     """Mixed into every fast class."""
 
     original: ClassVar[type[nn.Module]]
+    # The class of the modules that `accelerate` makes fast, which answers to the original's name.
+    twin: ClassVar[type[nn.Module]]
     # Name of each method of `original` that the fast class may do without calling it, the method that a module has
     # under that name, and transformers' own, as both were at import.
     taken_over: ClassVar[tuple[tuple[str, Callable, Callable | None], ...]] = ()
+    # Whether the original's forward takes and makes a dense position bias.
+    original_makes_dense_bias: ClassVar[bool] = False
 
     def run_original(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the class that this one stands in for."""
@@ -35,7 +36,7 @@ class StandIn:
 
     @classmethod
     def _is_twin(cls) -> bool:
-        return TWINS.get(cls.original) is cls  # and not a subclass of somebody else's
+        return cls is cls.twin  # and not a subclass of somebody else's
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # By its name and module pickle would find the original.
@@ -45,39 +46,28 @@ class StandIn:
 
 def _new(name: str) -> nn.Module:
     """A module of the class that stands in for transformers' class `name`, not initialized: pickle fills it."""
-    fast = next(fast for original, fast in TWINS.items() if original.__name__ == name)
+    from ..swap import FAST_CLASSES  # a table of classes that this file is needed for
+
+    fast = next(fast for original, fast in FAST_CLASSES.items() if original.__name__ == name)
     return fast.__new__(fast)
 
 
 def stands_in_for(original: type[nn.Module], public: bool = False) -> Callable[[Class], Class]:
-    """A class decorator: `accelerate` puts the class in the place of `original`.
+    """A class decorator: the class can take the place of `original`, and does where `swap.FAST_CLASSES` has it.
 
-    A `public` class keeps its own module, by which it is imported and pickled; its instances are of a subclass that
-    answers to the original's name and module.
+    A `public` class keeps its own module, by which it is imported and pickled; its twin is a subclass that answers to
+    the original's name and module. Any other class is its own twin.
     """
 
-    def register(fast: Class) -> Class:
+    def stand_in(fast: Class) -> Class:
         fast.original = original
         fast.taken_over = tuple((name, getattr(fast, name), method) for name, method in own_methods(original))
-        twin = type(original.__name__, (fast,), {"__doc__": fast.__doc__}) if public else fast
+        fast.twin = type(original.__name__, (fast,), {"__doc__": fast.__doc__}) if public else fast
         for name in ("__name__", "__qualname__", "__module__"):
-            setattr(twin, name, getattr(original, name))
-        TWINS[original] = twin
+            setattr(fast.twin, name, getattr(original, name))
         return fast
 
-    return register
-
-
-def public_class(twin: type[nn.Module]) -> type[nn.Module]:
-    """The class by which users know a twin that `stands_in_for` made of a public class."""
-    return twin.__base__
-
-
-def become_twin(module: StandIn) -> None:
-    """Make an instance of a public class one of its twin."""
-    twin = TWINS[module.original]
-    if type(module) is public_class(twin):
-        module.__class__ = twin
+    return stand_in
 
 
 def methods_of(module: nn.Module) -> tuple[Callable | None, ...]:

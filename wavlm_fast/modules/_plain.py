@@ -13,6 +13,7 @@ from transformers.models.wavlm import modeling_wavlm as hf
 from .._private import ACTIVATIONS, CAPTURING, GLOBAL_HOOKS, FakeTensor, hooks_of, parameters_of
 from ..freed import FreedWeight
 
+_ORDINARY = (nn.Parameter, Tensor, FreedWeight)
 _FUSED_ACTIVATIONS = {nn.ReLU: "relu", **ACTIVATIONS}
 
 
@@ -36,15 +37,12 @@ def why_changed(module: nn.Module, cls: type[nn.Module]) -> str | None:
 
 def has_hooks(module: nn.Module, but_captures: bool = False) -> bool:
     """Whether calling the module runs anything beside its class's forward; captures by transformers may not count."""
-    forward_hooks, *others = hooks_of(module)
-    if but_captures and forward_hooks:
-        forward_hooks = [hook for hook in forward_hooks.values() if not is_capture(hook)]
-    return bool(
-        forward_hooks
-        or any(others)
-        or "forward" in module.__dict__  # accelerate's hooks replace the bound method
-        or any(GLOBAL_HOOKS)
-    )
+    forward, before_forward, backward, before_backward = hooks_of(module)
+    if but_captures and forward:
+        forward = [hook for hook in forward.values() if not is_capture(hook)]
+    if forward or before_forward or backward or before_backward:
+        return True
+    return "forward" in module.__dict__ or any(GLOBAL_HOOKS)  # accelerate's hooks replace the bound method
 
 
 def is_capture(hook: object) -> bool:
@@ -70,7 +68,7 @@ def why_not_plain_parameters(module: nn.Module) -> str | None:
     for name, parameter in parameters_of(module).items():
         if parameter is None:
             continue
-        if type(parameter) not in (nn.Parameter, Tensor, FreedWeight) and not _is_fake(parameter):
+        if type(parameter) not in _ORDINARY and not _is_fake(parameter):
             return f"its {name} is a {type(parameter).__name__}"
         if hasattr(parameter, "ds_id"):
             return f"its {name} is sharded by DeepSpeed"
@@ -95,8 +93,10 @@ def fused_activation(activation: object) -> str | None:
     return _FUSED_ACTIVATIONS.get(type(activation))
 
 
-def same_dtype(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether an op can take these together: autocast brings them to one dtype, otherwise they must have it."""
-    if torch.is_autocast_enabled(x.device.type):
-        return True
-    return all(p is None or p.dtype == x.dtype for p in parameters)
+def why_mixed(x: Tensor, *parameters: Tensor | None) -> str | None:
+    """Why an op cannot take these together; None when it can: autocast brings them to one dtype, else they have it."""
+    dtype = x.dtype
+    for p in parameters:
+        if p is not None and p.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            return "its dtype is not that of its input"
+    return None

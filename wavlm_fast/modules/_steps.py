@@ -1,67 +1,97 @@
-"""Steps that several fast modules share: each uses the fused op when its submodules are plain, else calls them."""
+"""Steps: the ops of a module's forward, decided once. Forward runs a step, `report` asks the same step.
+
+A step is made of the tensors that a forward has in its hands: the op runs where its submodules are plain and the
+tensors fit, else what it stands for is called. `report` makes the steps of tensors without memory (`Signal`), and calls
+no module of anybody else's.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import backends, ops
+from .. import ops
 from ..freed import MayBeFreed
-from ._originals import StandIn, why_patched
-from ._plain import has_hooks, same_dtype, why_changed, why_not_plain
+from ..inputs import SAMPLE_RATE
+from ._originals import StandIn, why_original, why_patched
+from ._plain import has_hooks, why_changed, why_mixed, why_not_plain
 
-EXAMPLE_FRAMES = 499  # ten seconds
+EXAMPLE_SECONDS = 10
+EXAMPLE_FRAMES = 499
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a module would do in a forward: an op on arguments like `example`'s, or, with a `refusal`, its submodules.
+@dataclass
+class Step:
+    """An op of a forward.
 
-    `example` gives the arguments of the op's schema; `report` calls it where tensors are made without memory.
+    `refusal` says why the op does not run, None when it does. `fused` runs it, `called` does the same without it; None
+    where the forward itself knows what to do instead.
     """
 
     op: str
     refusal: str | None
-    example: Callable[[], tuple] | None = None
+    fused: Callable[[], Any] | None = None
+    called: Callable[[], Any] | None = None
+
+    def run(self) -> Any:
+        return self.fused() if self.refusal is None else self.called()
 
 
-def frames_like(weight: Tensor, *sizes: int) -> Tensor:
-    """Uninitialized frames `[1, EXAMPLE_FRAMES, *sizes]` of the device and dtype of `weight`."""
-    return torch.empty((1, EXAMPLE_FRAMES, *sizes), device=weight.device, dtype=weight.dtype)
+@dataclass
+class Signal:
+    """What comes to a module in the forward that `report` tells of, handed on from module to module as there."""
+
+    samples: int = EXAMPLE_SECONDS * SAMPLE_RATE  # of the waveform, and then what each convolution makes of them
+    learns: bool = False  # whether a gradient is wanted of it
+    dense_bias: bool = False  # whether the position bias comes as transformers' modules hand it on
+    output_attentions: bool = False
+
+    def frames(self, module: nn.Module, *channels: int, count: int = EXAMPLE_FRAMES) -> Tensor:
+        """Uninitialized frames `[1, T, *channels]` of the device and dtype in which a module computes."""
+        like = _matrix_of(module)
+        frames = torch.empty((1, count, *channels), device=like.device, dtype=like.dtype)
+        return frames.requires_grad_(self.learns)
+
+    def position_bias(self, heads: int, like: Tensor) -> Tensor:
+        shape = (heads, EXAMPLE_FRAMES, EXAMPLE_FRAMES) if self.dense_bias else (heads, 2 * EXAMPLE_FRAMES - 1)
+        return like.new_empty(shape).requires_grad_(self.learns)
+
+    def passes(self, module: nn.Module) -> None:
+        """The module has made of it what comes next."""
+        self.learns = self.learns or (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()))
 
 
-def plan_linear(name: str, module: nn.Module, activation: str = "none") -> Plan:
-    """The plan of `linear` on a submodule."""
-
-    def example() -> tuple:
-        return frames_like(module.weight, module.in_features), module.weight, module.bias, activation, False
-
-    return Plan("linear_act", named(name, why_not_plain(module, nn.Linear)), example)
+def _matrix_of(module: nn.Module) -> Tensor:
+    """The first weight of a module that frames are multiplied by; norms and vectors may have other dtypes."""
+    found = [p for p in module.parameters() if p.is_floating_point()]
+    return next((p for p in found if p.dim() > 1), found[0] if found else torch.empty(0))
 
 
-def plan_add_norm(name: str, module: nn.Module) -> Plan:
-    """The plan of `add_norm` with a submodule."""
+def steps_of(module: nn.Module, signal: Signal) -> Iterator[Step]:
+    """The steps of a forward of any module, and of what is in it."""
+    reason = why_original(module) if isinstance(module, StandIn) else None
+    if reason is not None:
+        yield Step(module.original.__name__, f"transformers' forward runs: {reason}")
+        signal.dense_bias = signal.dense_bias or module.original_makes_dense_bias
+    if isinstance(module, StandIn) and reason is None:
+        yield from module.steps(signal)
+    else:
+        yield from steps_of_children(module, signal)
+    signal.passes(module)
 
-    def example() -> tuple:
-        x = frames_like(module.weight, *module.normalized_shape)
-        return x, x, module.weight, module.bias, module.eps, True
 
-    return Plan("add_layer_norm", named(name, why_not_norm(module)), example)
-
-
-def has_kernel(op: str, example: tuple) -> bool:
-    """Whether a backend has `op` as a kernel of its own for such arguments; where none has, it runs as its parts."""
-    try:
-        return backends.choose(op, example).backend != "reference"
-    except backends.BackendUnavailable:
-        return False
+def steps_of_children(module: nn.Module, signal: Signal) -> Iterator[Step]:
+    """The steps of a module's submodules, each once, in the order in which the module has them."""
+    for child in module.children():
+        yield from steps_of(child, signal)
 
 
 class FastModule(StandIn, MayBeFreed):
-    """Mixed into every fast module: lets `report` ask what will run."""
+    """Mixed into every fast module."""
 
     def _get_name(self) -> str:
         return f"Fast{type(self).__name__}" if self._is_twin() else type(self).__name__
@@ -72,30 +102,21 @@ class FastModule(StandIn, MayBeFreed):
         """
         return "it has hooks" if has_hooks(self, but_captures) else why_patched(self, but_forward=False)
 
-    def plan(self) -> Iterator[Plan]:
-        """The ops of one forward."""
-        raise NotImplementedError
-
-    def planned(self) -> Iterator[nn.Module]:
-        """Submodules that do not run on their own: the plan speaks for them."""
-        return iter(())
-
 
 def named(name: str, refusal: str | None) -> str | None:
     """A refusal with the submodule's name in front."""
     return None if refusal is None else f"{name} is called: {refusal}"
 
 
-def linear(module: nn.Module, x: Tensor, activation: str = "none") -> Tensor:
-    """`activation(module(x))` as one op where `module` is a plain linear layer; without an activation any module."""
-    if why_not_plain(module, nn.Linear) is None and same_dtype(x, module.weight, module.bias):
-        return ops.linear_act(x, module.weight, module.bias, activation)
-    return module(x)
-
-
-def can_fuse_linear(module: nn.Module, x: Tensor) -> bool:
-    """Whether `linear` will run the op, and may be given an activation."""
-    return why_not_plain(module, nn.Linear) is None and same_dtype(x, module.weight, module.bias)
+def linear_step(name: str, module: nn.Module, x: Tensor, activation: str = "none") -> Step:
+    """`activation(module(x))` where the submodule `name` is a plain linear layer; without activation any module."""
+    refusal = why_not_plain(module, nn.Linear) or why_mixed(x, module.weight, module.bias)
+    return Step(
+        "linear_act",
+        named(name, refusal),
+        lambda: ops.linear_act(x, module.weight, module.bias, activation),
+        lambda: module(x),
+    )
 
 
 def why_not_linear(name: str, module: nn.Module) -> str | None:
@@ -121,9 +142,20 @@ def why_not_norm(module: nn.Module) -> str | None:
     return reason
 
 
-def add_norm(x: Tensor, residual: Tensor, norm: nn.Module, keep_sum: bool = True) -> tuple[Tensor, Tensor]:
-    """`x + residual`, of no use without `keep_sum`, and `norm` of it."""
-    if why_not_norm(norm) is None and x.shape == residual.shape and same_dtype(x, residual, norm.weight, norm.bias):
-        return ops.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, keep_sum)
-    total = residual + x
-    return total, norm(total)
+def add_norm_step(name: str, x: Tensor, residual: Tensor, norm: nn.Module, keep_sum: bool = True) -> Step:
+    """`x + residual`, of no use without `keep_sum`, and the submodule `name`, a norm, of it."""
+    refusal = why_not_norm(norm)
+    if refusal is None and x.shape != residual.shape:
+        refusal = "what it norms is a sum of different shapes"
+    refusal = refusal or why_mixed(x, residual, norm.weight, norm.bias)
+
+    def called() -> tuple[Tensor, Tensor]:
+        total = residual + x
+        return total, norm(total)
+
+    return Step(
+        "add_layer_norm",
+        named(name, refusal),
+        lambda: ops.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, keep_sum),
+        called,
+    )

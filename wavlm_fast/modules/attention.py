@@ -14,11 +14,11 @@ from .._private import hooks_of, relative_positions_bucket
 from ..derived import concatenated
 from ..ops._define import accumulation_dtype
 from ..ops.gated_attention import bias_rows
-from ._masks import keys_of
+from ._masks import Keys, keys_of
 from ._originals import or_original, stands_in_for
 from ._packing import Packing
-from ._plain import is_capture, same_dtype, why_not_plain
-from ._steps import EXAMPLE_FRAMES, FastModule, Plan, frames_like, linear, named, plan_linear, why_not_linear
+from ._plain import is_capture, why_mixed, why_not_plain
+from ._steps import FastModule, Signal, Step, linear_step, named, why_not_linear
 from ._versions import RETURNS_WEIGHTS_UNASKED
 
 
@@ -42,6 +42,16 @@ def bias_for(module: nn.Module, position_bias: Tensor | None, batch: int) -> Ten
     return dense_bias(position_bias, batch)
 
 
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+def why_dense(position_bias: Tensor | None, keys: Keys | None) -> str | None:
+    """Why the bias or the mask of an attention wants all weights in memory; None when neither does."""
+    if position_bias is not None and position_bias.dim() != 2:
+        return "the position bias that it gets is dense"
+    return None if keys is not None else "the mask is not ones followed by zeros"
+
+
 @stands_in_for(hf.WavLMAttention)
 class FastWavLMAttention(FastModule, hf.WavLMAttention):
     """Multi-head attention whose bias stays one vector per head.
@@ -50,8 +60,10 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
     dense `[B·H, T, T]`; a dense one is taken as well.
     """
 
+    original_makes_dense_bias = True
+
     def _why_not_qkv(self) -> str | None:
-        for name in ("q_proj", "k_proj", "v_proj"):
+        for name in _PROJECTIONS:
             reason = why_not_linear(name, getattr(self, name))
             if reason is not None:
                 return reason
@@ -76,28 +88,16 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
         reason = self.why_called(but_captures=True) or self._why_not_qkv() or self._why_not_gate()
         return reason or self._why_not_fused() or why_not_linear("out_proj", self.out_proj)
 
-    def plan(self) -> Iterator[Plan]:
-        yield Plan("linear_act", self._why_not_qkv(), self._example_qkv)
-        yield Plan("position_gate", self._why_not_gate(), self._example_gate)
-        yield Plan("gated_attention", self._why_not_fused(), self._example_attention)
-        yield plan_linear("out_proj", self.out_proj)
-
-    def _example_qkv(self) -> tuple:
-        weight = self.q_proj.weight
-        merged = weight.new_empty((3 * self.embed_dim, self.embed_dim))
-        return frames_like(weight, self.embed_dim), merged, merged[:, 0], "none", False
-
-    def _example_gate(self) -> tuple:
-        projection = self.gru_rel_pos_linear
-        const = self.gru_rel_pos_const.view(-1)
-        return frames_like(projection.weight, self.embed_dim), projection.weight, projection.bias, const
-
-    def _example_attention(self) -> tuple:
-        q = frames_like(self.gru_rel_pos_const, self.num_heads, self.head_dim)
-        dtype = accumulation_dtype(q.dtype)
-        gate = q.new_empty((1, self.num_heads, EXAMPLE_FRAMES), dtype=dtype)
-        rel_bias = q.new_empty((self.num_heads, 2 * EXAMPLE_FRAMES - 1), dtype=dtype)
-        return q, q, q, gate, rel_bias, None, self.dropout if self.training else 0.0, None, self.scaling
+    def steps(self, signal: Signal) -> Iterator[Step]:
+        signal.dense_bias = signal.dense_bias or self.why_not_rel_bias() is not None
+        x = signal.frames(self, self.embed_dim)
+        yield from self._projections(x)
+        yield self._gate(x)
+        q = x.unflatten(-1, (self.num_heads, self.head_dim))
+        gate = q[..., 0].mT.to(accumulation_dtype(q.dtype))
+        position_bias = signal.position_bias(self.num_heads, gate)
+        yield self._attend(q, q, q, gate, position_bias, None, signal.output_attentions)
+        yield self._leave(x)
 
     @or_original
     def forward(
@@ -125,17 +125,10 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
         if position_bias is None:
             position_bias = self.position_bias(hidden_states, attention_mask)
         q, k, v = self._project(hidden_states)
-        gate = self._gate(hidden_states).to(accumulation_dtype(q.dtype))
-        keys = keys_of(attention_mask)
-        fused = not output_attentions and position_bias.dim() == 2 and self._why_not_fused() is None
-        if fused and keys is not None:
-            rel_bias = position_bias.to(gate.dtype)
-            options = (self.dropout if self.training else 0.0, self.scaling, keys.offsets)
-            out, weights = ops.gated_attention(q, k, v, gate, rel_bias, keys.lengths, *options), None
-        else:
-            out, weights = self._attend_dense(q, k, v, gate, position_bias, attention_mask)
-            weights = weights if output_attentions or RETURNS_WEIGHTS_UNASKED else None
-        return linear(self.out_proj, out.flatten(2)), weights, position_bias
+        gate = self._gate(hidden_states).run().to(accumulation_dtype(q.dtype))
+        out, weights = self._attend(q, k, v, gate, position_bias, attention_mask, output_attentions).run()
+        weights = weights if output_attentions or RETURNS_WEIGHTS_UNASKED else None
+        return self._leave(out.flatten(2)).run(), weights, position_bias
 
     def run_original(
         self,
@@ -173,27 +166,70 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, `[B, T, H, D]` each: views into one product where the projections are plain."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
         heads = (self.num_heads, self.head_dim)
-        if self._why_not_qkv() is None:
-            weights, biases = tuple(p.weight for p in projections), tuple(p.bias for p in projections)
-            if same_dtype(x, *weights, *biases):
-                weight = concatenated("qkv weight", weights, steady=not self.training)
-                bias = concatenated("qkv bias", biases, steady=not self.training)
-                return ops.linear_act(x, weight, bias).unflatten(-1, (3, *heads)).unbind(2)
-        q, k, v = (linear(p, x).unflatten(-1, heads) for p in projections)
+        projected = [step.run() for step in self._projections(x)]
+        if len(projected) == 1:
+            return projected[0].unflatten(-1, (3, *heads)).unbind(2)
+        q, k, v = (p.unflatten(-1, heads) for p in projected)
         return q, k, v
 
-    def _gate(self, x: Tensor) -> Tensor:
+    def _projections(self, x: Tensor) -> list[Step]:
+        """One product where the three projections are plain, else each of them."""
+        if self._why_not_qkv() is None:
+            projections = (self.q_proj, self.k_proj, self.v_proj)
+            weights, biases = tuple(p.weight for p in projections), tuple(p.bias for p in projections)
+            if why_mixed(x, *weights, *biases) is None:
+                return [Step("linear_act", None, lambda: self._merged(x, weights, biases))]
+        return [linear_step(name, getattr(self, name), x) for name in _PROJECTIONS]
+
+    def _merged(self, x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor, ...]) -> Tensor:
+        weight = concatenated("qkv weight", weights, steady=not self.training)
+        bias = concatenated("qkv bias", biases, steady=not self.training)
+        return ops.linear_act(x, weight, bias)
+
+    def _gate(self, x: Tensor) -> Step:
         """The gate `[B, H, T]`, from the attention module's input."""
         const = self.gru_rel_pos_const.view(-1)
         projection = self.gru_rel_pos_linear
-        if self._why_not_gate() is None:
+
+        def called() -> Tensor:
+            heads = x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
+            projected = projection(heads).unflatten(-1, (2, 4)).sum(-1)
+            a, b = projected.sigmoid().unbind(-1)
+            return a * (b * const[:, None] - 1.0) + 2.0
+
+        def fused() -> Tensor:
             return ops.position_gate(x, projection.weight, projection.bias, const)
-        heads = x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
-        projected = projection(heads).unflatten(-1, (2, 4)).sum(-1)
-        a, b = projected.sigmoid().unbind(-1)
-        return a * (b * const[:, None] - 1.0) + 2.0
+
+        return Step("position_gate", self._why_not_gate(), fused, called)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gate: Tensor,
+        position_bias: Tensor,
+        mask: Tensor | Packing | None,
+        output_attentions: bool,
+    ) -> Step:
+        """What the heads attend to `[B, T, H, D]`, and weights `[B, H, T, T]` where they come into being."""
+        keys = keys_of(mask)
+        refusal = "attention weights are asked for" if output_attentions else None
+        refusal = refusal or self._why_not_fused() or why_dense(position_bias, keys)
+
+        def fused() -> tuple[Tensor, None]:
+            options = (self.dropout if self.training else 0.0, self.scaling, keys.offsets)
+            rel_bias = position_bias.to(gate.dtype)
+            return ops.gated_attention(q, k, v, gate, rel_bias, keys.lengths, *options), None
+
+        def called() -> tuple[Tensor, Tensor]:
+            return self._attend_dense(q, k, v, gate, position_bias, mask)
+
+        return Step("gated_attention", refusal, fused, called)
+
+    def _leave(self, x: Tensor) -> Step:
+        return linear_step("out_proj", self.out_proj, x)
 
     def _attend_dense(
         self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, position_bias: Tensor, attention_mask: Tensor | None

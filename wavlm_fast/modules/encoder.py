@@ -13,9 +13,9 @@ from .._private import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 from ._masks import zero_padding
 from ._originals import or_original, stands_in_for
 from ._packing import Packing
-from ._steps import FastModule, Plan
+from ._steps import FastModule, Signal, Step, steps_of
 from ._versions import DRAWS_FOR_EVERY_LAYER, ENCODER_COLLECTS
-from .attention import bias_for
+from .attention import bias_for, understands_rel_bias
 from .encoder_layer import why_layer_not_packed
 from .positional_conv import FastWavLMPositionalConvEmbedding
 
@@ -29,8 +29,14 @@ class _FastEncoder(FastModule):
     def _leave(self, hidden_states: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def plan(self) -> Iterator[Plan]:
-        return iter(())
+    def steps(self, signal: Signal) -> Iterator[Step]:
+        signal.output_attentions = bool(getattr(self.config, "output_attentions", False))
+        yield from steps_of(self.pos_conv_embed, signal)
+        if isinstance(self, hf.WavLMEncoder):
+            signal.passes(self.layer_norm)
+        for layer in self.layers:
+            signal.dense_bias = signal.dense_bias or not understands_rel_bias(layer)  # as `bias_for`
+            yield from steps_of(layer, signal)
 
     def why_not_packed(self) -> str | None:
         """Why packed frames cannot come in; None when they can."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.models.wavlm import modeling_wavlm as hf
 
@@ -14,38 +13,43 @@ from ..ops._define import accumulation_dtype, needs_grad
 from ._masks import keys_of
 from ._originals import or_original, stands_in_for
 from ._packing import Packing
-from ._plain import fused_activation, same_dtype
+from ._plain import fused_activation, why_mixed
 from ._steps import (
     FastModule,
-    Plan,
-    add_norm,
-    can_fuse_linear,
-    frames_like,
-    has_kernel,
-    linear,
+    Signal,
+    Step,
+    add_norm_step,
+    linear_step,
     named,
-    plan_add_norm,
-    plan_linear,
+    steps_of,
     why_not_dropout,
     why_not_linear,
     why_not_norm,
 )
 from ._versions import LAYERS_RETURN_ATTENTIONS
-from .attention import FastWavLMAttention, bias_for, dense_bias
+from .attention import FastWavLMAttention, bias_for, dense_bias, understands_rel_bias, why_dense
 
 
 @stands_in_for(hf.WavLMFeedForward)
 class FastWavLMFeedForward(FastModule, hf.WavLMFeedForward):
     """Linear layer, activation, linear layer."""
 
-    def plan(self) -> Iterator[Plan]:
-        activation = fused_activation(self.intermediate_act_fn)
-        first = plan_linear("intermediate_dense", self.intermediate_dense, activation or "none")
+    def steps(self, signal: Signal) -> Iterator[Step]:
+        first = self._expand(signal.frames(self, getattr(self.intermediate_dense, "in_features", 0)))
         yield first
-        if first.refusal is None and activation is None:
+        if first.refusal is None and fused_activation(self.intermediate_act_fn) is None:
             name = getattr(self.intermediate_act_fn, "__name__", type(self.intermediate_act_fn).__name__)
-            yield Plan("linear_act epilogue", f"intermediate_act_fn is called: {name} is not fused")
-        yield plan_linear("output_dense", self.output_dense)
+            yield Step("linear_act epilogue", f"intermediate_act_fn is called: {name} is not fused")
+        signal.passes(self.intermediate_dense)
+        yield self._contract(signal.frames(self, getattr(self.output_dense, "in_features", 0)))
+
+    def _expand(self, x: Tensor) -> Step:
+        """The first linear layer, with the activation where that can be fused."""
+        activation = fused_activation(self.intermediate_act_fn) or "none"
+        return linear_step("intermediate_dense", self.intermediate_dense, x, activation)
+
+    def _contract(self, x: Tensor) -> Step:
+        return linear_step("output_dense", self.output_dense, x)
 
     def why_not_fused(self) -> str | None:
         """Why the feed-forward cannot be a part of its layer's op; None when it can."""
@@ -63,19 +67,19 @@ class FastWavLMFeedForward(FastModule, hf.WavLMFeedForward):
     @or_original
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[B, T, C]` to `[B, T, C]`."""
-        activation = fused_activation(self.intermediate_act_fn)
-        if activation is not None and can_fuse_linear(self.intermediate_dense, hidden_states):
-            hidden_states = linear(self.intermediate_dense, hidden_states, activation)
-        else:
-            hidden_states = self.intermediate_act_fn(linear(self.intermediate_dense, hidden_states))
+        first = self._expand(hidden_states)
+        hidden_states = first.run()
+        if first.refusal is not None or fused_activation(self.intermediate_act_fn) is None:
+            hidden_states = self.intermediate_act_fn(hidden_states)
         hidden_states = self.intermediate_dropout(hidden_states)
-        return self.output_dropout(linear(self.output_dense, hidden_states))
+        return self.output_dropout(self._contract(hidden_states).run())
 
 
 class _FastLayer(FastModule):
     """What both kinds of layer share: as one op while no gradient is wanted and no dropout is on, else step by step."""
 
     norm_first: bool
+    original_makes_dense_bias = True
 
     def run_original(
         self,
@@ -132,49 +136,66 @@ class _FastLayer(FastModule):
             "norm_first": self.norm_first,
         }
 
-    def plan(self) -> Iterator[Plan]:
-        if self._runs_whole():
-            yield Plan("encoder_layer", None, self._example)
-        else:
-            yield from self._steps()
+    def steps(self, signal: Signal) -> Iterator[Step]:
+        norms = [norm for norm in (self.layer_norm, self.final_layer_norm) if isinstance(norm, nn.LayerNorm)]
+        attention, x = self.attention, signal.frames(self, *(norms[0].normalized_shape if norms else ()))
+        owns_bias = getattr(attention, "rel_attn_embed", None) is not None
+        position_bias = None if owns_bias else signal.position_bias(getattr(attention, "num_heads", 1), x)
+        whole = self._whole(x, None, position_bias, signal.output_attentions)
+        if whole.refusal is None:
+            yield whole
+            return
+        signal.dense_bias = signal.dense_bias or not understands_rel_bias(attention)  # as `bias_for`
+        yield from steps_of(attention, signal)
+        yield self._first_sum(x, x)
+        yield from steps_of(self.feed_forward, signal)
+        if not self.norm_first:
+            yield self._second_sum(x, x)
 
-    def planned(self) -> Iterator[nn.Module]:
-        return iter((self.attention, self.feed_forward) if self._runs_whole() else ())
+    def _whole(
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | Packing | None,
+        position_bias: Tensor | None,
+        output_attentions: bool,
+    ) -> Step:
+        """The layer as one op: its output and the position bias."""
+        refusal = self._why_not_these(hidden_states, position_bias, output_attentions) or self._why_not_whole()
+        if refusal is not None:
+            return Step("encoder_layer", refusal)
+        parameters, keys, attention = self._parameters_of_op(), keys_of(mask), self.attention
+        weights, biases, gate, norms = parameters
+        embedding = () if position_bias is not None else (attention.rel_attn_embed.weight,)
+        if needs_grad(*weights, *biases, *gate, *norms, *embedding):
+            return Step("encoder_layer", "a gradient is wanted")
 
-    def _steps(self) -> Iterator[Plan]:
-        raise NotImplementedError
+        def fused() -> tuple[Tensor, Tensor]:
+            bias = attention.position_bias(hidden_states, mask) if position_bias is None else position_bias
+            rel_bias = bias.to(accumulation_dtype(weights[0].dtype))
+            options = {**self._options(), "offsets": keys.offsets}
+            return ops.encoder_layer(hidden_states, rel_bias, keys.lengths, *parameters, **options), bias
 
-    def _runs_whole(self) -> bool:
-        wants_gradient = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        if wants_gradient or self._why_not_whole() is not None:
-            return False
-        return has_kernel("encoder_layer", self._example())
+        refusal = why_dense(position_bias, keys) or why_mixed(hidden_states, *weights, *biases)
+        return Step("encoder_layer", refusal, fused)
 
-    def _example(self) -> tuple:
-        parameters = self._parameters_of_op()
-        x = frames_like(parameters[0][0], self.attention.embed_dim)
-        dtype = accumulation_dtype(x.dtype)
-        rel_bias = x.new_empty((self.attention.num_heads, 2 * x.shape[1] - 1), dtype=dtype)
-        return x, rel_bias, None, *parameters, *self._options().values()
+    @staticmethod
+    def _why_not_these(x: Tensor, position_bias: Tensor | None, output_attentions: bool) -> str | None:
+        """Why the op cannot run on what comes to the layer, as far as that is seen at once."""
+        if output_attentions:
+            return "attention weights are asked for"
+        if x.device.type != "cpu":
+            return "off the CPU it is made of its parts"
+        return "a gradient is wanted" if needs_grad(x, position_bias) else None
 
-    def _run_whole(
-        self, hidden_states: Tensor, attention_mask: Tensor | Packing | None, position_bias: Tensor | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """The layer's output and the position bias; None where it has to run step by step."""
-        if hidden_states.device.type != "cpu" or self._why_not_whole() is not None:
-            return None
-        parameters = self._parameters_of_op()
-        if needs_grad(hidden_states, position_bias, *(p for group in parameters for p in group)):
-            return None
-        if position_bias is None:
-            position_bias = self.attention.position_bias(hidden_states, attention_mask)
-        keys = keys_of(attention_mask)
-        fits = position_bias.dim() == 2 and keys is not None
-        if not fits or not same_dtype(hidden_states, *parameters[0], *parameters[1]):
-            return None
-        rel_bias = position_bias.to(accumulation_dtype(parameters[0][0].dtype))
-        options = {**self._options(), "offsets": keys.offsets}
-        return ops.encoder_layer(hidden_states, rel_bias, keys.lengths, *parameters, **options), position_bias
+    def _first_sum(self, attended: Tensor, hidden_states: Tensor) -> Step:
+        """What the attention's half gives, normed for, or in a stable layer before, what comes next."""
+        if self.norm_first:
+            return add_norm_step("final_layer_norm", attended, hidden_states, self.final_layer_norm)
+        return add_norm_step("layer_norm", attended, hidden_states, self.layer_norm, keep_sum=False)
+
+    def _second_sum(self, fed: Tensor, hidden_states: Tensor) -> Step:
+        """What the feed-forward's half gives; in a stable layer a plain sum."""
+        return add_norm_step("final_layer_norm", fed, hidden_states, self.final_layer_norm, keep_sum=False)
 
     def _attend(
         self,
@@ -208,10 +229,6 @@ class FastWavLMEncoderLayer(_FastLayer, hf.WavLMEncoderLayer):
 
     norm_first = False
 
-    def _steps(self) -> Iterator[Plan]:
-        yield plan_add_norm("layer_norm", self.layer_norm)
-        yield plan_add_norm("final_layer_norm", self.final_layer_norm)
-
     @or_original
     def forward(
         self,
@@ -223,15 +240,14 @@ class FastWavLMEncoderLayer(_FastLayer, hf.WavLMEncoderLayer):
         **kwargs: object,
     ) -> tuple:
         """`[B, T, C]` frames, and the position bias for the next layer. Arguments as of the attention module."""
-        whole = None if output_attentions else self._run_whole(hidden_states, attention_mask, position_bias)
-        if whole is not None:
-            return whole
+        whole = self._whole(hidden_states, attention_mask, position_bias, output_attentions)
+        if whole.refusal is None:
+            return whole.fused()
         attended, weights, position_bias = self._attend(
             hidden_states, attention_mask, position_bias, output_attentions=output_attentions, index=index
         )
-        _, hidden_states = add_norm(attended, hidden_states, self.layer_norm, keep_sum=False)
-        fed = self.feed_forward(hidden_states)
-        _, hidden_states = add_norm(fed, hidden_states, self.final_layer_norm, keep_sum=False)
+        _, hidden_states = self._first_sum(attended, hidden_states).run()
+        _, hidden_states = self._second_sum(self.feed_forward(hidden_states), hidden_states).run()
         return _outputs(hidden_states, position_bias, weights, output_attentions)
 
 
@@ -240,9 +256,6 @@ class FastWavLMEncoderLayerStableLayerNorm(_FastLayer, hf.WavLMEncoderLayerStabl
     """Pre-norm layer: each half's input is normed, its sum goes on as it is."""
 
     norm_first = True
-
-    def _steps(self) -> Iterator[Plan]:
-        yield plan_add_norm("final_layer_norm", self.final_layer_norm)
 
     @or_original
     def forward(
@@ -254,12 +267,12 @@ class FastWavLMEncoderLayerStableLayerNorm(_FastLayer, hf.WavLMEncoderLayerStabl
         **kwargs: object,
     ) -> tuple:
         """`[B, T, C]` frames, and the position bias for the next layer. Arguments as of the attention module."""
-        whole = None if output_attentions else self._run_whole(hidden_states, attention_mask, position_bias)
-        if whole is not None:
-            return whole
+        whole = self._whole(hidden_states, attention_mask, position_bias, output_attentions)
+        if whole.refusal is None:
+            return whole.fused()
         attended, weights, position_bias = self._attend(
             self.layer_norm(hidden_states), attention_mask, position_bias, output_attentions=output_attentions
         )
-        hidden_states, normed = add_norm(attended, hidden_states, self.final_layer_norm)
+        hidden_states, normed = self._first_sum(attended, hidden_states).run()
         hidden_states = hidden_states + self.feed_forward(normed)
         return _outputs(hidden_states, position_bias, weights, output_attentions)

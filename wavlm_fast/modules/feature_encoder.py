@@ -11,12 +11,12 @@ from transformers.models.wavlm import modeling_wavlm as hf
 
 from .. import ops
 from .._private import is_frozen
-from ..inputs import SAMPLE_RATE, check_waveform
+from ..inputs import check_waveform
 from ..ops._define import accumulation_dtype, needs_grad
 from ._originals import or_original, stands_in_for
 from ._packing import Packing, resized, stages_of, valid_samples
-from ._plain import fused_activation, same_dtype, why_not_plain
-from ._steps import FastModule, Plan, frames_like, has_kernel, named, why_not_norm
+from ._plain import fused_activation, why_mixed, why_not_plain
+from ._steps import FastModule, Signal, Step, named, steps_of, why_not_norm
 
 
 def _why_not_conv(conv: nn.Module) -> str | None:
@@ -51,22 +51,14 @@ class _FastConvLayer(FastModule):
         """Weight and bias of the norm."""
         return (None, None) if self.norm == "none" else (self.layer_norm.weight, self.layer_norm.bias)
 
-    def plan(self) -> Iterator[Plan]:
-        op = "waveform_conv" if self.in_conv_dim == 1 else "strided_conv"
-        refusal, reason = named("conv", _why_not_conv(self.conv)), self._why_not_epilogue()
-        yield Plan(op, refusal, self._example)
-        if refusal is None and reason is not None:
-            yield Plan(f"{op} epilogue", reason)
-
-    def _example(self) -> tuple:
-        conv, norm = self.conv, self.norm if self._why_not_norm() is None else "none"
-        affine = (None, None) if norm == "none" else self.norm_parameters()
-        activation = fused_activation(self.activation) or "none"
-        if self.in_conv_dim == 1:
-            waveform = torch.empty((1, SAMPLE_RATE), device=conv.weight.device, dtype=conv.weight.dtype)
-            return waveform, conv.weight, conv.bias, conv.stride[0], norm, *affine, 1e-5, activation
-        x = frames_like(conv.weight, self.in_conv_dim)
-        return x, conv.weight, conv.bias, conv.stride[0], *affine, 1e-5, activation, False
+    def steps(self, signal: Signal) -> Iterator[Step]:
+        frames = signal.frames(self, self.in_conv_dim, count=signal.samples).transpose(1, 2)
+        step, epilogue = self._convolve(frames, {}), self._why_not_epilogue()
+        yield step
+        if step.refusal is None and epilogue is not None:
+            yield Step(f"{step.op} epilogue", epilogue)
+        if isinstance(self.conv, nn.Conv1d):
+            signal.samples = (signal.samples - self.conv.kernel_size[0]) // self.conv.stride[0] + 1
 
     @or_original
     def forward(
@@ -75,29 +67,36 @@ class _FastConvLayer(FastModule):
         """Convolution, norm and activation, `[B, C, T]` to `[B, C', T']`; packed frames `[1, C, N]` with their packing
         before and after.
         """
-        conv = self.conv
-        if _why_not_conv(conv) is not None or not same_dtype(hidden_states, conv.weight, conv.bias):
+        step = self._convolve(hidden_states, {} if packing is None else resized(packing, after))
+        if step.refusal is not None:
             if packing is None:
                 return super().forward(hidden_states)
             return torch.cat([super().forward(own) for own in packing.utterances(hidden_states, 2)], 2)
-        fuse_norm = self._why_not_norm() is None
-        activation = fused_activation(self.activation) if fuse_norm else None
-        packed = {} if packing is None else resized(packing, after)
-        frames = self._convolve(hidden_states, self.norm if fuse_norm else "none", activation or "none", packed)
-        if not fuse_norm:
+        frames, epilogue = step.fused(), self._why_not_epilogue()
+        if epilogue is not None and self._why_not_norm() is not None:
             frames = self._apply_norm(frames) if after is None else after.each(self._apply_norm, frames)
         frames = frames.transpose(1, 2)
-        return self.activation(frames) if activation is None else frames
+        return frames if epilogue is None else self.activation(frames)
 
-    def _convolve(self, hidden_states: Tensor, norm: str, activation: str, packed: dict[str, Any]) -> Tensor:
-        """Time-major `[B, T', C']`."""
-        conv, options = self.conv, {"stride": self.conv.stride[0], "activation": activation, **packed}
-        if norm != "none":
-            layer_norm = self.layer_norm
-            options |= {"norm_weight": layer_norm.weight, "norm_bias": layer_norm.bias, "eps": layer_norm.eps}
-        if self.in_conv_dim == 1:
+    def _convolve(self, hidden_states: Tensor, packed: dict[str, Any]) -> Step:
+        """The convolution with what can be fused of norm and activation, to time-major `[B, T', C']`."""
+        conv = self.conv
+        refusal = _why_not_conv(conv) or why_mixed(hidden_states, conv.weight, conv.bias)
+
+        def fused() -> Tensor:
+            fuse_norm = self._why_not_norm() is None
+            activation = fused_activation(self.activation) if fuse_norm else None
+            options = {"stride": conv.stride[0], "activation": activation or "none", **packed}
+            if fuse_norm and self.norm != "none":
+                norm = self.layer_norm
+                options |= {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
+            if self.in_conv_dim > 1:
+                return ops.strided_conv(hidden_states.transpose(1, 2), conv.weight, conv.bias, **options)
+            norm = self.norm if fuse_norm else "none"
             return ops.waveform_conv(hidden_states[:, 0], conv.weight, conv.bias, norm=norm, **options)
-        return ops.strided_conv(hidden_states.transpose(1, 2), conv.weight, conv.bias, **options)
+
+        op = "waveform_conv" if self.in_conv_dim == 1 else "strided_conv"
+        return Step(op, named("conv", refusal), fused)
 
 
 @stands_in_for(hf.WavLMNoLayerNormConvLayer)
@@ -197,23 +196,30 @@ class FastWavLMFeatureEncoder(FastModule, hf.WavLMFeatureEncoder):
             "activation": fused_activation(layers[0].activation),
         }
 
-    def plan(self) -> Iterator[Plan]:
-        if self._runs_whole():
-            yield Plan("feature_encoder", None, self._example)
+    def steps(self, signal: Signal) -> Iterator[Step]:
+        whole = self._whole(signal.frames(self, count=signal.samples), None)
+        if whole.refusal is None:
+            yield whole
+            return
+        for layer in self.conv_layers:
+            yield from steps_of(layer, signal)
 
-    def planned(self) -> Iterator[nn.Module]:
-        return iter(self.conv_layers if self._runs_whole() else ())
+    def _whole(self, waveform: Tensor, stages: list[Packing] | None) -> Step:
+        """All layers as one op, to time-major `[B, T, C]`."""
+        refusal, packed = None, {} if stages is None else resized(stages[0], stages[-1])
+        parameters = [p for layer in self.conv_layers for p in layer.parameters()]
+        if needs_grad(waveform, *parameters):
+            refusal = "a gradient is wanted"
+        elif valid_samples() is not None:
+            refusal = "norms over time count valid samples only"
+        elif stages is not None and waveform.device.type != "cpu":
+            # Off the CPU the op runs as its layers, and would have to look at the offsets to make theirs.
+            refusal = "packed samples run layer by layer off the CPU"
 
-    def _runs_whole(self) -> bool:
-        wants_gradient = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        if wants_gradient or self._why_not_whole() is not None:
-            return False
-        return has_kernel("feature_encoder", self._example())
+        def fused() -> Tensor:
+            return ops.feature_encoder(waveform, **self._options(), **packed)
 
-    def _example(self) -> tuple:
-        weight = self.conv_layers[0].conv.weight
-        waveform = torch.empty((1, SAMPLE_RATE), device=weight.device, dtype=weight.dtype)
-        return waveform, *self._options().values()
+        return Step("feature_encoder", refusal or self._why_not_whole() or why_mixed(waveform, *parameters), fused)
 
     @or_original
     def forward(self, input_values: Tensor) -> Tensor:
@@ -224,14 +230,10 @@ class FastWavLMFeatureEncoder(FastModule, hf.WavLMFeatureEncoder):
         """
         convs = [layer.conv for layer in self.conv_layers]
         check_waveform(input_values, convs)
-        parameters = [p for layer in self.conv_layers for p in layer.parameters()]
-        wants_gradient = needs_grad(input_values, *parameters)
         stages = stages_of(input_values)
-        # Off the CPU the op runs as its layers, and would have to look at the offsets to make theirs.
-        whole = valid_samples() is None and (stages is None or input_values.device.type == "cpu")
-        if whole and not wants_gradient and self._why_not_whole() is None and same_dtype(input_values, *parameters):
-            packed = {} if stages is None else resized(stages[0], stages[-1])
-            return ops.feature_encoder(input_values, **self._options(), **packed).transpose(1, 2)
+        whole = self._whole(input_values, stages)
+        if whole.refusal is None:
+            return whole.fused().transpose(1, 2)
         hidden_states = input_values[:, None]
         checkpointed = any(getattr(layer, "gradient_checkpointing", False) for layer in self.conv_layers)
         if not is_frozen(self) and self.training and checkpointed and torch.is_grad_enabled():

@@ -17,12 +17,12 @@ from ._packing import Packing
 from ._plain import (
     fused_activation,
     has_hooks,
-    same_dtype,
     why_changed,
+    why_mixed,
     why_not_plain,
     why_not_plain_parameters,
 )
-from ._steps import FastModule, Plan, frames_like, named
+from ._steps import FastModule, Signal, Step, named
 
 
 def _weight_norm_hook(conv: nn.Module) -> WeightNormHook | None:
@@ -99,40 +99,45 @@ class FastWavLMPositionalConvEmbedding(FastModule, hf.WavLMPositionalConvEmbeddi
         reason = named("conv", _why_not_conv(self.conv))
         return reason or named("padding", why_not_plain(self.padding, hf.WavLMSamePadLayer))
 
-    def plan(self) -> Iterator[Plan]:
-        yield Plan("positional_conv", self._why_not_fused(), self._example)
+    def steps(self, signal: Signal) -> Iterator[Step]:
+        x = signal.frames(self, getattr(self.conv, "in_channels", 0))
+        step = self._convolve(x, None, residual=self._why_not_added() is None)
+        yield step
+        if step.refusal is None and fused_activation(self.activation) is None:
+            name = type(self.activation).__name__
+            yield Step("positional_conv epilogue", f"activation is called: {name} is not fused")
 
-    def _example(self) -> tuple:
-        conv = self.conv
-        weight = torch.empty(
-            (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size),
-            device=conv.bias.device, dtype=conv.bias.dtype,
-        )  # fmt: skip
-        activation = fused_activation(self.activation) or "none"
-        return frames_like(weight, conv.in_channels), weight, conv.bias, conv.groups, activation, True, False
+    def _why_not_added(self) -> str | None:
+        """Why the sum with its input is not a part of the op; None when it is."""
+        return self.why_called() or (None if fused_activation(self.activation) else "its activation is called")
+
+    def _convolve(self, hidden_states: Tensor, packing: Packing | None, residual: bool) -> Step:
+        """The convolution, the activation where it can be fused, and with `residual` the sum with its input."""
+        conv, refusal, weight = self.conv, self._why_not_fused(), None
+        if refusal is None:
+            weight = _weight(conv)
+            refusal = named("conv", why_mixed(hidden_states, weight, conv.bias))
+
+        def fused() -> Tensor:
+            options = {"groups": conv.groups, "activation": fused_activation(self.activation) or "none"}
+            options["offsets"] = None if packing is None else packing.offsets
+            return ops.positional_conv(hidden_states, weight, conv.bias, residual=residual, **options)
+
+        return Step("positional_conv", refusal, fused)
 
     @or_original
     def forward(self, hidden_states: Tensor, packing: Packing | None = None) -> Tensor:
         """`[B, T, C]` frames, or packed ones `[1, N, C]`, to their positional embedding, the same shape."""
-        conv = self.conv
-        weight = _weight(conv) if self._why_not_fused() is None else None
-        if weight is None or not same_dtype(hidden_states, weight, conv.bias):
+        step = self._convolve(hidden_states, packing, residual=False)
+        if step.refusal is not None:
             return super().forward(hidden_states) if packing is None else packing.each(super().forward, hidden_states)
-        activation = fused_activation(self.activation)
-        options = {"groups": conv.groups, "activation": activation or "none", "residual": False}
-        options["offsets"] = None if packing is None else packing.offsets
-        out = ops.positional_conv(hidden_states, weight, conv.bias, **options)
-        return self.activation(out.transpose(1, 2)).transpose(1, 2) if activation is None else out
+        out = step.fused()
+        return out if fused_activation(self.activation) else self.activation(out.transpose(1, 2)).transpose(1, 2)
 
     def added_to(self, hidden_states: Tensor, packing: Packing | None = None) -> Tensor:
         """`hidden_states + self(hidden_states)`."""
-        conv, activation = self.conv, fused_activation(self.activation)
-        packed = () if packing is None else (packing,)
-        if activation is None or self.why_called() is not None or self._why_not_fused() is not None:
-            return hidden_states + self(hidden_states, *packed)
-        weight = _weight(conv)
-        if not same_dtype(hidden_states, weight, conv.bias):
-            return hidden_states + self(hidden_states, *packed)
-        options = {"groups": conv.groups, "activation": activation}
-        options["offsets"] = None if packing is None else packing.offsets
-        return ops.positional_conv(hidden_states, weight, conv.bias, **options)
+        if self._why_not_added() is None:
+            step = self._convolve(hidden_states, packing, residual=True)
+            if step.refusal is None:
+                return step.fused()
+        return hidden_states + (self(hidden_states) if packing is None else self(hidden_states, packing))

@@ -12,20 +12,39 @@ from .. import ops
 from ..leaving import leaving
 from ._originals import or_original, stands_in_for
 from ._packing import Packing, resized
-from ._plain import fused_activation, same_dtype, why_not_plain
-from ._steps import FastModule, Plan, frames_like, named
+from ._plain import fused_activation, why_mixed, why_not_plain
+from ._steps import FastModule, Signal, Step, named
 
 
 @stands_in_for(hf.TDNNLayer)
 class FastTDNNLayer(FastModule, hf.TDNNLayer):
     """Dilated convolution with its weight stored as a linear layer's, ReLU."""
 
-    def plan(self) -> Iterator[Plan]:
-        yield Plan("tdnn", named("kernel", why_not_plain(self.kernel, nn.Linear)), self._example)
+    def steps(self, signal: Signal) -> Iterator[Step]:
+        step = self._convolve(signal.frames(self, self.in_conv_dim))
+        yield step
+        if step.refusal is None and not self._is_relu():
+            yield Step("tdnn epilogue", f"activation is called: {type(self.activation).__name__} is not fused")
 
-    def _example(self) -> tuple:
-        weight, bias = self.kernel.weight, self.kernel.bias
-        return frames_like(weight, self.in_conv_dim), weight, bias, self.kernel_size, self.dilation, "relu"
+    def _is_relu(self) -> bool:
+        return fused_activation(self.activation) == "relu"
+
+    def _convolve(self, hidden_states: Tensor, packing: Packing | None = None, after: Packing | None = None) -> Step:
+        """The convolution, and the activation where it is ReLU."""
+        kernel = self.kernel
+        refusal = why_not_plain(kernel, nn.Linear) or why_mixed(hidden_states, kernel.weight, kernel.bias)
+
+        def fused() -> Tensor:
+            options = {"kernel_size": self.kernel_size, "dilation": self.dilation}
+            options |= {} if packing is None else resized(packing, after)
+            activation = "relu" if self._is_relu() else "none"
+            return ops.tdnn(hidden_states, kernel.weight, kernel.bias, activation=activation, **options)
+
+        def called() -> Tensor:
+            windows = self._windows(hidden_states) if packing is None else packing.each(self._windows, hidden_states)
+            return kernel(windows)
+
+        return Step("tdnn", named("kernel", refusal), fused, called)
 
     @or_original
     def forward(
@@ -37,15 +56,9 @@ class FastTDNNLayer(FastModule, hf.TDNNLayer):
         A kernel that is not plain (LoRA, quantized, hooked) is called as the linear layer it is, over windows of
         frames; transformers ignores LoRA here and warns.
         """
-        kernel = self.kernel
-        if why_not_plain(kernel, nn.Linear) is not None or not same_dtype(hidden_states, kernel.weight, kernel.bias):
-            windows = self._windows(hidden_states) if packing is None else packing.each(self._windows, hidden_states)
-            return self.activation(kernel(windows))
-        activation = "relu" if fused_activation(self.activation) == "relu" else "none"
-        options = {"kernel_size": self.kernel_size, "dilation": self.dilation, "activation": activation}
-        options |= {} if packing is None else resized(packing, after)
-        out = ops.tdnn(hidden_states, kernel.weight, kernel.bias, **options)
-        return self.activation(out) if activation == "none" else out
+        step = self._convolve(hidden_states, packing, after)
+        out = step.run()
+        return out if step.refusal is None and self._is_relu() else self.activation(out)
 
     @property
     def span(self) -> int:

@@ -51,11 +51,19 @@ def define(
     """
     schemas[name], kernels[name] = signature, kernel
 
+    def choose(args: tuple) -> tuple[backends.Choice, bool]:
+        """Who computes it, and whether that is ops that are chosen for in their turn."""
+        choice = backends.choose(name, args)
+        by_ops = in_parts and choice.backend == "reference"
+        if not by_ops:
+            backends.note(name, choice)
+        return choice, by_ops
+
     def dispatch(*args: Any) -> Any:
         args = _completed(name, args)
         check(*args)
-        choice = backends.choose(name, args)
-        if choice.backend == "reference" and not in_parts:
+        choice, by_ops = choose(args)
+        if choice.backend == "reference" and not by_ops:
             refuse(name, args)
             backends.warn_once(choice)
         outputs = choice.fn(*args)
@@ -65,6 +73,10 @@ def define(
     def checked_fake(*args: Any) -> Any:
         args = _completed(name, args)
         check(*args)
+        if backends.is_noting():
+            choice, by_ops = choose(args)
+            if by_ops:
+                return choice.fn(*args)
         return fake(*args)
 
     LIBRARY.define(name + signature, tags=TAGS)
