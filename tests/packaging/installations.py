@@ -72,9 +72,11 @@ def only_setuptools(folder):
     return folder
 
 
-def make_clone(folder):
-    """A copy of the repository as a clone would be."""
+def make_clone(folder, with_objects=False):
+    """A copy of the repository as a clone would be; with the objects of what is compiled already, sooner built."""
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*LEFTOVERS))
+    for objects in ROOT.glob("build/objects-*") if with_objects else ():
+        shutil.copytree(objects, folder / "build" / objects.name)
     return folder
 
 

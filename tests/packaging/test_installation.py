@@ -45,7 +45,7 @@ def wheel_installation(tmp_path_factory):
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("wheel")
-    wheel, _ = build("wheel", make_clone(folder / "repository"), folder / "dist")
+    wheel, _ = build("wheel", make_clone(folder / "repository", with_objects=True), folder / "dist")
     environment = Environment.create(folder / "venv")
     environment.install(wheel, cwd=folder)
     add_stand_in(environment)
