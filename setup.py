@@ -161,8 +161,10 @@ class BuildExtension(build_ext):
             objects = list(pool.map(lambda job: self.compile(*job), jobs))
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        link = [f"-L{self.torch}/lib", "-ltorch_cpu", *flags_of("LDFLAGS"), *users, "-o", str(output)]
-        run([*command, "-shared", *map(str, objects), *link])
+        # torch has parts of the C++ library in it, which another torch may not have: the system's comes first.
+        libraries = [*(["-lstdc++"] if sys.platform == "linux" else []), f"-L{self.torch}/lib", "-ltorch_cpu"]
+        more = [*flags_of("LDFLAGS"), *users, "-o", str(output)]
+        run([*command, "-shared", *map(str, objects), *libraries, *more])
 
     def compile(self, folder: Path, source: str, flags: list[str]) -> Path:
         """The object of a source, compiled unless it is there and nothing that it is made of has changed."""

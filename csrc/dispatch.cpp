@@ -1,8 +1,8 @@
 #include "dispatch.h"
 
-#include <torch/library.h>
-
 #include <cstdlib>
+
+#include "library.h"
 
 namespace wavlm_fast {
 namespace {
@@ -90,10 +90,10 @@ std::vector<Isa> isa_levels() {
 
 std::string isa_problem() { return selection().problem; }
 
-TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CompositeExplicitAutograd, m) {
-  m.impl("isa", &isa_op);
-  m.impl("isa_levels", &isa_levels_op);
-  m.impl("isa_problem", &isa_problem);
+STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&isa_op));
+  m.impl("isa_levels", TORCH_BOX(&isa_levels_op));
+  m.impl("isa_problem", TORCH_BOX(&isa_problem));
 }
 
 }  // namespace wavlm_fast

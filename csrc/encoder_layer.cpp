@@ -1,26 +1,21 @@
 // A transformer layer, a group of frames at a time: what each step writes is still in the last cache when the next one
 // reads it, and takes no memory that grows with the batch. Attention alone needs all frames of an utterance at once.
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/from_blob.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <vector>
 
 #include "check.h"
-#include "entries.h"
+#include "gated_attention_entry.h"
 #include "integers.h"
+#include "library.h"
 #include "norm_act_entry.h"
 #include "packed_conv_entry.h"
 #include "packed_frames.h"
+#include "parallel.h"
+#include "position_gate_entry.h"
 #include "scratch.h"
 
 namespace wavlm_fast {
 namespace {
-
-using at::Tensor;
 
 // Rows of a group. With its four times wider feed-forward frames it fits in the last cache.
 constexpr int64_t kRows = 1024;
@@ -38,11 +33,11 @@ struct Norm {
 
   void operator()(const T* x, int64_t rows, T* out) const {
     const int64_t C = weight.size(0);
+    const float *gain = data<float>(weight), *offset = data<float>(bias);
     const auto kernel = norm_act_kernel<T>();
     const int none = activation_number("none");
-    at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
-      kernel(x + begin * C, weight.const_data_ptr<float>(), bias.const_data_ptr<float>(), eps, end - begin, C, none,
-             out + begin * C);
+    parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+      kernel(x + begin * C, gain, offset, eps, end - begin, C, none, out + begin * C);
     });
   }
 };
@@ -58,7 +53,7 @@ struct Linear {
   // out = activation(linear(x)), plus the residual if there is one. Rows of x lie row_step numbers apart, C if 0.
   void operator()(const T* x, int64_t rows, T* out, const T* residual = nullptr, int64_t row_step = 0) const {
     PackedConv<T, T> call{};
-    call.x = x, call.packed = packed.const_data_ptr(), call.bias = bias.const_data_ptr<float>();
+    call.x = x, call.packed = data<void>(packed), call.bias = data<float>(bias);
     call.residual = residual, call.out = out;
     call.C = C, call.taps = 1, call.row_step = row_step ? row_step : C, call.channels = channels();
     call.activation = activation;
@@ -89,9 +84,6 @@ struct Layer {
     }
   }
 };
-
-template <class T>
-T* data(const Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); }
 
 // Whole utterances that go through the layer together.
 struct Group {
@@ -127,7 +119,7 @@ std::vector<Group> packed_groups(const std::vector<int64_t>& bounds) {
 
 template <class T>
 void run(const Layer<T>& layer, const Tensor& x, const Tensor& rel_bias, const std::optional<Tensor>& key_lengths,
-         at::TensorList gate, double scale, const std::vector<int64_t>& bounds, const Tensor& out) {
+         const std::vector<Tensor>& gate, double scale, const std::vector<int64_t>& bounds, const Tensor& out) {
   const int64_t C = x.size(2), H = gate[2].numel();
   const auto groups = bounds.empty() ? dense_groups(x.size(0), x.size(1)) : packed_groups(bounds);
   // The normed input makes room for what `finish` works in. A group with more rows may need less of that: it is cut.
@@ -137,39 +129,39 @@ void run(const Layer<T>& layer, const Tensor& x, const Tensor& rel_bias, const s
     work = std::max({work, layer.finish_size(group.rows), layer.norm_first ? group.rows * C : 0});
   }
   const int64_t size = 3 * most * C + work;
-  const int64_t bytes = size * sizeof(T);
-  const Tensor large = at::empty({bytes > kMostKept ? bytes : 0}, at::kByte);
-  T* projected = bytes > kMostKept ? data<T>(large) : static_cast<T*>(scratch<Scratch::call>(bytes));
-  T* memory = projected + 3 * most * C;
+  const Memory<Scratch::call> all(size * sizeof(T), kMostKept);
+  T *projected = static_cast<T*>(all.get()), *memory = projected + 3 * most * C, *to = mutable_data<T>(out);
+  const T* from = data<T>(x);
+  const ScalarType dtype = x.scalar_type();
+  const auto all_lengths = contiguous_of(key_lengths, ScalarType::Long);
+  const int64_t* length = data<int64_t>(all_lengths);
   for (const Group& group : groups) {
     const int64_t rows = group.rows, frames = rows / group.entries;
-    const Tensor in = x.view({-1, C}).narrow(0, group.first, rows).view({group.entries, frames, C});
-    Tensor normed = in;
-    if (layer.norm_first) {
-      normed = at::from_blob(memory, in.sizes(), in.options());
-      layer.first_norm(data<T>(in), rows, memory);
-    }
-    layer.qkv(data<T>(normed), rows, projected);
-    const Tensor gates = position_gate(normed, gate[0], gate[1], gate[2]);
-    const auto lengths =
-        key_lengths ? std::optional<Tensor>(key_lengths->narrow(0, group.first_entry, group.entries)) : std::nullopt;
-    const Tensor qkv = at::from_blob(projected, {group.entries, frames, 3, H, C / H}, x.options());
-    const Tensor q = qkv.select(2, 0);
-    gated_attention_into(q, q, qkv.select(2, 1), qkv.select(2, 2), gates, rel_bias, lengths, 0.0, std::nullopt, scale,
-                         group.bounds);
-    layer.finish(projected, 3 * C, data<T>(in), rows, data<T>(out) + group.first * C, memory);
+    const T* in = from + group.first * C;
+    if (layer.norm_first) layer.first_norm(in, rows, memory);
+    const T* normed = layer.norm_first ? memory : in;
+    layer.qkv(normed, rows, projected);
+    const Tensor gates = position_gate(view_of(normed, {group.entries, frames, C}, dtype), gate[0], gate[1], gate[2]);
+    std::optional<Tensor> lengths;
+    if (length) lengths = view_of(length + group.first_entry, {group.entries}, ScalarType::Long);
+    const auto heads = [&](int64_t which) {
+      return view_of(projected + which * C, {group.entries, frames, H, C / H}, {frames * 3 * C, 3 * C, C / H, 1}, dtype);
+    };
+    const Tensor q = heads(0);
+    gated_attention_into(q, q, heads(1), heads(2), gates, rel_bias, lengths, 0.0, std::nullopt, scale, group.bounds);
+    layer.finish(projected, 3 * C, in, rows, to + group.first * C, memory);
   }
 }
 
 template <class T>
 Layer<T> layer_of(const std::vector<Tensor>& packed, const std::vector<Tensor>& biases,
-                  const std::vector<Tensor>& norms, at::ArrayRef<double> eps, const std::string& activation,
+                  const std::vector<Tensor>& norms, const std::vector<double>& eps, const std::string& activation,
                   bool norm_first, int64_t C) {
-  const auto wide = [](const Tensor& vector) { return vector.to(at::kFloat).contiguous(); };
+  const auto wide = [](const Tensor& vector) { return contiguous_of(vector, kFloat); };
   const int64_t inner = biases[2].numel();
   const auto linear = [&](int i, int64_t in, const char* name) {
     const bool pairs = sizeof(T) == sizeof(bf16);
-    TORCH_CHECK(packed[i].scalar_type() == (pairs ? at::kBFloat16 : at::kFloat) && (!pairs || multiplies_pairs(in)) &&
+    ENTRY_CHECK(packed[i].scalar_type() == (pairs ? kBFloat16 : kFloat) && (!pairs || multiplies_pairs(in)) &&
                     packed[i].is_contiguous() &&
                     packed[i].numel() == packed_size(biases[i].numel(), 1, in, false),
                 "encoder_layer: expected weights packed by pack_conv from the dtype of x");
@@ -183,10 +175,10 @@ Layer<T> layer_of(const std::vector<Tensor>& packed, const std::vector<Tensor>& 
 // [B, T, C] float32, or bfloat16 where it has products of its own; packed frames beside offsets. Packed weights and
 // biases are of queries, keys and values as one layer, of the attention's output, and of the feed-forward's two layers.
 Tensor encoder_layer(const Tensor& x, const Tensor& rel_bias, const std::optional<Tensor>& key_lengths,
-                     std::vector<Tensor> packed, std::vector<Tensor> biases, std::vector<Tensor> gate,
-                     std::vector<Tensor> norms, at::ArrayRef<double> eps, double scale, std::string activation,
-                     bool norm_first, const std::optional<Tensor>& offsets) {
-  TORCH_CHECK(x.dim() == 3 && packed.size() == 4 && biases.size() == 4 && gate.size() == 3 && norms.size() == 4 &&
+                     const std::vector<Tensor>& packed, const std::vector<Tensor>& biases,
+                     const std::vector<Tensor>& gate, const std::vector<Tensor>& norms,
+                     const std::vector<double>& eps, double scale, const Text& activation, bool norm_first, const std::optional<Tensor>& offsets) {
+  ENTRY_CHECK(x.dim() == 3 && packed.size() == 4 && biases.size() == 4 && gate.size() == 3 && norms.size() == 4 &&
                   eps.size() == 2,
               "encoder_layer: expected x of [B, T, C] and four packed weights, got ", x.sizes(), " and ", packed.size());
   const int64_t C = x.size(2), inner = biases[2].numel();
@@ -194,25 +186,25 @@ Tensor encoder_layer(const Tensor& x, const Tensor& rel_bias, const std::optiona
   const int64_t widths[] = {3 * C, C, inner, C};
   for (int i = 0; i < 4; ++i) check_vector("encoder_layer", "a bias", biases[i], widths[i]);
   for (const Tensor& norm : norms) check_vector("encoder_layer", "a norm's weight or bias", norm, C);
-  TORCH_CHECK(C % gate[2].numel() == 0, "encoder_layer: expected heads that divide ", C, " channels, got ",
+  ENTRY_CHECK(C % gate[2].numel() == 0, "encoder_layer: expected heads that divide ", C, " channels, got ",
               gate[2].numel());
   check_lengths("encoder_layer", key_lengths, x.size(0));
   const auto bounds = bounds_of("encoder_layer", offsets, x);
-  TORCH_CHECK(bounds.empty() || !key_lengths, "encoder_layer: expected key_lengths or offsets, got both");
-  const Tensor in = x.contiguous(), out = at::empty_like(in);
+  ENTRY_CHECK(bounds.empty() || !key_lengths, "encoder_layer: expected key_lengths or offsets, got both");
+  const Tensor in = contiguous_of(x), out = fresh_like(in);
   if (in.numel() == 0) return out;
-  if (in.scalar_type() == at::kFloat) {
+  if (in.scalar_type() == kFloat) {
     run(layer_of<float>(packed, biases, norms, eps, activation, norm_first, C), in, rel_bias, key_lengths, gate, scale,
         bounds, out);
   } else {
-    TORCH_CHECK(in.scalar_type() == at::kBFloat16, "encoder_layer: expected float32 or bfloat16, got ", in.scalar_type());
+    ENTRY_CHECK(in.scalar_type() == kBFloat16, "encoder_layer: expected float32 or bfloat16, got ", in.scalar_type());
     run(layer_of<bf16>(packed, biases, norms, eps, activation, norm_first, C), in, rel_bias, key_lengths, gate, scale,
         bounds, out);
   }
   return out;
 }
 
-TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) { m.impl("encoder_layer", &encoder_layer); }
+STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) { m.impl("encoder_layer", TORCH_BOX(&encoder_layer)); }
 
 }  // namespace
 }  // namespace wavlm_fast

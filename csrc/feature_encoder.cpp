@@ -1,28 +1,23 @@
 // The convolutional front end, in pieces along time: every layer takes what the one before has just written while that
 // is still in the last cache. The output of the first layer, the largest of the model, exists for one block of frames
 // per thread only. The first layer's group norm is no obstacle: its statistics come from the waveform.
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <utility>
 #include <vector>
 
 #include "check.h"
 #include "integers.h"
+#include "library.h"
 #include "norm_act_entry.h"
 #include "packed_conv_entry.h"
+#include "parallel.h"
 #include "resized_frames.h"
 #include "scratch.h"
 #include "waveform_conv_entry.h"
 
 namespace wavlm_fast {
 namespace {
-
-using at::Tensor;
 
 // Frames of the last layer in a piece: of the second layer, 64 times as many numbers per frame. Shorter utterances share
 // one.
@@ -34,14 +29,12 @@ constexpr int64_t kTasksPerThread = 6;
 template <class T>
 struct Norm {
   NormAct<T>* kernel;  // null: none
-  Tensor weight, bias;
+  std::optional<Tensor> weight, bias;
   float eps;
   int activation;
 
   void operator()(T* frames, int64_t count, int64_t C) const {
-    if (!kernel) return;
-    const auto data = [](const Tensor& v) { return v.defined() ? v.const_data_ptr<float>() : nullptr; };
-    kernel(frames, data(weight), data(bias), eps, count, C, activation, frames);
+    if (kernel) kernel(frames, data<float>(weight), data<float>(bias), eps, count, C, activation, frames);
   }
 };
 
@@ -51,7 +44,7 @@ struct Layer {
   int64_t stride;
   bool filtered;
   Norm<T> norm;
-  Tensor bias;  // what conv.bias points to
+  std::optional<Tensor> bias;  // what conv.bias points to
 
   // Input frames that `count` output frames need.
   int64_t needs(int64_t count) const { return (count - 1) * stride + conv.taps; }
@@ -108,7 +101,7 @@ void first_two(const std::vector<Layer<T>>& layers, std::vector<Utterance<T>>& g
   for (const auto& u : group) total += u.kept[1].end - u.kept[1].done;
   const int64_t most = second.filtered ? kernels.most_filtered : kernels.most_frames;
   const int64_t tile = second.filtered ? 3 * kernels.rows : kernels.rows, C = second.conv.C;
-  const int64_t even = divided_up(total, kTasksPerThread * at::get_num_threads());
+  const int64_t even = divided_up(total, kTasksPerThread * num_threads());
   const int64_t block = std::min(most, divided_up(even, tile) * tile);
   struct Task {
     const Utterance<T>* utterance;
@@ -121,26 +114,22 @@ void first_two(const std::vector<Layer<T>>& layers, std::vector<Utterance<T>>& g
       tasks.push_back({&u, kept.done, std::min(block, kept.end - kept.done)});
     }
   }
-  const size_t frames_size = divided_up(second.needs(std::min(block, total)) * C * sizeof(T), 64) * 64;
-  const size_t size =
-      sizeof(float) * std::max(kernels.scratch_size(group[0].conv.C, false), kernels.scratch_size(C, second.filtered));
+  // Floats: of the first layer's frames in whole cache lines, and of what the kernels work in.
+  const size_t frames_size = divided_up(second.needs(std::min(block, total)) * C * sizeof(T), 64) * 64 / sizeof(float);
+  const size_t size = std::max(kernels.scratch_size(group[0].conv.C, false), kernels.scratch_size(C, second.filtered));
   const auto forward = second.filtered ? variants<T, T>().filtered : variants<T, T>().direct;
   const int64_t count = tasks.size(), groups = divided_up(second.conv.channels, kernels.columns);
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    char* memory = static_cast<char*>(scratch<Scratch::task>(frames_size + size));
+  for_each_task(count, frames_size + size, [&](int64_t i, float* memory) {
+    const Task& task = tasks[i];
     T* frames = reinterpret_cast<T*>(memory);
-    float* rest = reinterpret_cast<float*>(memory + frames_size);
-    for (int64_t i = next++; i < count; i = next++) {
-      const Task& task = tasks[i];
-      first_frames(task.utterance->conv, layers[0].norm, task.first * second.stride, second.needs(task.count), frames,
-                   rest);
-      auto call = second.conv;
-      call.x = frames;
-      call.out = task.utterance->kept[1].at(task.first, call.channels);
-      forward(call, 0, task.count, 0, groups, rest);
-      second.norm(call.out, task.count, call.channels);
-    }
+    float* rest = memory + frames_size;
+    first_frames(task.utterance->conv, layers[0].norm, task.first * second.stride, second.needs(task.count), frames,
+                 rest);
+    auto call = second.conv;
+    call.x = frames;
+    call.out = task.utterance->kept[1].at(task.first, call.channels);
+    forward(call, 0, task.count, 0, groups, rest);
+    second.norm(call.out, task.count, call.channels);
   });
 }
 
@@ -153,7 +142,7 @@ void normalise(const Norm<T>& norm, const std::vector<ConvPiece<T, T>>& pieces) 
   for (const auto& [call, count] : pieces) {
     for (int64_t t = 0; t < count; t += kBlock) blocks.emplace_back(call.out + t * C, std::min(kBlock, count - t));
   }
-  at::parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) norm(blocks[i].first, blocks[i].second, C);
   });
 }
@@ -212,21 +201,15 @@ struct Arguments {
   const Tensor& waveform;
   const Tensor& weight;
   const std::vector<Tensor>& packed;
-  const c10::List<std::optional<Tensor>>& biases;
-  const c10::List<std::optional<Tensor>>& norm_weights;
-  const c10::List<std::optional<Tensor>>& norm_biases;
-  at::IntArrayRef taps, strides, channels;
-  const c10::List<bool>& filtered;
-  std::string norm;
+  const std::vector<std::optional<Tensor>>&biases, &norm_weights, &norm_biases;
+  const std::vector<int64_t>&taps, &strides, &channels;
+  const std::vector<bool>& filtered;
+  const std::string& norm;
   double eps;
-  std::string activation;
+  const std::string& activation;
   const std::optional<Tensor>&offsets, &out_offsets;
   std::optional<int64_t> out_frames;
 };
-
-Tensor vector_of(const std::optional<Tensor>& vector) {
-  return vector ? vector->to(at::kFloat).contiguous() : Tensor();
-}
 
 template <class T>
 std::vector<Layer<T>> layers_of(const Arguments& a) {
@@ -235,31 +218,31 @@ std::vector<Layer<T>> layers_of(const Arguments& a) {
   constexpr bool kPairs = sizeof(T) == sizeof(bf16);
   for (size_t l = 0; l < layers.size(); ++l) {
     check_positive("feature_encoder", {{"taps", a.taps[l]}, {"strides", a.strides[l]}, {"channels", a.channels[l]}});
-    check_vector("feature_encoder", "biases", a.biases.get(l), a.channels[l]);
-    check_vector("feature_encoder", "norm_weights", a.norm_weights.get(l), a.channels[l]);
-    check_vector("feature_encoder", "norm_biases", a.norm_biases.get(l), a.channels[l]);
+    check_vector("feature_encoder", "biases", a.biases[l], a.channels[l]);
+    check_vector("feature_encoder", "norm_weights", a.norm_weights[l], a.channels[l]);
+    check_vector("feature_encoder", "norm_biases", a.norm_biases[l], a.channels[l]);
     Layer<T>& layer = layers[l];
     layer.stride = a.strides[l];
-    layer.filtered = a.filtered.get(l);
-    layer.norm = {a.norm == "layer" ? norm_act_kernel<T>() : nullptr, vector_of(a.norm_weights.get(l)),
-                  vector_of(a.norm_biases.get(l)), static_cast<float>(a.eps), activation};
+    layer.filtered = a.filtered[l];
+    layer.norm = {a.norm == "layer" ? norm_act_kernel<T>() : nullptr, contiguous_of(a.norm_weights[l], kFloat),
+                  contiguous_of(a.norm_biases[l], kFloat), static_cast<float>(a.eps), activation};
     layer.conv.taps = a.taps[l], layer.conv.channels = a.channels[l];
     if (l == 0) continue;  // what is special about it, FirstConv knows
     const int64_t C = a.channels[l - 1];
     // None of these numbers can be greater than what the weight has, and their product cannot overflow.
-    TORCH_CHECK(a.packed[l].is_contiguous() && a.packed[l].scalar_type() == (kPairs ? at::kBFloat16 : at::kFloat) &&
+    ENTRY_CHECK(a.packed[l].is_contiguous() && a.packed[l].scalar_type() == (kPairs ? kBFloat16 : kFloat) &&
                     (!kPairs || multiplies_pairs(C)) && a.channels[l] <= a.packed[l].numel() &&
                     a.taps[l] <= a.packed[l].numel() &&
                     a.packed[l].numel() == packed_size(a.channels[l], a.taps[l], C, layer.filtered),
                 "feature_encoder: expected weights packed by pack_conv, in one dtype");
-    TORCH_CHECK(!layer.filtered || (a.taps[l] == 3 && a.strides[l] == 2),
+    ENTRY_CHECK(!layer.filtered || (a.taps[l] == 3 && a.strides[l] == 2),
                 "feature_encoder: expected three taps at a stride of two to filter, got ", a.taps[l], " at ",
                 a.strides[l]);
-    TORCH_CHECK(a.taps[l] >= a.strides[l], "feature_encoder: expected at least as many taps as the stride, got ",
+    ENTRY_CHECK(a.taps[l] >= a.strides[l], "feature_encoder: expected at least as many taps as the stride, got ",
                 a.taps[l], " and ", a.strides[l]);
-    layer.bias = vector_of(a.biases.get(l));
-    layer.conv.packed = a.packed[l].const_data_ptr();
-    layer.conv.bias = layer.bias.defined() ? layer.bias.template const_data_ptr<float>() : nullptr;
+    layer.bias = contiguous_of(a.biases[l], kFloat);
+    layer.conv.packed = data<void>(a.packed[l]);
+    layer.conv.bias = data<float>(layer.bias);
     layer.conv.C = C, layer.conv.row_step = layer.stride * C, layer.conv.tap_step = C;
     layer.conv.activation = layer.norm.kernel ? activation_number("none") : activation;
   }
@@ -269,9 +252,9 @@ std::vector<Layer<T>> layers_of(const Arguments& a) {
 template <class T>
 Tensor run(const Arguments& a) {
   auto layers = layers_of<T>(a);
-  FirstConv first(a.weight, a.packed[0], a.biases.get(0), a.strides[0], a.norm == "group", a.norm_weights.get(0),
-                  a.norm_biases.get(0), a.eps, a.norm == "layer" ? "none" : a.activation);
-  TORCH_CHECK(a.channels[0] == first.channels() && a.taps[0] == a.weight.size(2),
+  FirstConv first(a.weight, a.packed[0], a.biases[0], a.strides[0], a.norm == "group", a.norm_weights[0],
+                  a.norm_biases[0], a.eps, a.norm == "layer" ? "none" : a.activation);
+  ENTRY_CHECK(a.channels[0] == first.channels() && a.taps[0] == a.weight.size(2),
               "feature_encoder: expected a first weight of [", a.channels[0], ", 1, ", a.taps[0], "], got ",
               a.weight.sizes());
   const auto frames_of = [&](int64_t frames) {
@@ -281,13 +264,13 @@ Tensor run(const Arguments& a) {
     }
     return frames;
   };
-  const Tensor x = a.waveform.contiguous();
+  const Tensor x = contiguous_of(a.waveform);
   const auto utterances = resized_frames("feature_encoder", x.size(0), x.size(1), a.offsets, a.out_offsets,
                                          a.out_frames, frames_of);
-  const auto dtype = sizeof(T) == sizeof(bf16) ? at::kBFloat16 : at::kFloat;
-  const Tensor out = at::empty({x.size(0), utterances.row_frames(), a.channels.back()}, x.options().dtype(dtype));
-  first.listen(x.const_data_ptr<float>(), utterances);
-  T* to = static_cast<T*>(out.mutable_data_ptr());
+  const auto dtype = sizeof(T) == sizeof(bf16) ? kBFloat16 : kFloat;
+  const Tensor out = fresh(x, {x.size(0), utterances.row_frames(), a.channels.back()}, dtype);
+  first.listen(data<float>(x), utterances);
+  T* to = mutable_data<T>(out);
   std::vector<Utterance<T>> group;
   int64_t together = 0;
   for (int64_t b = 0; b < utterances.count(); ++b) {
@@ -307,28 +290,29 @@ Tensor run(const Arguments& a) {
 
 // [B, S] float32 -> [B, T, C] in the dtype of the packed weights after the first; or packed samples beside their
 // offsets. Everything is per layer; the first weight comes as it is, [C, 1, K] float32, too.
-Tensor feature_encoder(const Tensor& waveform, const Tensor& weight, std::vector<Tensor> packed,
-                       const c10::List<std::optional<Tensor>>& biases,
-                       const c10::List<std::optional<Tensor>>& norm_weights,
-                       const c10::List<std::optional<Tensor>>& norm_biases, at::IntArrayRef taps,
-                       at::IntArrayRef strides, at::IntArrayRef channels, const c10::List<bool>& filtered,
-                       std::string norm, double eps, std::string activation, const std::optional<Tensor>& offsets,
-                       const std::optional<Tensor>& out_offsets, std::optional<int64_t> out_frames) {
+Tensor feature_encoder(const Tensor& waveform, const Tensor& weight, const std::vector<Tensor>& packed,
+                       const std::vector<std::optional<Tensor>>& biases,
+                       const std::vector<std::optional<Tensor>>& norm_weights,
+                       const std::vector<std::optional<Tensor>>& norm_biases, const std::vector<int64_t>& taps,
+                       const std::vector<int64_t>& strides, const std::vector<int64_t>& channels,
+                       const std::vector<bool>& filtered, const Text& norm, double eps, const Text& activation,
+                       const std::optional<Tensor>& offsets, const std::optional<Tensor>& out_offsets,
+                       std::optional<int64_t> out_frames) {
   const size_t L = packed.size();
-  TORCH_CHECK(L >= 2 && biases.size() == L && norm_weights.size() == L && norm_biases.size() == L &&
+  ENTRY_CHECK(L >= 2 && biases.size() == L && norm_weights.size() == L && norm_biases.size() == L &&
                   taps.size() == L && strides.size() == L && channels.size() == L && filtered.size() == L,
               "feature_encoder: expected everything once per layer, and two layers or more, got ", L, " weights");
-  TORCH_CHECK(waveform.dim() == 2 && waveform.scalar_type() == at::kFloat,
+  ENTRY_CHECK(waveform.dim() == 2 && waveform.scalar_type() == kFloat,
               "feature_encoder: expected a float32 waveform of [B, S], got ", waveform.scalar_type(), " ",
               waveform.sizes());
-  TORCH_CHECK(norm == "group" || norm == "layer" || norm == "none",
+  ENTRY_CHECK(norm == "group" || norm == "layer" || norm == "none",
               "feature_encoder: expected a norm of group, layer or none, got ", norm);
   const Arguments arguments = {waveform, weight,   packed, biases, norm_weights, norm_biases, taps,        strides,
                                channels, filtered, norm,   eps,    activation,   offsets,     out_offsets, out_frames};
-  return packed[1].scalar_type() == at::kBFloat16 ? run<bf16>(arguments) : run<float>(arguments);
+  return packed[1].scalar_type() == kBFloat16 ? run<bf16>(arguments) : run<float>(arguments);
 }
 
-TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) { m.impl("feature_encoder", &feature_encoder); }
+STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) { m.impl("feature_encoder", TORCH_BOX(&feature_encoder)); }
 
 }  // namespace
 }  // namespace wavlm_fast

@@ -1,16 +1,15 @@
 // What derived.py compares at every call to see whether a weight has changed.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <torch/library.h>
-
 #include <array>
 #include <cstring>
 #include <vector>
 
+#include "check.h"
+#include "integers.h"
+#include "library.h"
+#include "parallel.h"
+
 namespace wavlm_fast {
 namespace {
-
-using at::Tensor;
 
 // Each step is one to one: of two inputs that differ in a single word no number is the same.
 class Hash {
@@ -39,12 +38,13 @@ void mix_every(Hash& hash, const char* bytes, int64_t count, int64_t step) {
 
 // Evenly spaced in the order of the indices, wherever they lie.
 void mix_strided(Hash& hash, const Tensor& x, const char* bytes, int64_t step) {
-  const int64_t size = x.element_size();
-  for (int64_t i = 0; i < x.numel(); i += step) {
+  const int64_t size = x.element_size(), count = x.numel();
+  const Sizes sizes = x.sizes(), strides = x.strides();
+  for (int64_t i = 0; i < count; i += step) {
     int64_t at = 0, rest = i;
-    for (int64_t d = x.dim() - 1; d >= 0; --d) {
-      at += rest % x.size(d) * x.stride(d);
-      rest /= x.size(d);
+    for (size_t d = sizes.size(); d-- > 0;) {
+      at += rest % sizes[d] * strides[d];
+      rest /= sizes[d];
     }
     uint64_t words[2] = {0, 0};
     std::memcpy(words, bytes + at * size, std::min<int64_t>(size, sizeof words));
@@ -69,8 +69,8 @@ uint64_t hash_of_piece(const char* bytes, int64_t count) {
 
 void mix_all(Hash& hash, const char* bytes, int64_t count) {
   constexpr int64_t kPiece = 1 << 16;  // not by the number of threads, which may be another at the next call
-  std::vector<uint64_t> pieces((count + kPiece - 1) / kPiece);
-  at::parallel_for(0, pieces.size(), 4, [&](int64_t begin, int64_t end) {
+  std::vector<uint64_t> pieces(divided_up(count, kPiece));
+  parallel_for(0, pieces.size(), 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       pieces[i] = hash_of_piece(bytes + i * kPiece, std::min(kPiece, count - i * kPiece));
     }
@@ -78,25 +78,37 @@ void mix_all(Hash& hash, const char* bytes, int64_t count) {
   for (const uint64_t piece : pieces) hash.mix(piece);
 }
 
+// What an op of torch says of x.
+template <class Answer>
+Answer answer(const char* op, const Tensor& x) {
+  StableIValue stack = torch::stable::detail::from(x);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", &stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Answer>(stack);
+}
+
 // Another number when the memory, the version, the dtype, the shape or the strides of x are others, or the bits of one
 // of the values that are looked at: at least `samples`, evenly spaced, or all. An inference tensor counts no versions:
 // all of its values are looked at.
 int64_t fingerprint(const Tensor& x, int64_t samples) {
-  TORCH_CHECK(x.is_cpu() && x.layout() == at::kStrided && samples > 0,
-              "fingerprint: expected a dense tensor on the CPU and samples > 0, got one on ", x.device(), " of layout ",
-              x.layout(), " and ", samples);
-  const auto* bytes = static_cast<const char*>(x.const_data_ptr());
+  int32_t layout, dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(x.get(), &layout));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  const bool dense = layout == aoti_torch_layout_strided();
+  ENTRY_CHECK(x.is_cpu() && dense && samples > 0,
+              "fingerprint: expected a dense tensor on the CPU and samples > 0, got one on ",
+              x.is_cpu() ? "the CPU" : "another device", dense ? ", dense" : ", not dense", " and ", samples);
+  const char* bytes = data<char>(x);
   Hash hash;
   hash.mix(reinterpret_cast<uintptr_t>(bytes));
-  hash.mix(static_cast<uint64_t>(x.scalar_type()));
+  hash.mix(dtype);
   for (const int64_t size : x.sizes()) hash.mix(size);
   for (const int64_t stride : x.strides()) hash.mix(stride);
-  if (x.is_inference()) {
-    const Tensor dense = x.contiguous();
-    mix_all(hash, static_cast<const char*>(dense.const_data_ptr()), dense.nbytes());
+  if (answer<bool>("aten::is_inference", x)) {
+    const Tensor whole = contiguous_of(x);
+    mix_all(hash, data<char>(whole), whole.numel() * whole.element_size());
     return hash.value();
   }
-  hash.mix(x._version());
+  hash.mix(answer<int64_t>("aten::_version", x));
   const int64_t count = x.numel(), step = count / samples | 1;  // odd, so as not to stay in one column
   if (!x.is_contiguous()) {
     mix_strided(hash, x, bytes, step);
@@ -119,7 +131,7 @@ int64_t fingerprint(const Tensor& x, int64_t samples) {
 }
 
 // Not for one backend: a parameter must not pass through autograd's fallback on its way here.
-TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CompositeImplicitAutograd, m) { m.impl("fingerprint", &fingerprint); }
+STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CompositeImplicitAutograd, m) { m.impl("fingerprint", TORCH_BOX(&fingerprint)); }
 
 }  // namespace
 }  // namespace wavlm_fast

@@ -1,24 +1,20 @@
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <tuple>
 #include <vector>
 
+#include "check.h"
 #include "dispatch.h"
 #include "gated_attention_entry.h"
+#include "library.h"
 #include "packed_frames.h"
-#include "scratch.h"
+#include "parallel.h"
 
 namespace wavlm_fast {
 
 WAVLM_FAST_DISPATCH(GatedAttentionBackwardKernels, gated_attention_backward_kernels)
 
 namespace {
-
-using at::Tensor;
 
 // An utterance and head is one task where there are enough of them, and so many ranges of query blocks where not. The
 // number of threads has no say: it would change the order of sums.
@@ -47,10 +43,11 @@ struct Sums {
 };
 
 // The diagonals' sums of all tasks, with room on both sides, around the centre of [H, 2L-1], in one fixed order.
-void add_up_bias(const Tensor& memory, const Sums& sums, const AttentionTasks& tasks, int64_t queries,
+void add_up_bias(const float* memory, const Sums& sums, const AttentionTasks& tasks, int64_t queries,
                  const Tensor& drel_bias) {
   const int64_t H = drel_bias.size(0), entries = drel_bias.size(1);
-  at::parallel_for(0, H, 1, [&](int64_t begin, int64_t end) {
+  float* out = mutable_data<float>(drel_bias);
+  parallel_for(0, H, 1, [&](int64_t begin, int64_t end) {
     std::vector<double> total(entries);
     for (int64_t h = begin; h < end; ++h) {
       std::fill(total.begin(), total.end(), 0.0);
@@ -58,11 +55,11 @@ void add_up_bias(const Tensor& memory, const Sums& sums, const AttentionTasks& t
         const int64_t own = sums.size[u] - 2 * queries;
         double* to = total.data() + (entries - own) / 2;
         for (int64_t part = 0; part < tasks.parts(u); ++part) {
-          const float* from = memory.const_data_ptr<float>() + sums.at(tasks, u, h, part) + queries;
+          const float* from = memory + sums.at(tasks, u, h, part) + queries;
           for (int64_t x = 0; x < own; ++x) to[x] += from[x];
         }
       }
-      std::reverse_copy(total.begin(), total.end(), drel_bias.mutable_data_ptr<float>() + h * entries);
+      std::reverse_copy(total.begin(), total.end(), out + h * entries);
     }
   });
 }
@@ -86,25 +83,21 @@ void run(const GatedAttentionBackward<T>& call, const std::vector<Utterance>& ut
     if (whole(u)) n_whole = std::max(n_whole, sums_size(u));
     else cut = u + 1;
   }
-  const Tensor bias_sums = at::empty({of_bias.total}, at::kFloat), sums = at::empty({of_parts.total}, at::kFloat);
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(tasks.count(), at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    const int64_t bytes = (n_scratch + n_whole) * sizeof(float);
-    const Tensor large = at::empty({bytes > kMostKept ? bytes : 0}, at::kByte);
-    float* memory = static_cast<float*>(bytes > kMostKept ? large.mutable_data_ptr() : scratch<Scratch::task>(bytes));
-    for (int64_t i = next++; i < tasks.count(); i = next++) {
-      const auto [u, h, part, first_block, end_block] = tasks[i];
-      float* own = whole(u) ? memory + n_scratch : sums.mutable_data_ptr<float>() + of_parts.at(tasks, u, h, part);
-      float* bias = bias_sums.mutable_data_ptr<float>() + of_bias.at(tasks, u, h, part) + kernels.queries;
-      of_blocks(call, utterances[u], h, first_block, end_block, own, bias, memory);
-      if (whole(u)) of_keys(call, utterances[u], h, own, 1);
-    }
-  });
-  at::parallel_for(0, cut * call.H, 1, [&](int64_t begin, int64_t end) {
+  const Tensor all = fresh(drel_bias, {of_bias.total + of_parts.total}, kFloat);
+  float *bias_sums = mutable_data<float>(all), *sums = bias_sums + of_bias.total;
+  const auto of_task = [&](int64_t i, float* memory) {
+    const auto [u, h, part, first_block, end_block] = tasks[i];
+    float* own = whole(u) ? memory + n_scratch : sums + of_parts.at(tasks, u, h, part);
+    float* bias = bias_sums + of_bias.at(tasks, u, h, part) + kernels.queries;
+    of_blocks(call, utterances[u], h, first_block, end_block, own, bias, memory);
+    if (whole(u)) of_keys(call, utterances[u], h, own, 1);
+  };
+  for_each_task(tasks.count(), n_scratch + n_whole, of_task, kMostKept);
+  parallel_for(0, cut * call.H, 1, [&](int64_t begin, int64_t end) {
     for (int64_t pair = begin; pair < end; ++pair) {
       const int64_t u = pair / call.H, h = pair % call.H;
       if (whole(u)) continue;
-      const float* own = sums.const_data_ptr<float>() + of_parts.at(tasks, u, h, 0);
+      const float* own = sums + of_parts.at(tasks, u, h, 0);
       of_keys(call, utterances[u], h, own, tasks.parts(u));
     }
   });
@@ -119,44 +112,41 @@ void differentiate(const AttentionTensors& tensors, const Tensor& grad, const Te
   const auto& [dq, dk, dv, dgate, drel_bias] = gradients;
   GatedAttentionBackward<T> call;
   tensors.fill(call);
-  call.grad = static_cast<const T*>(grad.const_data_ptr());
-  call.lse = lse.const_data_ptr<float>();
-  call.dq = static_cast<T*>(dq.mutable_data_ptr());
-  call.dk = static_cast<T*>(dk.mutable_data_ptr());
-  call.dv = static_cast<T*>(dv.mutable_data_ptr());
-  call.dgate = dgate.mutable_data_ptr<float>();
+  call.grad = data<T>(grad);
+  call.lse = data<float>(lse);
+  call.dq = mutable_data<T>(dq), call.dk = mutable_data<T>(dk), call.dv = mutable_data<T>(dv);
+  call.dgate = mutable_data<float>(dgate);
   run(call, tensors.utterances, drel_bias, of_blocks, of_keys, gated_attention_backward_kernels());
 }
 
 Gradients gated_attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
                                    const Tensor& gate, const Tensor& rel_bias,
-                                   const std::optional<Tensor>& key_lengths, const Tensor& out, const Tensor& lse,
+                                   const std::optional<Tensor>& key_lengths, const Tensor& /*out*/, const Tensor& lse,
                                    double dropout_p, const std::optional<Tensor>& seed, double scale,
                                    const std::optional<Tensor>& offsets) {
   const auto& kernels = gated_attention_backward_kernels();
   const auto bounds = bounds_of("gated_attention_backward", offsets, q);
   const AttentionTensors tensors(q, k, v, gate, rel_bias, key_lengths, dropout_p, seed, scale, bounds,
                                  kernels.queries);
-  TORCH_CHECK(grad.scalar_type() == q.scalar_type() && grad.sizes() == q.sizes(),
+  ENTRY_CHECK(grad.scalar_type() == q.scalar_type() && grad.sizes() == q.sizes(),
               "gated_attention_backward: expected a gradient like q, got ", grad.scalar_type(), " ", grad.sizes());
-  TORCH_CHECK(lse.scalar_type() == at::kFloat && lse.sizes() == gate.sizes(),
+  ENTRY_CHECK(lse.scalar_type() == kFloat && lse.sizes() == gate.sizes(),
               "gated_attention_backward: expected a float32 lse of ", gate.sizes(), ", got ", lse.scalar_type(), " ",
               lse.sizes());
-  const Tensor grad_ = grad.contiguous(), lse_ = lse.contiguous();
-  const auto empty = [](const Tensor& x) { return at::empty(x.sizes(), x.options()); };
-  const Gradients gradients = {empty(q), empty(k), empty(v), empty(lse), empty(rel_bias)};
-  if (q.scalar_type() == at::kFloat) {
+  const Tensor grad_ = contiguous_of(grad), lse_ = contiguous_of(lse);
+  Gradients gradients = {fresh_like(q), fresh_like(k), fresh_like(v), fresh_like(lse), fresh_like(rel_bias)};
+  if (q.scalar_type() == kFloat) {
     differentiate(tensors, grad_, lse_, gradients, kernels.blocks_float, kernels.keys_float);
   } else {
     differentiate(tensors, grad_, lse_, gradients, kernels.blocks_bf16, kernels.keys_bf16);
   }
   // The kernels saw the scale's absolute value.
-  if (scale < 0) std::get<0>(gradients).neg_();
-  if (scale == 0) std::get<0>(gradients).zero_();
+  if (scale < 0) negate(std::get<0>(gradients));
+  if (scale == 0) std::get<0>(gradients) = zeros(q, q.sizes(), q.scalar_type());
   return gradients;
 }
 
-TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) { m.impl("gated_attention_backward", &gated_attention_backward); }
+STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) { m.impl("gated_attention_backward", TORCH_BOX(&gated_attention_backward)); }
 
 }  // namespace
 }  // namespace wavlm_fast

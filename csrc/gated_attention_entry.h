@@ -1,7 +1,5 @@
-// What the entries of gated_attention and its gradient share.
+// What gated_attention.cpp does for other entries, its gradient's first.
 #pragma once
-
-#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <cmath>
@@ -10,43 +8,54 @@
 
 #include "gated_attention.h"
 #include "integers.h"
+#include "tensor.h"
 
 namespace wavlm_fast {
 
 // The ops' inputs, checked, and as the kernels want them.
 struct AttentionTensors {
-  at::Tensor q, k, v, gate, bias, key_lengths;
+  Tensor q, k, v, gate;
+  std::vector<float> bias;  // [H, bias_stride]
+  std::optional<Tensor> key_lengths;
   std::vector<Utterance> utterances;  // the longest first
   Dropout dropout;
   double scale;
+  int64_t bias_stride;
 
   // `bounds` are of packed frames, see bounds_of, and empty of dense ones. `queries` is the kernels' number of queries
   // of a block.
-  AttentionTensors(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& gate,
-                   const at::Tensor& rel_bias, const std::optional<at::Tensor>& key_lengths, double dropout_p,
-                   const std::optional<at::Tensor>& seed, double scale, at::ArrayRef<int64_t> bounds,
+  AttentionTensors(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate,
+                   const Tensor& rel_bias, const std::optional<Tensor>& key_lengths, double dropout_p,
+                   const std::optional<Tensor>& seed, double scale, Sizes bounds,
                    int64_t queries);
 
   int64_t longest() const { return utterances.empty() ? 0 : utterances[0].T; }
 
   template <class T>
   void fill(AttentionInputs<T>& call) const {
-    call.q = static_cast<const T*>(q.const_data_ptr());
-    call.k = static_cast<const T*>(k.const_data_ptr());
-    call.v = static_cast<const T*>(v.const_data_ptr());
+    call.q = data<T>(q), call.k = data<T>(k), call.v = data<T>(v);
     call.q_strides = strides(q), call.k_strides = strides(k), call.v_strides = strides(v);
-    call.gate = gate.const_data_ptr<float>();
-    call.bias = bias.const_data_ptr<float>(), call.bias_stride = bias.size(1);
-    call.key_lengths = key_lengths.defined() ? key_lengths.const_data_ptr<int64_t>() : nullptr;
+    call.gate = data<float>(gate);
+    call.key_lengths = data<int64_t>(key_lengths);
     call.frames = q.size(1), call.H = q.size(2), call.D = q.size(3), call.longest = longest();
+    call.bias = bias.data(), call.bias_stride = bias_stride;
     int exponent;
     call.unit = 2.0f * std::frexp(call.scale = static_cast<float>(scale), &exponent);
     call.power = std::ldexp(1.0f, exponent - 1);
     call.dropout = dropout;
   }
 
-  static FrameStrides strides(const at::Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
+  static FrameStrides strides(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
 };
+
+// As the op gated_attention, into `out`, which is like q and may be q itself; returns the log-sum-exp. `bounds` are those
+// of packed frames (packed_frames.h), and empty for a dense batch.
+Tensor gated_attention_into(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate,
+                            const Tensor& rel_bias, const std::optional<Tensor>& key_lengths, double dropout_p,
+                            const std::optional<Tensor>& seed, double scale, Sizes bounds);
+
+// Changes the sign of every number of a contiguous tensor, float32 or bfloat16.
+void negate(const Tensor& x);
 
 // What is done at a time: blocks of queries of one utterance and head.
 struct AttentionTask {

@@ -1,30 +1,21 @@
-#include <ATen/Parallel.h>
-#include <ATen/ops/add.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/mul.h>
-#include <ATen/ops/stack.h>
-#include <ATen/ops/sub.h>
-#include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <string>
 #include <vector>
 
 #include "check.h"
 #include "dispatch.h"
 #include "integers.h"
+#include "library.h"
 #include "packed_conv_entry.h"
+#include "parallel.h"
 #include "resized_frames.h"
-#include "scratch.h"
 
 namespace wavlm_fast {
 
 WAVLM_FAST_DISPATCH(PackedConvKernels, packed_conv_kernels)
 
 namespace {
-
-using at::Tensor;
 
 // Tasks per thread, so that threads end together.
 constexpr int64_t kTasksPerThread = 6;
@@ -47,10 +38,22 @@ void add_blocks(int64_t piece, int64_t frames, bool filtered, std::vector<Block>
 
 // [channels, 3, C] -> [channels, 5, C] in the order of Tap in packed_conv_kernel.cpp.
 Tensor filter_taps(const Tensor& weight) {
-  const Tensor wide = weight.to(at::kFloat);
-  const Tensor first = wide.select(1, 0), middle = wide.select(1, 1), last = wide.select(1, 2);
-  const Tensor half_sum = first.add(last).mul_(0.5), half_difference = first.sub(last).mul_(0.5);
-  return at::stack({middle, first, last, half_sum, half_difference}, 1).to(weight.scalar_type());
+  const Tensor wide = contiguous_of(weight, kFloat);
+  const int64_t channels = weight.size(0), C = weight.size(2);
+  const Tensor taps = fresh(wide, {channels, 5, C});
+  const float* from = data<float>(wide);
+  float* to = mutable_data<float>(taps);
+  parallel_for(0, channels, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t channel = begin; channel < end; ++channel) {
+      const float *first = from + channel * 3 * C, *middle = first + C, *last = middle + C;
+      float* out = to + channel * 5 * C;
+      for (int64_t c = 0; c < C; ++c) {
+        out[c] = middle[c], out[C + c] = first[c], out[2 * C + c] = last[c];
+        out[3 * C + c] = (first[c] + last[c]) * 0.5f, out[4 * C + c] = (first[c] - last[c]) * 0.5f;
+      }
+    }
+  });
+  return contiguous_of(taps, weight.scalar_type());
 }
 
 }  // namespace
@@ -69,7 +72,7 @@ int activation_number(const std::string& name) {
   for (int i = 0; i < 4; ++i) {
     if (name == names[i]) return i;
   }
-  TORCH_CHECK(false, "unknown activation ", name);
+  refuse("unknown activation ", name);
 }
 
 bool multiplies_pairs(int64_t C) { return packed_conv().of_bf16.direct && C % 2 == 0; }
@@ -89,8 +92,9 @@ struct Rows {
   explicit Rows(const std::vector<Tensor>& weights)
       : taps(weights[0].size(1)), C(weights[0].size(2)), tap_step(weights[0].stride(1)), step(weights[0].stride(2)) {
     for (const Tensor& weight : weights) {
-      const T* at = static_cast<const T*>(weight.const_data_ptr());
-      for (int64_t row = 0; row < weight.size(0); ++row) first.push_back(at + row * weight.stride(0));
+      const T* at = data<T>(weight);
+      const int64_t channels = weight.size(0), row_step = weight.stride(0);
+      for (int64_t row = 0; row < channels; ++row) first.push_back(at + row * row_step);
     }
   }
 };
@@ -100,7 +104,7 @@ template <class T>
 void pack_rows(const Rows<T>& rows, int64_t padded, int64_t depth, T* packed) {
   constexpr int64_t kRun = 16;  // terms of a channel at a time: a line of them
   const int64_t terms = rows.taps * rows.C, columns = packed_conv().columns, channels = rows.first.size();
-  at::parallel_for(0, divided_up(padded, columns), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, divided_up(padded, columns), 1, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
       const int64_t first = group * columns, width = std::min(columns, padded - first);
       for (int64_t tap = 0; tap < rows.taps; ++tap) {
@@ -122,39 +126,39 @@ void pack_rows(const Rows<T>& rows, int64_t padded, int64_t depth, T* packed) {
 }  // namespace
 
 Tensor pack_conv(std::vector<Tensor> weights, bool filtered) {
-  TORCH_CHECK(!weights.empty(), "pack_conv: expected one weight or more, got none");
+  ENTRY_CHECK(!weights.empty(), "pack_conv: expected one weight or more, got none");
   const Tensor& like = weights[0];
   for (const Tensor& weight : weights) {
-    TORCH_CHECK(weight.dim() == 3 && (weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kBFloat16),
+    ENTRY_CHECK(weight.dim() == 3 && (weight.scalar_type() == kFloat || weight.scalar_type() == kBFloat16),
                 "pack_conv: expected a float32 or bfloat16 weight of [channels, taps, C], got ", weight.scalar_type(),
                 " ", weight.sizes());
-    TORCH_CHECK(weight.scalar_type() == like.scalar_type() && weight.sizes().slice(1) == like.sizes().slice(1),
+    ENTRY_CHECK(weight.scalar_type() == like.scalar_type() && weight.sizes().slice(1) == like.sizes().slice(1),
                 "pack_conv: expected weights alike, got ", weight.sizes(), " beside ", like.sizes());
-    TORCH_CHECK(!filtered || weight.size(1) == 3, "pack_conv: expected three taps to filter, got ", weight.size(1));
+    ENTRY_CHECK(!filtered || weight.size(1) == 3, "pack_conv: expected three taps to filter, got ", weight.size(1));
   }
   const auto& kernels = packed_conv();
-  const bool pairs = like.scalar_type() == at::kBFloat16 && multiplies_pairs(like.size(2));
+  const bool pairs = like.scalar_type() == kBFloat16 && multiplies_pairs(like.size(2));
   int64_t channels = 0;
   for (const Tensor& weight : weights) channels += weight.size(0);
   // Before all that is given back: what is kept shall leave no hole in the heap.
-  const Tensor packed = at::empty({packed_size(channels, like.size(1), like.size(2), filtered)},
-                                  like.options().dtype(pairs ? at::kBFloat16 : at::kFloat));
+  const Tensor packed = fresh(like, {packed_size(channels, like.size(1), like.size(2), filtered)},
+                              pairs ? kBFloat16 : kFloat);
   for (Tensor& weight : weights) {
     if (filtered) weight = filter_taps(weight);
-    if (!pairs) weight = weight.to(at::kFloat);
+    if (!pairs && weight.scalar_type() != kFloat) weight = contiguous_of(weight, kFloat);
   }
   // Rows have one step for all: where one weight is a transposed view beside others, it is copied first.
   for (Tensor& weight : weights) {
     if (weight.stride(1) != weights[0].stride(1) || weight.stride(2) != weights[0].stride(2)) {
-      for (Tensor& each : weights) each = each.contiguous();
+      for (Tensor& each : weights) each = contiguous_of(each);
       break;
     }
   }
   const int64_t padded = divided_up(channels, kernels.lanes) * kernels.lanes;
   if (pairs) {
-    pack_rows(Rows<bf16>(weights), padded, 2, static_cast<bf16*>(packed.mutable_data_ptr()));
+    pack_rows(Rows<bf16>(weights), padded, 2, mutable_data<bf16>(packed));
   } else {
-    pack_rows(Rows<float>(weights), padded, 1, packed.mutable_data_ptr<float>());
+    pack_rows(Rows<float>(weights), padded, 1, mutable_data<float>(packed));
   }
   return packed;
 }
@@ -166,20 +170,16 @@ void convolve(const std::vector<ConvPiece<In, Out>>& pieces, bool filtered) {
   if (blocks.empty() || pieces[0].call.channels == 0) return;
   // Tasks are a block of frames x a range of column groups, many enough for all threads.
   const int64_t row_tasks = blocks.size(), groups = divided_up(pieces[0].call.channels, packed_conv().columns);
-  const int64_t wanted = divided_up(kTasksPerThread * at::get_num_threads(), row_tasks);
+  const int64_t wanted = divided_up(kTasksPerThread * num_threads(), row_tasks);
   const int64_t step = divided_up(groups, std::clamp<int64_t>(wanted, 1, groups));
   const int64_t tasks = row_tasks * divided_up(groups, step);
   const auto forward = filtered ? variants<In, Out>().filtered : variants<In, Out>().direct;
-  const size_t scratch_size = packed_conv().scratch_size(pieces[0].call.C, filtered) * sizeof(float);
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    float* memory = static_cast<float*>(scratch<Scratch::task>(scratch_size));
-    for (int64_t task = next++; task < tasks; task = next++) {
-      // Blocks of frames change fastest: threads then share a range of weights in the last cache.
-      const Block& block = blocks[task % row_tasks];
-      const int64_t group = task / row_tasks * step;
-      forward(pieces[block.piece].call, block.first, block.count, group, std::min(group + step, groups), memory);
-    }
+  const size_t scratch_size = packed_conv().scratch_size(pieces[0].call.C, filtered);
+  for_each_task(tasks, scratch_size, [&](int64_t task, float* memory) {
+    // Blocks of frames change fastest: threads then share a range of weights in the last cache.
+    const Block& block = blocks[task % row_tasks];
+    const int64_t group = task / row_tasks * step;
+    forward(pieces[block.piece].call, block.first, block.count, group, std::min(group + step, groups), memory);
   });
 }
 
@@ -190,14 +190,14 @@ template void convolve(const std::vector<ConvPiece<bf16, bf16>>&, bool);
 namespace {
 
 template <class In, class Out>
-void run(const Tensor& x, const Tensor& packed, const Tensor& bias, int64_t taps, int64_t stride, int64_t dilation,
-         bool filtered, int activation, const ResizedFrames& utterances, const Tensor& out) {
+void run(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t taps, int64_t stride,
+         int64_t dilation, bool filtered, int activation, const ResizedFrames& utterances, const Tensor& out) {
   const int64_t C = x.size(2), channels = out.size(2);
   PackedConv<In, Out> call{};
-  call.x = static_cast<const In*>(x.const_data_ptr());
-  call.packed = packed.const_data_ptr();
-  call.bias = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
-  call.out = static_cast<Out*>(out.mutable_data_ptr());
+  call.x = data<In>(x);
+  call.packed = data<void>(packed);
+  call.bias = data<float>(bias);
+  call.out = mutable_data<Out>(out);
   call.C = C, call.taps = taps, call.channels = channels;
   call.row_step = stride * C, call.tap_step = dilation * C;
   call.activation = activation;
@@ -224,48 +224,48 @@ void run(const Tensor& x, const Tensor& packed, const Tensor& bias, int64_t taps
 
 // [B, T, C] -> [B, T', channels] with a weight from pack_conv; or packed frames beside their offsets.
 Tensor packed_conv_op(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t channels,
-                      int64_t taps, int64_t stride, int64_t dilation, bool filtered, const std::string& activation,
+                      int64_t taps, int64_t stride, int64_t dilation, bool filtered, const Text& activation,
                       const std::optional<Tensor>& offsets, const std::optional<Tensor>& out_offsets,
                       std::optional<int64_t> out_frames) {
-  TORCH_CHECK(x.dim() == 3 && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16),
+  ENTRY_CHECK(x.dim() == 3 && (x.scalar_type() == kFloat || x.scalar_type() == kBFloat16),
               "packed_conv: expected float32 or bfloat16 x of [B, T, C], got ", x.scalar_type(), " ", x.sizes());
-  const bool pairs = packed.scalar_type() == at::kBFloat16;
+  const bool pairs = packed.scalar_type() == kBFloat16;
   const int64_t C = x.size(2), frames = x.size(1);
-  TORCH_CHECK(pairs ? x.scalar_type() == at::kBFloat16 && multiplies_pairs(C) : packed.scalar_type() == at::kFloat,
+  ENTRY_CHECK(pairs ? x.scalar_type() == kBFloat16 && multiplies_pairs(C) : packed.scalar_type() == kFloat,
               "packed_conv: expected a weight packed from the dtype of x, got ", packed.scalar_type(), " for ",
               x.scalar_type());
   check_positive("packed_conv", {{"C", C}, {"channels", channels}, {"taps", taps}, {"stride", stride},
                                  {"dilation", dilation}, {"frames", frames}});
-  TORCH_CHECK(taps - 1 <= (frames - 1) / dilation && channels <= packed.numel(),
+  ENTRY_CHECK(taps - 1 <= (frames - 1) / dilation && channels <= packed.numel(),
               "packed_conv: expected frames for ", taps, " taps at a dilation of ", dilation, " and a weight of ",
               channels, " channels, got ", frames, " frames and ", packed.numel(), " numbers");
   const int64_t span = (taps - 1) * dilation + 1;
   stride = std::min(stride, frames);  // no more than one output frame either way, and nothing overflows
-  TORCH_CHECK(!filtered || (taps == 3 && stride == 2 && dilation == 1),
+  ENTRY_CHECK(!filtered || (taps == 3 && stride == 2 && dilation == 1),
               "packed_conv: expected three taps at a stride of two to filter, got ", taps, " at ", stride);
   const int64_t size = packed_size(channels, taps, C, filtered);
-  TORCH_CHECK(packed.is_contiguous() && packed.numel() == size, "packed_conv: expected a weight packed for ", taps,
+  ENTRY_CHECK(packed.is_contiguous() && packed.numel() == size, "packed_conv: expected a weight packed for ", taps,
               " taps of ", C, " channels, got ", packed.numel(), " numbers");
   check_vector("packed_conv", "bias", bias, channels);
-  const Tensor bias_ = bias ? bias->to(at::kFloat).contiguous() : Tensor();
+  const auto bias_ = contiguous_of(bias, kFloat);
   const int number = activation_number(activation);
   const auto utterances = resized_frames("packed_conv", x.size(0), frames, offsets, out_offsets, out_frames,
                                          [&](int64_t own) { return own < span ? 0 : (own - span) / stride + 1; });
-  const Tensor out = at::empty({x.size(0), utterances.row_frames(), channels}, x.options());
+  const Tensor out = fresh(x, {x.size(0), utterances.row_frames(), channels});
   if (pairs) {
-    run<bf16, bf16>(x.contiguous(), packed, bias_, taps, stride, dilation, filtered, number, utterances, out);
-  } else if (x.scalar_type() == at::kFloat) {
-    run<float, float>(x.contiguous(), packed, bias_, taps, stride, dilation, filtered, number, utterances, out);
+    run<bf16, bf16>(contiguous_of(x), packed, bias_, taps, stride, dilation, filtered, number, utterances, out);
+  } else if (x.scalar_type() == kFloat) {
+    run<float, float>(contiguous_of(x), packed, bias_, taps, stride, dilation, filtered, number, utterances, out);
   } else {
-    run<float, bf16>(x.to(at::kFloat).contiguous(), packed, bias_, taps, stride, dilation, filtered, number, utterances,
+    run<float, bf16>(contiguous_of(x, kFloat), packed, bias_, taps, stride, dilation, filtered, number, utterances,
                      out);
   }
   return out;
 }
 
-TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) {
-  m.impl("pack_conv", &pack_conv);
-  m.impl("packed_conv", &packed_conv_op);
+STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) {
+  m.impl("pack_conv", TORCH_BOX(&pack_conv));
+  m.impl("packed_conv", TORCH_BOX(&packed_conv_op));
 }
 
 }  // namespace

@@ -1,12 +1,11 @@
 // What packed_conv.cpp does for other entries.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <string>
 #include <vector>
 
 #include "packed_conv.h"
+#include "tensor.h"
 
 namespace wavlm_fast {
 
@@ -19,7 +18,7 @@ int activation_number(const std::string& name);
 // Weights [channels, taps, C], as one with the channels of all -> the order that the kernel of this process reads,
 // one-dimensional. bfloat16 stays so where it has products of its own, else it becomes float32. `filtered`: for minimal
 // filtering, of three taps at a stride of two.
-at::Tensor pack_conv(std::vector<at::Tensor> weights, bool filtered);
+Tensor pack_conv(std::vector<Tensor> weights, bool filtered);
 
 // Whether weights of so many channels that enter are packed as bfloat16, in pairs.
 bool multiplies_pairs(int64_t C);

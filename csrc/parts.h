@@ -2,10 +2,9 @@
 // one thread, and the parts are added up in their order.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/zeros.h>
-
 #include <algorithm>
+#include <cstdint>
+#include <vector>
 
 namespace wavlm_fast {
 
@@ -15,14 +14,12 @@ inline int64_t parts_for(int64_t elements) {
   return std::clamp<int64_t>(elements / kGrain, 1, kMost);
 }
 
-// [parts, ...] float32, contiguous -> [...].
-inline at::Tensor total_of(const at::Tensor& parts) {
-  const at::Tensor total = at::zeros(parts.sizes().slice(1), parts.options());
-  const int64_t count = parts.size(0), size = total.numel();
-  const float* from = parts.const_data_ptr<float>();
-  float* to = total.mutable_data_ptr<float>();
-  for (int64_t part = 0; part < count; ++part, from += size) {
-    for (int64_t i = 0; i < size; ++i) to[i] += from[i];
+// [parts, size] -> [size], in the type that it is summed in.
+template <class Sum, class T>
+std::vector<Sum> total_of(const std::vector<T>& parts, int64_t size) {
+  std::vector<Sum> total(size);
+  for (auto from = parts.begin(); from < parts.end(); from += size) {
+    for (int64_t i = 0; i < size; ++i) total[i] += from[i];
   }
   return total;
 }

@@ -1,15 +1,15 @@
 // The arithmetic peak of this machine, measured: what benchmarks compare with.
 #include "peak.h"
 
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <chrono>
 #include <limits>
 #include <string>
 
+#include "check.h"
 #include "dispatch.h"
+#include "library.h"
+#include "parallel.h"
 
 namespace wavlm_fast {
 
@@ -24,7 +24,7 @@ constexpr double kSeconds = 0.05;  // of one run
 double run(PeakLoop* loop, int64_t rounds) {
   using Clock = std::chrono::steady_clock;
   const auto start = Clock::now();
-  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, num_threads(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) loop(rounds);
   });
   return std::chrono::duration<double>(Clock::now() - start).count();
@@ -32,8 +32,8 @@ double run(PeakLoop* loop, int64_t rounds) {
 
 // Operations per second on all of torch's threads, the best of several runs; NaN where the level in use has no such
 // instruction.
-double peak(const std::string& dtype) {
-  TORCH_CHECK(dtype == "float32" || dtype == "bfloat16", "peak: expected float32 or bfloat16, got ", dtype);
+double peak(const Text& dtype) {
+  ENTRY_CHECK(dtype == "float32" || dtype == "bfloat16", "peak: expected float32 or bfloat16, got ", dtype);
   const PeakKernels& kernels = peak_kernels();
   PeakLoop* const loop = dtype == "float32" ? kernels.of_float : kernels.of_bf16;
   if (!loop) return std::numeric_limits<double>::quiet_NaN();
@@ -47,10 +47,10 @@ double peak(const std::string& dtype) {
     seconds = i ? std::min(seconds, found) : found;
   }
   const double operations = dtype == "float32" ? kernels.float_operations : kernels.bf16_operations;
-  return operations * rounds * at::get_num_threads() / seconds;
+  return operations * rounds * num_threads() / seconds;
 }
 
-TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CompositeExplicitAutograd, m) { m.impl("peak", &peak); }
+STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CompositeExplicitAutograd, m) { m.impl("peak", TORCH_BOX(&peak)); }
 
 }  // namespace
 }  // namespace wavlm_fast

@@ -1,18 +1,15 @@
 #include "position_gate.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <tuple>
 #include <vector>
 
 #include "check.h"
 #include "dispatch.h"
-#include "entries.h"
+#include "library.h"
+#include "parallel.h"
 #include "parts.h"
+#include "position_gate_entry.h"
 #include "scratch.h"
 
 namespace wavlm_fast {
@@ -21,16 +18,14 @@ WAVLM_FAST_DISPATCH(PositionGateKernels, position_gate_kernels)
 
 namespace {
 
-using at::Tensor;
-
 void check(const char* op, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& scale) {
-  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, op,
+  ENTRY_CHECK(x.scalar_type() == kFloat || x.scalar_type() == kBFloat16, op,
               ": expected float32 or bfloat16, got ", x.scalar_type());
-  TORCH_CHECK(weight.dim() == 2 && weight.size(0) == 8 && bias.sizes() == at::IntArrayRef({8}) && scale.dim() == 1, op,
+  ENTRY_CHECK(weight.dim() == 2 && weight.size(0) == 8 && bias.sizes() == Sizes({8}) && scale.dim() == 1, op,
               ": expected weight of [8, D], bias of [8] and const of [H], got ", weight.sizes(), ", ", bias.sizes(),
               " and ", scale.sizes());
   check_positive(op, {{"D", weight.size(1)}, {"H", scale.size(0)}});
-  TORCH_CHECK(x.dim() == 3 && x.size(2) % scale.size(0) == 0 && x.size(2) / scale.size(0) == weight.size(1), op, ": expected x of [B, T, ",
+  ENTRY_CHECK(x.dim() == 3 && x.size(2) % scale.size(0) == 0 && x.size(2) / scale.size(0) == weight.size(1), op, ": expected x of [B, T, ",
               scale.size(0) * weight.size(1), "], got ", x.sizes());
 }
 
@@ -41,29 +36,30 @@ struct Parameters {
 
   // The sum over four commutes with the projection: two vectors are left of eight.
   Parameters(const Tensor& weight_of_8, const Tensor& bias_of_8, const Tensor& const_of_heads)
-      : weight(2 * weight_of_8.size(1)), bias(2), scale(const_of_heads.to(at::kFloat).contiguous()) {
-    const Tensor rows = weight_of_8.to(at::kFloat).contiguous(), shifts = bias_of_8.to(at::kFloat).contiguous();
+      : weight(2 * weight_of_8.size(1)), bias(2), scale(contiguous_of(const_of_heads, kFloat)) {
+    const Tensor rows = contiguous_of(weight_of_8, kFloat), shifts = contiguous_of(bias_of_8, kFloat);
     const int64_t D = rows.size(1);
-    for (int64_t n = 0; n < 8; ++n) {
-      const float* row = rows.const_data_ptr<float>() + n * D;
+    const float *row = data<float>(rows), *shift = data<float>(shifts);
+    for (int64_t n = 0; n < 8; ++n, row += D) {
       for (int64_t d = 0; d < D; ++d) weight[n / 4 * D + d] += row[d];
-      bias[n / 4] += shifts.const_data_ptr<float>()[n];
+      bias[n / 4] += shift[n];
     }
   }
 };
 
-Tensor with_channels_contiguous(const Tensor& x) { return x.stride(2) == 1 ? x : x.contiguous(); }
+Tensor with_channels_contiguous(const Tensor& x) { return x.stride(2) == 1 ? x : contiguous_of(x); }
 
 // Frames `first` to `last` of all utterances in a row, in blocks that a kernel takes: body(frames, b, t).
 template <class T, class Body>
 void for_blocks(const Tensor& x, const Parameters& parameters, int64_t first, int64_t last, const Body& body) {
-  const int64_t T_ = x.size(1), H = parameters.scale.size(0);
+  const int64_t T_ = x.size(1), H = parameters.scale.size(0), D = x.size(2) / H;
+  const int64_t row_step = x.stride(0), frame_step = x.stride(1);
+  const T* from = data<T>(x);
+  const float* scale = data<float>(parameters.scale);
   for (int64_t at = first; at < last;) {
     const int64_t b = at / T_, t = at % T_, count = std::min({kGateFrames, last - at, T_ - t});
-    const T* frames = static_cast<const T*>(x.const_data_ptr()) + b * x.stride(0) + t * x.stride(1);
-    body(GateFrames<T>{frames, x.stride(1), count, H, H == 0 ? 0 : x.size(2) / H, parameters.weight.data(),
-                       parameters.bias.data(), parameters.scale.const_data_ptr<float>()},
-         b, t);
+    const T* frames = from + b * row_step + t * frame_step;
+    body(GateFrames<T>{frames, frame_step, count, H, D, parameters.weight.data(), parameters.bias.data(), scale}, b, t);
     at += count;
   }
 }
@@ -73,26 +69,29 @@ float* work_for(int64_t H) { return static_cast<float*>(scratch<Scratch::task>(g
 template <class T>
 void run_forward(PositionGateForward<T>* kernel, const Tensor& x, const Parameters& parameters, const Tensor& out) {
   const int64_t T_ = x.size(1), H = parameters.scale.size(0);
-  at::parallel_for(0, x.size(0) * T_, kGateFrames, [&](int64_t first, int64_t last) {
+  float* to = mutable_data<float>(out);
+  parallel_for(0, x.size(0) * T_, kGateFrames, [&](int64_t first, int64_t last) {
     float* work = work_for(H);
     for_blocks<T>(x, parameters, first, last, [&](const GateFrames<T>& frames, int64_t b, int64_t t) {
-      kernel(frames, work, out.mutable_data_ptr<float>() + b * H * T_ + t, T_);
+      kernel(frames, work, to + b * H * T_ + t, T_);
     });
   });
 }
 
 template <class T>
 void run_backward(PositionGateBackward<T>* kernel, const Tensor& grad, const Tensor& x, const Parameters& parameters,
-                  const Tensor& dx, const Tensor& partials) {
-  const int64_t T_ = x.size(1), H = parameters.scale.size(0), rows = x.size(0) * T_, parts = partials.size(0);
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+                  const Tensor& dx, std::vector<float>& partials, int64_t size) {
+  const int64_t T_ = x.size(1), C = x.size(2), H = parameters.scale.size(0), rows = x.size(0) * T_;
+  const int64_t parts = partials.size() / size;
+  const float* from = data<float>(grad);
+  T* to = mutable_data<T>(dx);
+  parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     float* work = work_for(H);
     for (int64_t part = begin; part < end; ++part) {
-      float* sums = partials.mutable_data_ptr<float>() + part * partials.size(1);
+      float* sums = partials.data() + part * size;
       const int64_t first = rows * part / parts, last = rows * (part + 1) / parts;
       for_blocks<T>(x, parameters, first, last, [&](const GateFrames<T>& frames, int64_t b, int64_t t) {
-        kernel(frames, work, grad.const_data_ptr<float>() + b * H * T_ + t, T_,
-               static_cast<T*>(dx.mutable_data_ptr()) + (b * T_ + t) * x.size(2), sums);
+        kernel(frames, work, from + b * H * T_ + t, T_, to + (b * T_ + t) * C, sums);
       });
     }
   });
@@ -104,9 +103,9 @@ Tensor position_gate(const Tensor& x, const Tensor& weight, const Tensor& bias, 
   check("position_gate", x, weight, bias, scale);
   const Tensor x_ = with_channels_contiguous(x);
   const Parameters parameters(weight, bias, scale);
-  const Tensor out = at::empty({x.size(0), scale.size(0), x.size(1)}, x.options().dtype(at::kFloat));
+  const Tensor out = fresh(x, {x.size(0), scale.size(0), x.size(1)}, kFloat);
   const auto& kernels = position_gate_kernels();
-  if (x.scalar_type() == at::kFloat) {
+  if (x.scalar_type() == kFloat) {
     run_forward<float>(kernels.forward_float, x_, parameters, out);
   } else {
     run_forward<bf16>(kernels.forward_bf16, x_, parameters, out);
@@ -121,28 +120,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> position_gate_backward(const Tensor& 
                                                                   const Tensor& scale) {
   check("position_gate_backward", x, weight, bias, scale);
   const int64_t H = scale.size(0), D = weight.size(1);
-  TORCH_CHECK(grad.sizes() == at::IntArrayRef({x.size(0), H, x.size(1)}),
+  ENTRY_CHECK(grad.sizes() == Sizes({x.size(0), H, x.size(1)}),
               "position_gate_backward: expected grad of [", x.size(0), ", ", H, ", ", x.size(1), "], got ", grad.sizes());
-  const Tensor grad_ = grad.to(at::kFloat).contiguous(), x_ = with_channels_contiguous(x);
+  const Tensor grad_ = contiguous_of(grad, kFloat), x_ = with_channels_contiguous(x);
   const Parameters parameters(weight, bias, scale);
-  const Tensor dx = at::empty(x.sizes(), x.options());
-  const Tensor partials = at::zeros({parts_for(x.numel()), 2 * D + 2 + H}, grad_.options());
+  const Tensor dx = fresh_like(x);
+  const int64_t size = 2 * D + 2 + H;  // of a part's sums
+  std::vector<float> partials(parts_for(x.numel()) * size);
   const auto& kernels = position_gate_kernels();
-  if (x.scalar_type() == at::kFloat) {
-    run_backward<float>(kernels.backward_float, grad_, x_, parameters, dx, partials);
+  if (x.scalar_type() == kFloat) {
+    run_backward<float>(kernels.backward_float, grad_, x_, parameters, dx, partials, size);
   } else {
-    run_backward<bf16>(kernels.backward_bf16, grad_, x_, parameters, dx, partials);
+    run_backward<bf16>(kernels.backward_bf16, grad_, x_, parameters, dx, partials, size);
   }
-  const Tensor total = total_of(partials);
-  const Tensor dweight = total.narrow(0, 0, 2 * D).view({2, 1, D}).expand({2, 4, D}).reshape({8, D});
-  const Tensor dbias = total.narrow(0, 2 * D, 2).view({2, 1}).expand({2, 4}).reshape({8});
-  const Tensor dscale = total.narrow(0, 2 * D + 2, H).clone();
-  return {dx, dweight.to(weight.scalar_type()), dbias.to(bias.scalar_type()), dscale.to(scale.scalar_type())};
+  const std::vector<float> total = total_of<float>(partials, size);
+  // The four that are added up have one gradient.
+  std::vector<float> dweight, dbias;
+  for (int64_t n = 0; n < 8; ++n) {
+    const float* row = total.data() + n / 4 * D;
+    dweight.insert(dweight.end(), row, row + D);
+    dbias.push_back(total[2 * D + n / 4]);
+  }
+  return {dx, rounded(x, {8, D}, dweight.data(), weight.scalar_type()), rounded(x, {8}, dbias.data(), bias.scalar_type()),
+          rounded(x, {H}, total.data() + 2 * D + 2, scale.scalar_type())};
 }
 
-TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) {
-  m.impl("position_gate", &position_gate);
-  m.impl("position_gate_backward", &position_gate_backward);
+STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) {
+  m.impl("position_gate", TORCH_BOX(&position_gate));
+  m.impl("position_gate_backward", TORCH_BOX(&position_gate_backward));
 }
 
 }  // namespace

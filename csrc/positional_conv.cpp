@@ -1,13 +1,6 @@
 #include "positional_conv.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <torch/library.h>
-
 #include <algorithm>
-#include <array>
-#include <atomic>
 #include <cmath>
 #include <tuple>
 #include <type_traits>
@@ -17,17 +10,16 @@
 #include "check.h"
 #include "dispatch.h"
 #include "integers.h"
+#include "library.h"
 #include "packed_conv_entry.h"
 #include "packed_frames.h"
-#include "scratch.h"
+#include "parallel.h"
 
 namespace wavlm_fast {
 
 WAVLM_FAST_DISPATCH(PositionalConvKernels, positional_conv_kernels)
 
 namespace {
-
-using at::Tensor;
 
 // Tasks per thread, so that threads end together.
 constexpr int64_t kTasksPerThread = 4;
@@ -45,12 +37,12 @@ int64_t coefficients(int64_t K) {
 }
 
 void check(const Tensor& weight) {
-  TORCH_CHECK(weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kBFloat16,
+  ENTRY_CHECK(weight.scalar_type() == kFloat || weight.scalar_type() == kBFloat16,
               "positional_conv: expected float32 or bfloat16, got ", weight.scalar_type());
-  TORCH_CHECK(weight.dim() == 3 && weight.numel() > 0 && weight.size(0) % weight.size(1) == 0,
+  ENTRY_CHECK(weight.dim() == 3 && weight.numel() > 0 && weight.size(0) % weight.size(1) == 0,
               "positional_conv: expected a weight of [C, C / groups, K], got ", weight.sizes());
   const int64_t channels = weight.size(1), K = weight.size(2), lanes = std::max<int64_t>(channels, 16);
-  TORCH_CHECK(K <= kMostBytes && channels <= kMostBytes &&
+  ENTRY_CHECK(K <= kMostBytes && channels <= kMostBytes &&
                   coefficients(K) <= kMostBytes / static_cast<int64_t>(2 * sizeof(float)) / channels / lanes,
               "positional_conv: expected a weight whose spectra take up to ", kMostBytes >> 20, " MB a group, got ",
               weight.sizes());
@@ -58,24 +50,14 @@ void check(const Tensor& weight) {
 
 void check(const Tensor& x, const Tensor& weight) {
   check(weight);
-  TORCH_CHECK(x.dim() == 3 && x.numel() > 0 && x.size(2) == weight.size(0) && x.scalar_type() == weight.scalar_type(),
+  ENTRY_CHECK(x.dim() == 3 && x.numel() > 0 && x.size(2) == weight.size(0) && x.scalar_type() == weight.scalar_type(),
               "positional_conv: expected x of ", weight.scalar_type(), " [B, T, ", weight.size(0), "], got ",
               x.scalar_type(), " ", x.sizes());
 }
 
 void check_alike(const Tensor& x, const Tensor& other, const char* name) {
-  TORCH_CHECK(other.scalar_type() == x.scalar_type() && other.sizes() == x.sizes(), "positional_conv: expected ", name,
+  ENTRY_CHECK(other.scalar_type() == x.scalar_type() && other.sizes() == x.sizes(), "positional_conv: expected ", name,
               " of ", x.scalar_type(), " ", x.sizes(), ", got ", other.scalar_type(), " ", other.sizes());
-}
-
-template <class T>
-const T* data(const Tensor& tensor) {
-  return tensor.defined() ? static_cast<const T*>(tensor.const_data_ptr()) : nullptr;
-}
-
-template <class T>
-T* mutable_data(const Tensor& tensor) {
-  return tensor.defined() ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
 }
 
 template <class T>
@@ -86,8 +68,8 @@ const PositionalConvOf<T>& kernels_for() {
 
 // Calls body with a null pointer of the kernels' type for the dtype.
 template <class Body>
-auto with_type(at::ScalarType dtype, const Body& body) {
-  return dtype == at::kFloat ? body(static_cast<float*>(nullptr)) : body(static_cast<bf16*>(nullptr));
+auto with_type(ScalarType dtype, const Body& body) {
+  return dtype == kFloat ? body(static_cast<float*>(nullptr)) : body(static_cast<bf16*>(nullptr));
 }
 
 // As fourier.h reads them: of each node of each pass the powers 1 .. radix - 1 of the radix-th root of its number c.
@@ -170,26 +152,16 @@ struct Passes {
   int64_t size(int64_t pass) const { return std::min(per_pass, rows - first(pass)); }
 };
 
-// Runs body(task, scratch) for all tasks; threads take them as they finish.
-template <class Body>
-void run_tasks(int64_t tasks, int64_t scratch_floats, const Body& body) {
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    float* memory = static_cast<float*>(scratch<Scratch::task>(scratch_floats * sizeof(float)));
-    for (int64_t task = next++; task < tasks; task = next++) body(task, memory);
-  });
-}
-
 // `spectra` of all groups' filters, or null: each task then makes those that it needs.
 template <class T>
 void convolve(const PositionalConv<T>& call, int64_t rows, const float* spectra) {
   const auto& kernels = positional_conv_kernels();
-  const int64_t groups = call.C / call.channels, threads = at::get_num_threads();
+  const int64_t groups = call.C / call.channels, threads = num_threads();
   const Passes passes(call, rows, kPassBytes, divided_up(threads, groups));
   const int64_t parts = std::min(divided_up((spectra ? kTasksPerThread : 1) * threads, groups), passes.count);
   const int64_t filters = kernels.filters_size(call.P, call.channels);
   const int64_t work = kernels.scratch_size(call.P, passes.per_pass, call.channels);
-  run_tasks(groups * parts, spectra ? work : work + filters, [&](int64_t task, float* memory) {
+  for_each_task(groups * parts, spectra ? work : work + filters, [&](int64_t task, float* memory) {
     const int64_t group = task / parts, part = task % parts;
     const float* own = spectra ? spectra + group * filters : memory + work;
     if (!spectra) kernels_for<T>().transform_filters(call, group, memory + work, memory);
@@ -206,7 +178,7 @@ void gradient(const PositionalConv<T>& call, int64_t rows) {
   const Passes passes(call, rows, kPassBytes / 2, 1);
   const int64_t filters = kernels.filters_size(call.P, call.channels);
   const int64_t work = kernels.scratch_size(call.P, passes.per_pass, call.channels);
-  run_tasks(call.C / call.channels, work + filters, [&](int64_t group, float* memory) {
+  for_each_task(call.C / call.channels, work + filters, [&](int64_t group, float* memory) {
     float* spectra = memory + work;
     for (int64_t pass = 0; pass < passes.count; ++pass) {
       const auto kernel = pass > 0 ? kernels_for<T>().add_gradient : kernels_for<T>().begin_gradient;
@@ -219,16 +191,16 @@ void gradient(const PositionalConv<T>& call, int64_t rows) {
 // Spectra of the filters of a weight [C, C / groups, K], in the order that the kernel of this process reads.
 Tensor positional_spectra(const Tensor& weight) {
   check(weight);
-  const Tensor weight_ = weight.contiguous();
+  const Tensor weight_ = contiguous_of(weight);
   const int64_t size = filters_size(weight);
-  const Tensor spectra = at::empty({groups(weight) * size}, weight.options().dtype(at::kFloat));
-  float* to = spectra.mutable_data_ptr<float>();
+  const Tensor spectra = fresh(weight, {groups(weight) * size}, kFloat);
+  float* to = mutable_data<float>(spectra);
   const std::vector<float> roots = roots_of_passes(coefficients(weight.size(2)));
   with_type(weight.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const PositionalConv<T> call = call_on<T>(weight_, roots);
     const int64_t work = positional_conv_kernels().scratch_size(call.P, 0, call.channels);
-    run_tasks(groups(weight), work, [&](int64_t group, float* memory) {
+    for_each_task(groups(weight), work, [&](int64_t group, float* memory) {
       kernels_for<T>().transform_filters(call, group, to + group * size, memory);
     });
   });
@@ -237,17 +209,17 @@ Tensor positional_spectra(const Tensor& weight) {
 
 // (out, what enters the activation or an empty tensor). `spectra` is what positional_spectra made of the weight.
 std::tuple<Tensor, Tensor> positional_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& spectra,
-                                           const std::optional<Tensor>& bias, const std::string& activation,
+                                           const std::optional<Tensor>& bias, const Text& activation,
                                            bool residual, bool save, const std::optional<Tensor>& offsets) {
   check(x, weight);
   check_vector("positional_conv", "bias", bias, x.size(2));
-  TORCH_CHECK(!spectra || (spectra->is_contiguous() && spectra->scalar_type() == at::kFloat &&
+  ENTRY_CHECK(!spectra || (spectra->is_contiguous() && spectra->scalar_type() == kFloat &&
                            spectra->numel() == groups(weight) * filters_size(weight)),
               "positional_conv: expected the spectra that positional_spectra makes of the weight");
   const std::vector<int64_t> bounds = bounds_of("positional_conv", offsets, x);
-  const Tensor x_ = x.contiguous(), weight_ = spectra ? weight : weight.contiguous(), out = at::empty_like(x_);
-  const Tensor bias_ = bias ? bias->to(at::kFloat).contiguous() : Tensor();
-  const Tensor pre = save ? at::empty_like(x_) : at::empty({0}, x.options());
+  const Tensor x_ = contiguous_of(x), weight_ = spectra ? weight : contiguous_of(weight), out = fresh_like(x_);
+  const auto bias_ = contiguous_of(bias, kFloat);
+  const Tensor pre = save ? fresh_like(x_) : fresh(x, {0});
   const std::vector<float> roots = roots_of_passes(coefficients(weight.size(2)));
   const std::vector<Row> rows = rows_of(x, bounds, weight.size(2));
   with_type(x.scalar_type(), [&](auto* type) {
@@ -258,7 +230,7 @@ std::tuple<Tensor, Tensor> positional_conv(const Tensor& x, const Tensor& weight
     call.pre = save ? mutable_data<T>(pre) : nullptr;
     call.out = mutable_data<T>(out);
     call.activation = activation_number(activation);
-    convolve(call, rows.size(), spectra ? spectra->const_data_ptr<float>() : nullptr);
+    convolve(call, rows.size(), data<float>(spectra));
   });
   return {out, pre};
 }
@@ -266,16 +238,18 @@ std::tuple<Tensor, Tensor> positional_conv(const Tensor& x, const Tensor& weight
 // (dx, dweight) from the gradient of the convolution, those of them that are wanted; `residual` is added to dx.
 std::tuple<Tensor, Tensor> positional_conv_backward(const Tensor& grad, const std::optional<Tensor>& residual,
                                                     const Tensor& x, const Tensor& weight,
-                                                    std::array<bool, 2> wanted,
+                                                    const std::vector<bool>& wanted,
                                                     const std::optional<Tensor>& offsets) {
   check(x, weight);
+  ENTRY_CHECK(wanted.size() == 2, "positional_conv_backward: expected to hear of two gradients whether they are wanted, got ",
+              wanted.size());
   check_alike(x, grad, "grad");
   if (residual) check_alike(x, *residual, "residual");
   const std::vector<int64_t> bounds = bounds_of("positional_conv_backward", offsets, x);
-  const Tensor grad_ = grad.contiguous(), x_ = x.contiguous(), weight_ = weight.contiguous();
-  const Tensor residual_ = residual ? residual->contiguous() : Tensor();
-  const Tensor dx = wanted[0] ? at::empty_like(x_) : at::empty({0}, x.options());
-  const Tensor dweight = wanted[1] ? at::empty_like(weight_) : at::empty({0}, weight.options());
+  const Tensor grad_ = contiguous_of(grad), x_ = contiguous_of(x), weight_ = contiguous_of(weight);
+  const auto residual_ = residual ? std::optional<Tensor>(contiguous_of(*residual)) : std::nullopt;
+  const Tensor dx = wanted[0] ? fresh_like(x_) : fresh(x, {0});
+  const Tensor dweight = wanted[1] ? fresh_like(weight_) : fresh(weight, {0});
   const std::vector<float> roots = roots_of_passes(coefficients(weight.size(2)));
   const std::vector<Row> rows = rows_of(x, bounds, weight.size(2));
   with_type(x.scalar_type(), [&](auto* type) {
@@ -300,10 +274,10 @@ std::tuple<Tensor, Tensor> positional_conv_backward(const Tensor& grad, const st
   return {dx, dweight};
 }
 
-TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) {
-  m.impl("positional_spectra", &positional_spectra);
-  m.impl("positional_conv", &positional_conv);
-  m.impl("positional_conv_backward", &positional_conv_backward);
+STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) {
+  m.impl("positional_spectra", TORCH_BOX(&positional_spectra));
+  m.impl("positional_conv", TORCH_BOX(&positional_conv));
+  m.impl("positional_conv_backward", TORCH_BOX(&positional_conv_backward));
 }
 
 }  // namespace

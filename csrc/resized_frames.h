@@ -2,13 +2,12 @@
 // or packed frames between offsets (wavlm_fast/ops/_packed.py).
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <cstdint>
 #include <optional>
 #include <utility>
 #include <vector>
 
+#include "check.h"
 #include "packed_frames.h"
 
 namespace wavlm_fast {
@@ -39,24 +38,24 @@ class ResizedFrames {
 // Of `B` utterances of `frames` each, or with offsets of one row of packed frames; `frames_of` gives the output's
 // frames for those of an utterance, less than one where there are too few.
 template <class FramesOf>
-ResizedFrames resized_frames(const char* op, int64_t B, int64_t frames, const std::optional<at::Tensor>& offsets,
-                             const std::optional<at::Tensor>& out_offsets, std::optional<int64_t> out_frames,
+ResizedFrames resized_frames(const char* op, int64_t B, int64_t frames, const std::optional<Tensor>& offsets,
+                             const std::optional<Tensor>& out_offsets, std::optional<int64_t> out_frames,
                              const FramesOf& frames_of) {
-  TORCH_CHECK(offsets.has_value() == out_offsets.has_value() && offsets.has_value() == out_frames.has_value(), op,
+  ENTRY_CHECK(offsets.has_value() == out_offsets.has_value() && offsets.has_value() == out_frames.has_value(), op,
               ": expected offsets, out_offsets and out_frames together, or none of them");
   const auto checked = [&](int64_t own) {
     const int64_t count = frames_of(own);
-    TORCH_CHECK(count > 0, op, ": expected ", offsets ? "offsets of utterances" : "utterances",
+    ENTRY_CHECK(count > 0, op, ": expected ", offsets ? "offsets of utterances" : "utterances",
                 " long enough for a frame, got one of ", own);
     return count;
   };
   if (!offsets) return {B, frames, checked(frames)};
-  TORCH_CHECK(B == 1, op, ": expected packed frames in one row beside offsets, got ", B, " rows");
+  ENTRY_CHECK(B == 1, op, ": expected packed frames in one row beside offsets, got ", B, " rows");
   std::vector<int64_t> in = values_of(op, "offsets", *offsets, frames), out = {0};
   for (size_t b = 0; b + 1 < in.size(); ++b) out.push_back(out.back() + checked(in[b + 1] - in[b]));
-  TORCH_CHECK(*out_frames == out.back(), op, ": expected out_frames of ", out.back(), " for these offsets, got ",
+  ENTRY_CHECK(*out_frames == out.back(), op, ": expected out_frames of ", out.back(), " for these offsets, got ",
               *out_frames);
-  TORCH_CHECK(values_of(op, "out_offsets", *out_offsets, *out_frames) == out, op, ": expected out_offsets of ", out,
+  ENTRY_CHECK(values_of(op, "out_offsets", *out_offsets, *out_frames) == out, op, ": expected out_offsets of ", Sizes(out),
               " for these offsets, got others");
   return {std::move(in), std::move(out)};
 }

@@ -1,16 +1,14 @@
 #include "stats_pool.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <vector>
 
 #include "check.h"
 #include "dispatch.h"
+#include "integers.h"
+#include "library.h"
 #include "packed_frames.h"
+#include "parallel.h"
 #include "scratch.h"
 
 namespace wavlm_fast {
@@ -19,12 +17,10 @@ WAVLM_FAST_DISPATCH(StatsPoolKernels, stats_pool_kernels)
 
 namespace {
 
-using at::Tensor;
-
 void check(const char* op, const Tensor& x, const std::optional<Tensor>& lengths) {
-  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, op,
+  ENTRY_CHECK(x.scalar_type() == kFloat || x.scalar_type() == kBFloat16, op,
               ": expected float32 or bfloat16, got ", x.scalar_type());
-  TORCH_CHECK(x.dim() == 3, op, ": expected x of [B, T, C], got ", x.sizes());
+  ENTRY_CHECK(x.dim() == 3, op, ": expected x of [B, T, C], got ", x.sizes());
   check_lengths(op, lengths, x.size(0));
 }
 
@@ -36,7 +32,7 @@ struct Utterances {
   Utterances(const char* op, const Tensor& x, const std::optional<Tensor>& lengths,
              const std::optional<Tensor>& offsets) {
     check(op, x, lengths);
-    TORCH_CHECK(!lengths || !offsets, op, ": expected lengths or offsets, got both");
+    ENTRY_CHECK(!lengths || !offsets, op, ": expected lengths or offsets, got both");
     bounds = bounds_of(op, offsets, x);
     count = bounds.empty() ? x.size(0) : bounds.size() - 1;
     frames = x.size(1);
@@ -46,25 +42,23 @@ struct Utterances {
   int64_t frames_of(int64_t b) const { return first(b + 1) - first(b); }
 };
 
-Tensor as_int64(const std::optional<Tensor>& lengths) {
-  return lengths ? lengths->to(at::kLong).contiguous() : Tensor();
-}
-
 // body(columns, b, first channel, work) for every block of channels of every utterance. Each thread has blocks that
 // follow each other, of about as many frames as the others' (one more each: an utterance may have none): to share an
 // utterance's frames between threads block by block takes twice as long.
 template <class T, class Body>
-void for_blocks(const Tensor& x, const Utterances& utterances, const Tensor& lengths, const Body& body) {
-  const int64_t B = utterances.count, C = x.size(2), blocks = (C + kPoolChannels - 1) / kPoolChannels;
-  at::parallel_for(0, (utterances.first(B) + B) * blocks, 1, [&](int64_t begin, int64_t end) {
+void for_blocks(const Tensor& x, const Utterances& utterances, const std::optional<Tensor>& lengths, const Body& body) {
+  const int64_t B = utterances.count, C = x.size(2), blocks = divided_up(C, kPoolChannels);
+  const T* from = data<T>(x);
+  const int64_t* valid = data<int64_t>(lengths);
+  parallel_for(0, (utterances.first(B) + B) * blocks, 1, [&](int64_t begin, int64_t end) {
     auto& work = *static_cast<PoolWork*>(scratch<Scratch::task>(sizeof(PoolWork)));
     for (int64_t task = 0; task < B * blocks; ++task) {
       const int64_t b = task / blocks, block = task % blocks, c = block * kPoolChannels;
       const int64_t frames = utterances.frames_of(b);
       const int64_t place = (utterances.first(b) + b) * blocks + block * (frames + 1);
       if (place < begin || place >= end) continue;
-      const int64_t length = lengths.defined() ? lengths.const_data_ptr<int64_t>()[b] : frames;
-      const T* first = static_cast<const T*>(x.const_data_ptr()) + utterances.first(b) * C + c;
+      const int64_t length = valid ? valid[b] : frames;
+      const T* first = from + utterances.first(b) * C + c;
       // A length out of range is the caller's mistake, but no reason to read what is not there.
       body(PoolColumns<T>{first, C, std::clamp<int64_t>(length, 0, frames), std::min(kPoolChannels, C - c)}, b, c,
            work);
@@ -74,31 +68,35 @@ void for_blocks(const Tensor& x, const Utterances& utterances, const Tensor& len
 
 template <class T>
 void run_forward(StatsPoolForward<T>* kernel, const Tensor& x, const Utterances& utterances,
-                 const Tensor& lengths, const Tensor& out) {
+                 const std::optional<Tensor>& lengths, const Tensor& out) {
   const int64_t C = x.size(2);
+  T* to = mutable_data<T>(out);
   for_blocks<T>(x, utterances, lengths, [&](const PoolColumns<T>& columns, int64_t b, int64_t c, PoolWork& work) {
-    T* mean = static_cast<T*>(out.mutable_data_ptr()) + b * 2 * C + c;
+    T* mean = to + b * 2 * C + c;
     kernel(columns, work, mean, mean + C);
   });
 }
 
 template <class T>
 void run_backward(StatsPoolBackward<T>* kernel, const Tensor& grad, const Tensor& x,
-                  const Utterances& utterances, const Tensor& lengths, const Tensor& dx) {
+                  const Utterances& utterances, const std::optional<Tensor>& lengths, const Tensor& dx) {
   const int64_t C = x.size(2);
+  const T* from = data<T>(grad);
+  T* to = mutable_data<T>(dx);
   for_blocks<T>(x, utterances, lengths, [&](const PoolColumns<T>& columns, int64_t b, int64_t c, PoolWork& work) {
-    const T* grad_mean = static_cast<const T*>(grad.const_data_ptr()) + b * 2 * C + c;
+    const T* grad_mean = from + b * 2 * C + c;
     kernel(columns, work, grad_mean, grad_mean + C, utterances.frames_of(b),
-           static_cast<T*>(dx.mutable_data_ptr()) + utterances.first(b) * C + c);
+           to + utterances.first(b) * C + c);
   });
 }
 
 Tensor stats_pool(const Tensor& x, const std::optional<Tensor>& lengths, const std::optional<Tensor>& offsets) {
   const Utterances utterances("stats_pool", x, lengths, offsets);
-  const Tensor x_ = x.contiguous(), lengths_ = as_int64(lengths);
-  const Tensor out = at::empty({utterances.count, 2 * x.size(2)}, x.options());
+  const Tensor x_ = contiguous_of(x);
+  const auto lengths_ = contiguous_of(lengths, ScalarType::Long);
+  const Tensor out = fresh(x, {utterances.count, 2 * x.size(2)});
   const auto& kernels = stats_pool_kernels();
-  if (x.scalar_type() == at::kFloat) {
+  if (x.scalar_type() == kFloat) {
     run_forward<float>(kernels.forward_float, x_, utterances, lengths_, out);
   } else {
     run_forward<bf16>(kernels.forward_bf16, x_, utterances, lengths_, out);
@@ -108,16 +106,17 @@ Tensor stats_pool(const Tensor& x, const std::optional<Tensor>& lengths, const s
 
 // The deviation is computed again: `out` has it rounded to the dtype of x.
 Tensor stats_pool_backward(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& lengths,
-                           const Tensor& out, const std::optional<Tensor>& offsets) {
+                           const Tensor& /*out*/, const std::optional<Tensor>& offsets) {
   const Utterances utterances("stats_pool_backward", x, lengths, offsets);
   const int64_t B = utterances.count;
-  TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.sizes() == at::IntArrayRef({B, 2 * x.size(2)}),
+  ENTRY_CHECK(grad.scalar_type() == x.scalar_type() && grad.sizes() == Sizes({B, 2 * x.size(2)}),
               "stats_pool_backward: expected grad of ", x.scalar_type(), " [", B, ", ", 2 * x.size(2),
               "], got ", grad.scalar_type(), " ", grad.sizes());
-  const Tensor grad_ = grad.contiguous(), x_ = x.contiguous(), lengths_ = as_int64(lengths);
-  const Tensor dx = at::empty_like(x_);
+  const Tensor grad_ = contiguous_of(grad), x_ = contiguous_of(x);
+  const auto lengths_ = contiguous_of(lengths, ScalarType::Long);
+  const Tensor dx = fresh_like(x_);
   const auto& kernels = stats_pool_kernels();
-  if (x.scalar_type() == at::kFloat) {
+  if (x.scalar_type() == kFloat) {
     run_backward<float>(kernels.backward_float, grad_, x_, utterances, lengths_, dx);
   } else {
     run_backward<bf16>(kernels.backward_bf16, grad_, x_, utterances, lengths_, dx);
@@ -125,9 +124,9 @@ Tensor stats_pool_backward(const Tensor& grad, const Tensor& x, const std::optio
   return dx;
 }
 
-TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) {
-  m.impl("stats_pool", &stats_pool);
-  m.impl("stats_pool_backward", &stats_pool_backward);
+STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) {
+  m.impl("stats_pool", TORCH_BOX(&stats_pool));
+  m.impl("stats_pool_backward", TORCH_BOX(&stats_pool_backward));
 }
 
 }  // namespace

@@ -1,8 +1,3 @@
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
@@ -10,6 +5,9 @@
 
 #include "check.h"
 #include "dispatch.h"
+#include "integers.h"
+#include "library.h"
+#include "parallel.h"
 #include "waveform_conv.h"
 #include "waveform_conv_entry.h"
 
@@ -19,27 +17,19 @@ WAVLM_FAST_DISPATCH(WaveformConvKernels, waveform_conv_kernels)
 
 namespace {
 
-using at::Tensor;
-
 // Windows are summed in parts of this many, whatever the number of threads: the result does not depend on it.
 constexpr int64_t kPart = 4096;
 // Their products take the square of the taps, for each part.
 constexpr int64_t kMostTaps = 128;
 
-Tensor vector_of(const std::optional<Tensor>& vector) {
-  return vector ? vector->to(at::kFloat).contiguous() : Tensor();
-}
-
-const float* data_of(const Tensor& vector) { return vector.defined() ? vector.const_data_ptr<float>() : nullptr; }
-
 }  // namespace
 
 WindowStatistics::WindowStatistics(const float* utterance, int64_t windows, int64_t stride, int64_t K)
     : mean_(K), covariance_(K * K) {
-  const int64_t parts = (windows + kPart - 1) / kPart, size = K + K * K;
+  const int64_t parts = divided_up(windows, kPart), size = K + K * K;
   std::vector<double> partial(parts * size);
   const auto add_windows = waveform_conv_kernels().add_windows;
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       double* sums = partial.data() + part * size;
       const int64_t first = part * kPart;
@@ -75,25 +65,25 @@ FirstConv::FirstConv(const Tensor& weight, const Tensor& packed, const std::opti
                      bool group_norm, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
                      double eps, const std::string& activation)
     : packed_(packed),
-      norm_weight_(vector_of(norm_weight)),
-      norm_bias_(vector_of(norm_bias)),
+      norm_weight_(contiguous_of(norm_weight, kFloat)),
+      norm_bias_(contiguous_of(norm_bias, kFloat)),
       stride_(stride),
       group_norm_(group_norm),
       eps_(eps),
       activation_(activation_number(activation)) {
-  TORCH_CHECK(weight.dim() == 3 && weight.size(1) == 1 && weight.scalar_type() == at::kFloat && stride > 0,
+  ENTRY_CHECK(weight.dim() == 3 && weight.size(1) == 1 && weight.scalar_type() == kFloat && stride > 0,
               "waveform_conv: expected a float32 weight of [C, 1, K], got ", weight.scalar_type(), " ", weight.sizes());
   check_positive("waveform_conv", {{"taps", weight.size(2)}});
-  TORCH_CHECK(!group_norm || weight.size(2) <= kMostTaps, "waveform_conv: expected up to ", kMostTaps,
+  ENTRY_CHECK(!group_norm || weight.size(2) <= kMostTaps, "waveform_conv: expected up to ", kMostTaps,
               " taps before a group norm, got ", weight.size(2));
   check_vector("waveform_conv", "bias", bias, weight.size(0));
   check_vector("waveform_conv", "norm_weight", norm_weight, weight.size(0));
   check_vector("waveform_conv", "norm_bias", norm_bias, weight.size(0));
-  filters_ = weight.contiguous().view({weight.size(0), weight.size(2)});
-  TORCH_CHECK(packed.is_contiguous() && packed.scalar_type() == at::kFloat &&
-                  packed.numel() == packed_size(channels(), 1, filters_.size(1), false),
+  filters_ = contiguous_of(weight), channels_ = weight.size(0), taps_ = weight.size(2);
+  ENTRY_CHECK(packed.is_contiguous() && packed.scalar_type() == kFloat &&
+                  packed.numel() == packed_size(channels_, 1, taps_, false),
               "waveform_conv: expected the weight packed by pack_conv");
-  own_bias_ = vector_of(bias);
+  own_bias_ = contiguous_of(bias, kFloat);
 }
 
 void FirstConv::listen(const float* waveform, const ResizedFrames& utterances) {
@@ -101,23 +91,23 @@ void FirstConv::listen(const float* waveform, const ResizedFrames& utterances) {
   samples_.clear();
   for (int64_t b = 0; b < B; ++b) samples_.push_back(waveform + utterances.in(b));
   if (!group_norm_) return;
-  bias_ = at::empty({B, channels()}, filters_.options());
-  gain_ = at::empty_like(bias_);
-  offset_ = at::empty_like(bias_);
+  for (std::vector<float>* vectors : {&bias_, &gain_, &offset_}) vectors->resize(B * channels_);
   // A single utterance is divided over the threads inside.
-  at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) normalise(b, frames(utterances.in_frames(b)));
   });
 }
 
 template <class Out>
 PackedConv<float, Out> FirstConv::on(int64_t b) const {
-  const auto own = [&](const Tensor& vectors) { return group_norm_ ? data_of(vectors) + b * channels() : nullptr; };
+  const auto own = [&](const std::vector<float>& vectors) {
+    return group_norm_ ? vectors.data() + b * channels_ : nullptr;
+  };
   PackedConv<float, Out> call{};
   call.x = samples_[b];
-  call.packed = packed_.const_data_ptr();
-  call.bias = group_norm_ ? own(bias_) : data_of(own_bias_), call.gain = own(gain_), call.offset = own(offset_);
-  call.C = filters_.size(1), call.taps = 1, call.row_step = stride_, call.channels = channels();
+  call.packed = data<void>(packed_);
+  call.bias = group_norm_ ? own(bias_) : data<float>(own_bias_), call.gain = own(gain_), call.offset = own(offset_);
+  call.C = taps_, call.taps = 1, call.row_step = stride_, call.channels = channels_;
   call.activation = activation_;
   return call;
 }
@@ -126,13 +116,13 @@ template PackedConv<float, float> FirstConv::on(int64_t) const;
 template PackedConv<float, bf16> FirstConv::on(int64_t) const;
 
 void FirstConv::normalise(int64_t b, int64_t windows) {
-  const int64_t K = filters_.size(1);
+  const int64_t K = taps_;
   const WindowStatistics statistics(samples_[b], windows, stride_, K);
-  const float *w = filters_.const_data_ptr<float>(), *norm_weight = data_of(norm_weight_);
-  const float *norm_bias = data_of(norm_bias_), *own_bias = data_of(own_bias_);
-  const auto own = [&](const Tensor& vectors) { return vectors.mutable_data_ptr<float>() + b * channels(); };
+  const float *w = data<float>(filters_), *norm_weight = data<float>(norm_weight_);
+  const float *norm_bias = data<float>(norm_bias_), *own_bias = data<float>(own_bias_);
+  const auto own = [&](std::vector<float>& vectors) { return vectors.data() + b * channels_; };
   float *bias = own(bias_), *gain = own(gain_), *offset = own(offset_);
-  for (int64_t i = 0; i < channels(); ++i, w += K) {
+  for (int64_t i = 0; i < channels_; ++i, w += K) {
     // The conv's own bias moves the mean and nothing else, so the norm takes it out again, if it is finite.
     bias[i] = (own_bias ? 0.0f * own_bias[i] : 0.0f) - statistics.mean_of(w);
     gain[i] = (norm_weight ? norm_weight[i] : 1.0) / std::sqrt(statistics.variance_of(w) + eps_);
@@ -151,11 +141,12 @@ namespace {
 
 template <class Out>
 void run(FirstConv& conv, const Tensor& waveform, const ResizedFrames& utterances, const Tensor& out) {
-  conv.listen(waveform.const_data_ptr<float>(), utterances);
+  conv.listen(data<float>(waveform), utterances);
+  Out* to = mutable_data<Out>(out);
   std::vector<ConvPiece<float, Out>> pieces;
   for (int64_t b = 0; b < utterances.count(); ++b) {
     auto call = conv.on<Out>(b);
-    call.out = static_cast<Out*>(out.mutable_data_ptr()) + utterances.out(b) * call.channels;
+    call.out = to + utterances.out(b) * call.channels;
     pieces.push_back({call, utterances.out_frames(b)});
   }
   convolve(pieces, false);
@@ -166,22 +157,21 @@ void run(FirstConv& conv, const Tensor& waveform, const ResizedFrames& utterance
 Tensor waveform_conv(const Tensor& waveform, const Tensor& weight, const Tensor& packed,
                      const std::optional<Tensor>& bias, int64_t stride, bool group_norm,
                      const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, double eps,
-                     const std::string& activation, bool to_bf16, const std::optional<Tensor>& offsets,
+                     const Text& activation, bool to_bf16, const std::optional<Tensor>& offsets,
                      const std::optional<Tensor>& out_offsets, std::optional<int64_t> out_frames) {
   FirstConv conv(weight, packed, bias, stride, group_norm, norm_weight, norm_bias, eps, activation);
-  TORCH_CHECK(waveform.dim() == 2 && waveform.scalar_type() == at::kFloat && waveform.size(1) >= weight.size(2),
+  ENTRY_CHECK(waveform.dim() == 2 && waveform.scalar_type() == kFloat && waveform.size(1) >= weight.size(2),
               "waveform_conv: expected a float32 waveform of [B, S] with S >= ", weight.size(2), ", got ",
               waveform.scalar_type(), " ", waveform.sizes());
-  const Tensor x = waveform.contiguous();
+  const Tensor x = contiguous_of(waveform);
   const auto utterances = resized_frames("waveform_conv", x.size(0), x.size(1), offsets, out_offsets, out_frames,
                                          [&](int64_t samples) { return conv.frames(samples); });
-  const auto options = x.options().dtype(to_bf16 ? at::kBFloat16 : at::kFloat);
-  const Tensor out = at::empty({x.size(0), utterances.row_frames(), conv.channels()}, options);
+  const Tensor out = fresh(x, {x.size(0), utterances.row_frames(), conv.channels()}, to_bf16 ? kBFloat16 : kFloat);
   to_bf16 ? run<bf16>(conv, x, utterances, out) : run<float>(conv, x, utterances, out);
   return out;
 }
 
-TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) { m.impl("waveform_conv", &waveform_conv); }
+STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) { m.impl("waveform_conv", TORCH_BOX(&waveform_conv)); }
 
 }  // namespace
 }  // namespace wavlm_fast

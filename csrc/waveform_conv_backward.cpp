@@ -3,22 +3,19 @@
 // statistics depend on weights and waveform follows from the mean and the covariance of the windows.
 #include "waveform_conv_backward.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/mean.h>
-#include <ATen/ops/sub.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <tuple>
+#include <vector>
 
 #include "check.h"
 #include "dispatch.h"
 #include "integers.h"
+#include "library.h"
 #include "packed_conv_entry.h"
+#include "parallel.h"
+#include "parts.h"
 #include "resized_frames.h"
 #include "scratch.h"
 #include "waveform_conv_entry.h"
@@ -28,8 +25,6 @@ namespace wavlm_fast {
 WAVLM_FAST_DISPATCH(WaveformBackwardKernels, waveform_backward_kernels)
 
 namespace {
-
-using at::Tensor;
 
 // Frames are summed in parts of this many, whatever the number of threads: the result does not depend on it.
 constexpr int64_t kPart = 4096;
@@ -55,18 +50,18 @@ enum Row { kShift, kRstd, kNormWeight, kNormBias, kMean, kMeanNormed, kRows };
 
 // Sums over frames, [K + 2, C], as the kernel has them.
 template <class T>
-Tensor collect(const WaveformGradient<T>& call, int64_t frames) {
+std::vector<double> collect(const WaveformGradient<T>& call, int64_t frames) {
   const int64_t parts = divided_up(frames, kPart), C = call.C, lanes = waveform_backward_kernels().lanes;
-  const Tensor partial = at::zeros({parts, call.K + 2, C}, at::kFloat);
-  const int64_t vectors = C / lanes;
-  at::parallel_for(0, parts * vectors, 1, [&](int64_t begin, int64_t end) {
+  const int64_t size = (call.K + 2) * C, vectors = C / lanes;
+  std::vector<float> partial(parts * size);
+  parallel_for(0, parts * vectors, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t part = task / vectors, c = task % vectors * lanes, first = part * kPart;
-      float* sums = partial.mutable_data_ptr<float>() + part * (call.K + 2) * C;
+      float* sums = partial.data() + part * size;
       collect_kernel<T>()(call, first, std::min(kPart, frames - first), c, c + lanes, sums);
     }
   });
-  return partial.sum(0, false, at::kDouble);
+  return total_of<double>(partial, size);
 }
 
 // Samples of one utterance, each by the task that owns it: frames at a task's edge are computed twice.
@@ -74,7 +69,7 @@ template <class T>
 void spread(const WaveformGradient<T>& call, int64_t frames, int64_t samples, float* dx) {
   const int64_t K = call.K, stride = call.stride, before = (K - 1) / stride;
   std::fill(dx, dx + samples, 0.0f);
-  at::parallel_for(0, divided_up(samples, kSpreadFrames * stride), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, divided_up(samples, kSpreadFrames * stride), 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t own = task * kSpreadFrames, first = std::max<int64_t>(0, own - before);
       const int64_t last = std::min(frames, own + kSpreadFrames);
@@ -93,32 +88,29 @@ void spread(const WaveformGradient<T>& call, int64_t frames, int64_t samples, fl
 }
 
 struct Gradients {
-  Tensor waveform, weight, norm_weight, norm_bias;  // float64 but for the first
+  Tensor waveform;
+  std::vector<double> weight, norm_weight, norm_bias;
 };
 
 template <class OfChannel>
 void for_channels(int64_t channels, const OfChannel& of_channel) {
-  at::parallel_for(0, channels, 64, [&](int64_t begin, int64_t end) {
+  parallel_for(0, channels, 64, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) of_channel(c);
   });
 }
 
 template <class T>
-void add_utterance(WaveformGradient<T> call, const Tensor& filters, double eps, int64_t samples, float* vectors,
-                   const Gradients& to, float* dx) {
+void add_utterance(WaveformGradient<T> call, const float* weight, double eps, int64_t samples, float* vectors,
+                   Gradients& to, float* dx) {
   const int64_t K = call.K, C = call.C, frames = (samples - K) / call.stride + 1;
   const WindowStatistics statistics(call.x, frames, call.stride, K);
-  const float* weight = filters.const_data_ptr<float>();  // [channels, K]
   const auto row = [&](Row r) { return vectors + r * C; };
   for_channels(call.channels, [&](int64_t c) {
     row(kShift)[c] = -statistics.mean_of(weight + c * K);
     // As in the forward: a single frame is its own mean.
     row(kRstd)[c] = frames == 1 ? 0.0 : 1.0 / std::sqrt(statistics.variance_of(weight + c * K) + eps);
   });
-  const Tensor sums = collect(call, frames);
-  const double* sum = sums.const_data_ptr<double>();
-  double *dweight = to.weight.mutable_data_ptr<double>(), *dnorm_weight = to.norm_weight.mutable_data_ptr<double>();
-  double* dnorm_bias = to.norm_bias.mutable_data_ptr<double>();
+  const std::vector<double> sum = collect(call, frames);
   for_channels(call.channels, [&](int64_t c) {
     const float* w = weight + c * K;
     const double rstd = row(kRstd)[c], scale = rstd * row(kNormWeight)[c];
@@ -127,44 +119,63 @@ void add_utterance(WaveformGradient<T> call, const Tensor& filters, double eps, 
     for (int64_t k = 0; k < K; ++k) {
       double covariance = 0.0;  // of the output and the window's k-th sample
       for (int64_t l = 0; l < K; ++l) covariance += w[l] * statistics.covariance(l, k);
-      dweight[c * K + k] += scale * (sum[k * C + c] - total * statistics.mean(k) - normed * rstd * covariance);
+      to.weight[c * K + k] += scale * (sum[k * C + c] - total * statistics.mean(k) - normed * rstd * covariance);
     }
-    dnorm_weight[c] += normed;
-    dnorm_bias[c] += total;
+    to.norm_weight[c] += normed;
+    to.norm_bias[c] += total;
     row(kMean)[c] = total / frames;
     row(kMeanNormed)[c] = normed / frames;
   });
   if (dx) spread(call, frames, samples, dx);
 }
 
+// The samples of an utterance less their mean, in float64 until they are rounded.
+void centre(const float* samples, int64_t count, std::vector<float>& centred) {
+  const int64_t parts = divided_up(count, kPart);
+  std::vector<double> sums(parts);
+  parallel_for(0, parts, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      sums[part] = std::accumulate(samples + part * kPart, samples + std::min(count, (part + 1) * kPart), 0.0);
+    }
+  });
+  const double mean = std::accumulate(sums.begin(), sums.end(), 0.0) / count;
+  const double shift = std::isfinite(mean) ? mean : 0.0;  // not finite: for what no window may have seen
+  centred.resize(count);
+  parallel_for(0, count, 16 * kPart, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) centred[s] = static_cast<float>(samples[s] - shift);
+  });
+}
+
 template <class T>
 void run(const Tensor& grad, const Tensor& waveform, const ResizedFrames& utterances, const Tensor& filters,
          int64_t stride, const Tensor& norm_weight, const Tensor& norm_bias, double eps, int activation,
-         const Gradients& to, bool wants_waveform) {
-  const int64_t channels = filters.size(0), K = filters.size(1), lanes = waveform_backward_kernels().lanes;
+         Gradients& to, bool wants_waveform) {
+  const int64_t channels = filters.size(0), K = filters.size(2), lanes = waveform_backward_kernels().lanes;
   const int64_t C = divided_up(channels, lanes) * lanes;
+  const float *weight = data<float>(filters), *samples = data<float>(waveform);
+  const T* grads = data<T>(grad);
+  float* dwaveform = mutable_data<float>(to.waveform);
   // Padding has weights of zero, and a gradient of zero.
-  const Tensor taps = at::constant_pad_nd(filters.t(), {0, C - channels}).contiguous();
-  const Tensor vectors = at::zeros({kRows, C}, at::kFloat);
-  const auto set = [&](Row row, const Tensor& from) { vectors[row].narrow(0, 0, channels).copy_(from); };
-  set(kNormWeight, norm_weight), set(kNormBias, norm_bias);
-  float* at = vectors.mutable_data_ptr<float>();
-  const Tensor samples = waveform.view({-1});
+  std::vector<float> taps(K * C), vectors(kRows * C), centred;
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t k = 0; k < K; ++k) taps[k * C + c] = weight[c * K + k];
+  }
+  float* at = vectors.data();
+  std::copy_n(data<float>(norm_weight), channels, at + kNormWeight * C);
+  std::copy_n(data<float>(norm_bias), channels, at + kNormBias * C);
   for (int64_t b = 0; b < utterances.count(); ++b) {
     // The norm takes a constant out; before the sums it costs them fewer digits.
-    const Tensor wide = samples.slice(0, utterances.in(b), utterances.in(b + 1)).to(at::kDouble);
-    const double mean = wide.mean().item<double>();  // not finite: for what no window may have seen
-    const Tensor centred = wide.sub(std::isfinite(mean) ? mean : 0.0).to(at::kFloat);
+    centre(samples + utterances.in(b), utterances.in_frames(b), centred);
     WaveformGradient<T> call;
-    call.x = centred.const_data_ptr<float>();
-    call.grad = static_cast<const T*>(grad.const_data_ptr()) + utterances.out(b) * channels;
-    call.weight = taps.const_data_ptr<float>();
+    call.x = centred.data();
+    call.grad = grads + utterances.out(b) * channels;
+    call.weight = taps.data();
     call.shift = at + kShift * C, call.rstd = at + kRstd * C;
     call.norm_weight = at + kNormWeight * C, call.norm_bias = at + kNormBias * C;
     call.mean = at + kMean * C, call.mean_normed = at + kMeanNormed * C;
     call.C = C, call.channels = channels, call.K = K, call.stride = stride, call.activation = activation;
-    float* dx = wants_waveform ? to.waveform.mutable_data_ptr<float>() + utterances.in(b) : nullptr;
-    add_utterance(call, filters, eps, utterances.in_frames(b), at, to, dx);
+    float* dx = wants_waveform ? dwaveform + utterances.in(b) : nullptr;
+    add_utterance(call, weight, eps, utterances.in_frames(b), at, to, dx);
   }
 }
 
@@ -173,12 +184,12 @@ void run(const Tensor& grad, const Tensor& waveform, const ResizedFrames& uttera
 std::tuple<Tensor, Tensor, Tensor, Tensor> waveform_conv_backward(const Tensor& grad, const Tensor& waveform,
                                                                   const Tensor& weight, int64_t stride,
                                                                   const Tensor& norm_weight, const Tensor& norm_bias,
-                                                                  double eps, const std::string& activation,
+                                                                  double eps, const Text& activation,
                                                                   bool wants_waveform,
                                                                   const std::optional<Tensor>& offsets,
                                                                   const std::optional<Tensor>& out_offsets,
                                                                   std::optional<int64_t> out_frames) {
-  TORCH_CHECK(weight.dim() == 3 && weight.size(1) == 1 && waveform.dim() == 2 && weight.size(2) > 0 &&
+  ENTRY_CHECK(weight.dim() == 3 && weight.size(1) == 1 && waveform.dim() == 2 && weight.size(2) > 0 &&
                   waveform.size(1) >= weight.size(2) && weight.size(2) <= waveform_backward_kernels().most_taps,
               "waveform_conv_backward: expected a waveform of [B, S] and a weight of [C, 1, K] with K up to ",
               waveform_backward_kernels().most_taps, ", got ", waveform.sizes(), " and ", weight.sizes());
@@ -191,29 +202,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> waveform_conv_backward(const Tensor& 
   const int64_t T = utterances.row_frames();
   check_vector("waveform_conv_backward", "norm_weight", norm_weight, C);
   check_vector("waveform_conv_backward", "norm_bias", norm_bias, C);
-  TORCH_CHECK(grad.sizes() == at::IntArrayRef({waveform.size(0), T, C}),
+  ENTRY_CHECK(grad.sizes() == Sizes({waveform.size(0), T, C}),
               "waveform_conv_backward: expected grad of [", waveform.size(0), ", ", T, ", ", C, "], got ",
               grad.sizes());
   for (const Tensor* x : {&waveform, &weight, &norm_weight, &norm_bias}) {
-    TORCH_CHECK(x->scalar_type() == at::kFloat, "waveform_conv_backward: expected float32, got ", x->scalar_type());
+    ENTRY_CHECK(x->scalar_type() == kFloat, "waveform_conv_backward: expected float32, got ", x->scalar_type());
   }
-  const auto wide = [](at::IntArrayRef sizes) { return at::zeros(sizes, at::kDouble); };
-  const Gradients to = {wants_waveform ? at::empty(waveform.sizes(), at::kFloat) : at::empty({0}, at::kFloat),
-                        wide({C, K}), wide({C}), wide({C})};
-  const Tensor grad_ = grad.contiguous(), x = waveform.contiguous(), filters = weight.contiguous().view({C, K});
+  const auto vector = [](int64_t size) { return std::vector<double>(size); };
+  Gradients to = {wants_waveform ? fresh_like(waveform) : fresh(waveform, {0}), vector(C * K), vector(C), vector(C)};
+  const Tensor grad_ = contiguous_of(grad), x = contiguous_of(waveform), filters = contiguous_of(weight);
+  const Tensor gain = contiguous_of(norm_weight), offset = contiguous_of(norm_bias);
   const int number = activation_number(activation);
-  if (grad.scalar_type() == at::kFloat) {
-    run<float>(grad_, x, utterances, filters, stride, norm_weight, norm_bias, eps, number, to, wants_waveform);
+  if (grad.scalar_type() == kFloat) {
+    run<float>(grad_, x, utterances, filters, stride, gain, offset, eps, number, to, wants_waveform);
   } else {
-    TORCH_CHECK(grad.scalar_type() == at::kBFloat16, "waveform_conv_backward: expected float32 or bfloat16, got ",
+    ENTRY_CHECK(grad.scalar_type() == kBFloat16, "waveform_conv_backward: expected float32 or bfloat16, got ",
                 grad.scalar_type());
-    run<bf16>(grad_, x, utterances, filters, stride, norm_weight, norm_bias, eps, number, to, wants_waveform);
+    run<bf16>(grad_, x, utterances, filters, stride, gain, offset, eps, number, to, wants_waveform);
   }
-  return {to.waveform, to.weight.to(at::kFloat).view({C, 1, K}), to.norm_weight.to(at::kFloat),
-          to.norm_bias.to(at::kFloat)};
+  const auto narrow = [&](Sizes sizes, const std::vector<double>& numbers) {
+    const Tensor out = fresh(weight, sizes);
+    std::copy(numbers.begin(), numbers.end(), mutable_data<float>(out));
+    return out;
+  };
+  return {to.waveform, narrow({C, 1, K}, to.weight), narrow({C}, to.norm_weight), narrow({C}, to.norm_bias)};
 }
 
-TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) { m.impl("waveform_conv_backward", &waveform_conv_backward); }
+STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) { m.impl("waveform_conv_backward", TORCH_BOX(&waveform_conv_backward)); }
 
 }  // namespace
 }  // namespace wavlm_fast

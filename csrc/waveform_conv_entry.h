@@ -1,13 +1,13 @@
 // The first convolution, for other entries.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "packed_conv_entry.h"
 #include "resized_frames.h"
+#include "tensor.h"
 
 namespace wavlm_fast {
 
@@ -33,15 +33,12 @@ class WindowStatistics {
 class FirstConv {
  public:
   // weight [C, 1, K] and the same packed by pack_conv, both float32; vectors of [C] in any dtype.
-  FirstConv(const at::Tensor& weight, const at::Tensor& packed, const std::optional<at::Tensor>& bias, int64_t stride,
-            bool group_norm, const std::optional<at::Tensor>& norm_weight, const std::optional<at::Tensor>& norm_bias,
+  FirstConv(const Tensor& weight, const Tensor& packed, const std::optional<Tensor>& bias, int64_t stride,
+            bool group_norm, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
             double eps, const std::string& activation);
 
-  int64_t channels() const { return filters_.size(0); }
-
-  int64_t frames(int64_t samples) const {
-    return samples < filters_.size(1) ? 0 : (samples - filters_.size(1)) / stride_ + 1;
-  }
+  int64_t channels() const { return channels_; }
+  int64_t frames(int64_t samples) const { return samples < taps_ ? 0 : (samples - taps_) / stride_ + 1; }
 
   // Takes the statistics of all utterances, whose samples begin at `waveform`, on all threads.
   void listen(const float* waveform, const ResizedFrames& utterances);
@@ -53,8 +50,11 @@ class FirstConv {
  private:
   void normalise(int64_t b, int64_t windows);
 
-  at::Tensor filters_, packed_, own_bias_, norm_weight_, norm_bias_;
-  at::Tensor bias_, gain_, offset_;  // [B, C] each, of the group norm
+  std::optional<Tensor> filters_, own_bias_;
+  Tensor packed_;
+  std::optional<Tensor> norm_weight_, norm_bias_;
+  int64_t channels_ = 0, taps_ = 0;
+  std::vector<float> bias_, gain_, offset_;  // [B, C] each, of the group norm
   std::vector<const float*> samples_;
   int64_t stride_;
   bool group_norm_;

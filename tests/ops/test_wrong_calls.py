@@ -96,6 +96,31 @@ def test_lengths_out_of_range_read_nothing_else():
             assert torch.equal(a, b)
 
 
+SHORT_OF_MEMORY = """
+import resource, torch
+from pathlib import Path
+from wavlm_fast.backends import cpu
+torch.set_num_threads(2)
+def call(weight):
+    return torch.ops.wavlm_fast_cpu.positional_conv(x, weight, None, None, "none", False, False)
+weight, x = torch.ones(8, 4, 2**17), torch.ones(1, 5, 8)  # a task's spectra take 64 MB
+call(weight[:, :, :8])  # the threads are there
+size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 2**25
+resource.setrlimit(resource.RLIMIT_AS, (size, size))
+try:
+    call(weight)
+except MemoryError as error:
+    print(error)
+"""
+
+
+@needs_extension
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as Linux limits it")
+def test_what_a_task_throws_arrives():
+    run = subprocess.run([sys.executable, "-c", SHORT_OF_MEMORY], capture_output=True, text=True, check=True)
+    assert run.stdout == "std::bad_alloc\n"
+
+
 @needs_extension
 def test_a_negated_view_may_be_written_into():
     a, b, out = torch.ones(3, 4), torch.ones(4, 5), torch._neg_view(torch.zeros(3, 5))
