@@ -68,9 +68,11 @@ def main() -> None:
     kernels = sorted(str(path) for path in Path("csrc").glob("*_kernel.cpp"))
     entries = sorted({str(path) for path in Path("csrc").glob("*.cpp")} - set(kernels))
     extension = Extension("wavlm_fast._C", entries, depends=kernels, language="c++")
+    folders = {package: package.rpartition(".")[2] for package in FOLDERS}
+    inner = [f"{package}.{name}" for package, folder in folders.items() for name in find_packages(folder)]
     setup(
-        packages=[*find_packages(include=["wavlm_fast", "wavlm_fast.*"]), *FOLDERS],
-        package_dir={package: package.rpartition(".")[2] for package in FOLDERS},
+        packages=[*find_packages(include=["wavlm_fast", "wavlm_fast.*"]), *FOLDERS, *inner],
+        package_dir=folders,
         package_data={"wavlm_fast": ["_build.json", "data/*"]},
         ext_modules=[] if reason else [extension],
         cmdclass={"build_py": record_in_build_py(reason), "build_ext": BuildExtension, "bdist_wheel": AnyPythonWheel},

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .cases import MODELS
-from .op_providers import DTYPES
+from wavlm_fast.benchmarks.ops.providers import DTYPES
+from wavlm_fast.benchmarks.run.cases import MODELS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from wavlm_fast import backends
-
-from .op_providers import DTYPES, OpProvider, Refusal, op_providers
-from .ops import BoundOp, OpCase, Truth, op_cases
+from wavlm_fast.benchmarks.ops.cases import BoundOp, OpCase, Truth, op_cases
+from wavlm_fast.benchmarks.ops.providers import DTYPES, OpProvider, Refusal, op_providers
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -8,7 +8,7 @@ import torch
 from tiny_models import SIZES
 
 from wavlm_fast import cli
-from wavlm_fast.benchmarks import cases, peaks, suite
+from wavlm_fast.benchmarks.run import cases, peaks, suite
 
 PEAKS = peaks.Peaks(2e11, 4e11, "made up")
 OURS_AND_THEIRS = ("--provider", "transformers", "wavlm_fast")

@@ -5,7 +5,7 @@ import torch
 from tiny_models import SIZES
 from torch.utils.flop_counter import FlopCounterMode
 
-from wavlm_fast.benchmarks import cases, flops
+from wavlm_fast.benchmarks.run import cases, flops
 
 LARGE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
 

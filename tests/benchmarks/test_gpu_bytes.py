@@ -9,9 +9,9 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from benchmarks import gpu_bytes
-from benchmarks.launch_bytes import Bytes
-from benchmarks.torch_bytes import TorchBytes, forward_and_backward, size
+from wavlm_fast.benchmarks.gpu import bytes as gpu_bytes
+from wavlm_fast.benchmarks.gpu.launch_bytes import Bytes
+from wavlm_fast.benchmarks.gpu.torch_bytes import TorchBytes, forward_and_backward, size
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ pytest.importorskip("triton")
 
 from collections import Counter
 
-from benchmarks.gpu_architectures import ARCHITECTURES
-from benchmarks.gpu_bound import bound, clocks
-from benchmarks.gpu_code import Instruction, Mix, innermost, loops, mix, parse_amd, parse_nvidia
-from benchmarks.gpu_compile import Built, Product
+from wavlm_fast.benchmarks.gpu.architectures import ARCHITECTURES
+from wavlm_fast.benchmarks.gpu.bound import bound, clocks
+from wavlm_fast.benchmarks.gpu.code import Instruction, Mix, innermost, loops, mix, parse_amd, parse_nvidia
+from wavlm_fast.benchmarks.gpu.compile import Built, Product
 
 SASS = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;        /* 0x00000a00ff017b82 */

@@ -1,4 +1,4 @@
-"""The estimate's arithmetic on a device that nobody sells, and its sums against benchmarks/flops.py."""
+"""The estimate's arithmetic on a device that nobody sells, and its sums against benchmarks/run/flops.py."""
 
 import json
 from collections import Counter, defaultdict
@@ -9,14 +9,15 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import cases, flops, gpu_roofline
-from benchmarks.gpu_architectures import ARCHITECTURES
-from benchmarks.gpu_code import Mix
-from benchmarks.gpu_compile import Built, Product
-from benchmarks.gpu_devices import DEVICES, Device
-from benchmarks.gpu_pieces import Call, TorchOp, calls, trips
-from benchmarks.gpu_roofline import ESTIMATE, estimate, main, moved, of_call, of_launch
-from benchmarks.launch_bytes import Bytes
+from wavlm_fast.benchmarks.gpu import roofline as gpu_roofline
+from wavlm_fast.benchmarks.gpu.architectures import ARCHITECTURES
+from wavlm_fast.benchmarks.gpu.code import Mix
+from wavlm_fast.benchmarks.gpu.compile import Built, Product
+from wavlm_fast.benchmarks.gpu.devices import DEVICES, Device
+from wavlm_fast.benchmarks.gpu.launch_bytes import Bytes
+from wavlm_fast.benchmarks.gpu.pieces import Call, TorchOp, calls, trips
+from wavlm_fast.benchmarks.gpu.roofline import ESTIMATE, estimate, main, moved, of_call, of_launch
+from wavlm_fast.benchmarks.run import cases, flops
 
 BATCH, SAMPLES = 2, 32_000
 # 1000 operations of the matrix unit per processor and clock.

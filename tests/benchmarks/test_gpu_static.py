@@ -12,15 +12,14 @@ pytest.importorskip("triton")
 if sys.platform != "linux":
     pytest.skip("Triton compiles on Linux alone", allow_module_level=True)
 
+from wavlm_fast.benchmarks.gpu import static as gpu_static
+from wavlm_fast.benchmarks.gpu.architectures import ARCHITECTURES
+from wavlm_fast.benchmarks.gpu.bound import matrix_operations
+from wavlm_fast.benchmarks.gpu.cases import DTYPES, cases
+from wavlm_fast.benchmarks.gpu.code import Mix
+from wavlm_fast.benchmarks.gpu.compile import Built, Product, build, record
+from wavlm_fast.benchmarks.gpu.static import BOUNDS, QUICK, Task, faults, judge, main, per_score, tasks
 from wavlm_fast.kernels.add_layer_norm import add_layer_norm
-
-from benchmarks import gpu_static
-from benchmarks.gpu_architectures import ARCHITECTURES
-from benchmarks.gpu_bound import matrix_operations
-from benchmarks.gpu_cases import DTYPES, cases
-from benchmarks.gpu_code import Mix
-from benchmarks.gpu_compile import Built, Product, build, record
-from benchmarks.gpu_static import BOUNDS, QUICK, Task, faults, judge, main, per_score, tasks
 
 OPS = sorted({case.op for case in cases("base", torch.bfloat16)})
 ATTENTION = "gated_attention_fwd_kernel"

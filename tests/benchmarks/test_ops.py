@@ -13,8 +13,10 @@ from tiny_models import SIZES
 from torch.utils.flop_counter import FlopCounterMode
 
 import wavlm_fast.ops
-from benchmarks import cases, op_providers, ops, peaks
 from wavlm_fast import measure
+from wavlm_fast.benchmarks.ops import cases as ops
+from wavlm_fast.benchmarks.ops import providers as op_providers
+from wavlm_fast.benchmarks.run import cases, peaks
 from wavlm_fast.parity import plain
 
 LARGE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
@@ -43,7 +45,8 @@ def case_of(what, training=False, model="base", batch=2, length=0.3):
 def quick(dtype=torch.float32):
     """What needs no compiler."""
     compiled = ("torch + compile", "FlexAttention")
-    return {n: p for n, p in ops.op_providers("cpu")[0].items() if p.family not in compiled and p.dtype == dtype}
+    found, _ = op_providers.op_providers("cpu")
+    return {n: p for n, p in found.items() if p.family not in compiled and p.dtype == dtype}
 
 
 def by_provider(rows):
@@ -127,7 +130,7 @@ def test_everybody_is_right(model, dtype):
 
 
 def test_rows():
-    found, _ = ops.op_providers("cpu")
+    found, _ = op_providers.op_providers("cpu")
     found = {n: p for n, p in found.items() if p.everywhere}
     case = case_of("gated_attention")
     rows = by_provider(ops.run_op(case, found, 5, lambda: PEAKS))
@@ -258,7 +261,7 @@ def test_a_provider_that_fails_says_why():
 
 
 def test_who_refuses_says_why():
-    found, absent = ops.op_providers("cpu")
+    found, absent = op_providers.op_providers("cpu")
     case = case_of("gated_attention", training=True)
     flex = {"FlexAttention fp32": found["FlexAttention fp32"]}
     (row,) = ops.run_op(case, flex, 1)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_models import SIZES
 
-from benchmarks import cases, peers
 from wavlm_fast import accelerate
+from wavlm_fast.benchmarks.run import cases, peers
 
 LARGE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
 WITH = {"sdpa": peers.with_sdpa, "flex": peers.with_flex}

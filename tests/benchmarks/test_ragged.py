@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from wavlm_fast.benchmarks import cases, providers, ragged, rounds, tables
+from wavlm_fast.benchmarks.page import tables
+from wavlm_fast.benchmarks.run import cases, providers, ragged, rounds
 
 WAYS = {
     "transformers fp32": "transformers",

@@ -5,10 +5,11 @@ import shlex
 from pathlib import Path
 
 import pytest
-from wavlm_fast.benchmarks.cases import CASES
 
 from wavlm_fast import cli
-from wavlm_fast.benchmarks import results, suite
+from wavlm_fast.benchmarks.page import results
+from wavlm_fast.benchmarks.run import suite
+from wavlm_fast.benchmarks.run.cases import CASES
 
 ROOT = Path(__file__).parents[2]
 RECORDS = {source: results.read(source) for source in results.RECORDS}

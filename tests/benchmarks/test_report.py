@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import made_up
 import pytest
 
-from benchmarks import plots, report, tables
+from wavlm_fast.benchmarks.page import plots, report, tables
 from wavlm_fast.errors import UserError
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}

@@ -7,7 +7,7 @@ import re
 import made_up
 import pytest
 
-from benchmarks import results, tables
+from wavlm_fast.benchmarks.page import results, tables
 
 
 def test_the_first_line_says_who_wrote_it():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from wavlm_fast.benchmarks import scaling
+from wavlm_fast.benchmarks.run import scaling
 
 
 def row(provider="ours", batch=1, length=1.0, seconds=1.0, **changes):

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from wavlm_fast.benchmarks.providers import Subject
 
 from wavlm_fast import use_backend
-from wavlm_fast.benchmarks import cases, flops, rounds, stages
+from wavlm_fast.benchmarks.run import cases, flops, rounds, stages
+from wavlm_fast.benchmarks.run.providers import Subject
 
 
 @pytest.fixture

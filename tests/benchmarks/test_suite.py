@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 import torch
 
-from wavlm_fast.benchmarks import cases, flops, fresh, peaks, providers, regimes, rounds, suite, verify
+from wavlm_fast.benchmarks.run import cases, flops, fresh, peaks, providers, regimes, rounds, suite, verify
 from wavlm_fast.modules._originals import StandIn
 
 THEIRS, OURS = "transformers fp32", "wavlm_fast fp32"

@@ -11,8 +11,8 @@ import made_up
 import pytest
 from rich.console import Console
 
-from benchmarks import document, tables
-from benchmarks.table import Table
+from wavlm_fast.benchmarks.page import document, tables
+from wavlm_fast.benchmarks.page.table import Table
 
 # What no figure shows by itself: other figures and names hold it.
 SILENT = ("audio", "batch", "length", "peak_gflops")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from wavlm_fast.benchmarks import cases, fresh
+from wavlm_fast.benchmarks.run import cases, fresh
 
 THEIRS, OURS = "transformers fp32", "wavlm_fast fp32"
 

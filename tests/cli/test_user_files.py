@@ -10,7 +10,8 @@ import soundfile
 import torch
 
 from wavlm_fast import memory
-from wavlm_fast.benchmarks import cases, fresh, results
+from wavlm_fast.benchmarks.page import results
+from wavlm_fast.benchmarks.run import cases, fresh
 
 ON_AUDIO = [
     ["extract", "{audio}", "--out", "{out}", "--model", "{model}"],

@@ -1,20 +1,20 @@
-"""The formulas of benchmarks/launch_formulas.py against what the interpreter counts, launch by launch."""
+"""The formulas of benchmarks/gpu/launch_formulas.py against what the interpreter counts, launch by launch."""
 
 from functools import cache
 
 import pytest
 import torch
 from cases import DEVICE, randn
-from wavlm_fast.kernels._tuning import forced
 
 from wavlm_fast.backends.triton import TABLE
+from wavlm_fast.kernels._tuning import forced
 
 if DEVICE != "cpu":
     pytest.skip("the interpreter counts", allow_module_level=True)
 
-from benchmarks.counted_bytes import counting
-from benchmarks.launch_bytes import of_launch
-from benchmarks.launch_formulas import FORMULAS
+from wavlm_fast.benchmarks.gpu.counted_bytes import counting
+from wavlm_fast.benchmarks.gpu.launch_bytes import of_launch
+from wavlm_fast.benchmarks.gpu.launch_formulas import FORMULAS
 
 HALF = torch.float16
 EVERY = 10**9  # programs in one wave: every address counts once per launch

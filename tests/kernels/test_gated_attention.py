@@ -3,10 +3,10 @@
 import pytest
 import torch
 from cases import DEVICE, DTYPES, assert_close, kernel, randn, wide
-from wavlm_fast.kernels._precision import dot_precision
-from wavlm_fast.kernels._target import pretend
 
 from wavlm_fast.backends.reference import TABLE as REFERENCE
+from wavlm_fast.kernels._precision import dot_precision
+from wavlm_fast.kernels._target import pretend
 
 NAMES = ("dq", "dk", "dv", "dgate", "drel_bias")
 

@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 from cases import DEVICE, DTYPES, assert_close, kernel, randn, wide
 from test_gated_attention import NAMES, check, deterministic, inputs  # noqa: F401  a fixture
-from wavlm_fast.kernels._packed import places
-from wavlm_fast.kernels._packed_tiles import utterance_at
-from wavlm_fast.kernels._target import pretend
 
 from wavlm_fast import ops, use_backend
 from wavlm_fast.backends.reference import TABLE as REFERENCE
+from wavlm_fast.kernels._packed import places
+from wavlm_fast.kernels._packed_tiles import utterance_at
+from wavlm_fast.kernels._target import pretend
 
 sys.path.append(str(Path(__file__).parents[1] / "ops"))
 from packed_calls import EXTRA, offsets_of

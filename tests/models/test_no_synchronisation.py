@@ -10,11 +10,10 @@ from wavlm_cases import FORMS, HEADS, MODELS, fast_model, ours_only, plain_model
 pytestmark = ours_only
 triton = pytest.importorskip("triton")
 
-from wavlm_fast.kernels._target import pretend  # noqa: E402
-
-from benchmarks.gpu_compile import recording  # noqa: E402
 from wavlm_fast import accelerate, forward_ragged  # noqa: E402
 from wavlm_fast.backends.triton import TABLE  # noqa: E402
+from wavlm_fast.benchmarks.gpu.compile import recording  # noqa: E402
+from wavlm_fast.kernels._target import pretend  # noqa: E402
 from wavlm_fast.modules import _packing  # noqa: E402
 
 

@@ -6,7 +6,7 @@ import tarfile
 import zipfile
 
 import pytest
-from installations import SAID, Environment, add_stand_in, make_clone
+from installations import ROOT, SAID, Environment, add_stand_in, make_clone
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
 
@@ -105,7 +105,8 @@ def test_sdist_builds_a_wheel(tmp_path):
     assert wheel.name == "wavlm_fast-0.1.0-py3-none-any.whl"
     names = zipfile.ZipFile(wheel).namelist()
     assert_only_wavlm_fast(names)
-    assert {"wavlm_fast/_build.json", "wavlm_fast/kernels/add_layer_norm.py"} <= set(names)
+    beside = {path.relative_to(ROOT) for folder in ("kernels", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
+    assert {"wavlm_fast/_build.json", *(f"wavlm_fast/{path}" for path in beside)} <= set(names)
     environment = Environment.create(tmp_path / "venv")
     environment.install(wheel, cwd=tmp_path)
     assert "WAVLM_FAST_NO_EXTENSION is set" in environment.python("-c", USE, cwd=tmp_path)

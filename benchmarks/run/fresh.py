@@ -1,6 +1,6 @@
 """One run of a provider in a process of its own: its time and its peak of memory.
 
-`python -m benchmarks.fresh REQUEST` is that process.
+`python -m wavlm_fast.benchmarks.run REQUEST OUTPUT` is that process.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def run(case: Case, name: str, provider: Provider, subject: Subject) -> Result |
             request, output = Path(folder, "request"), Path(folder, "output")
             wanted = _Request(case, MODELS[case.model], name, replace(subject, module=None))
             request.write_bytes(pickle.dumps(wanted))
-            found = json.loads(memory.in_new_process(__name__, str(request), str(output)))
+            found = json.loads(memory.in_new_process(__package__, str(request), str(output)))
             return Result(found["seconds"], memory.Peak(**found["peak"]), torch.load(output))
     except UserError as error:
         return f"the process {error}"
@@ -106,7 +106,3 @@ def main() -> None:
     peak = memory.peak_of(once, device)
     torch.save(found[1], sys.argv[2])
     print(json.dumps({"seconds": found[0], "peak": asdict(peak)}))
-
-
-if __name__ == "__main__":
-    main()

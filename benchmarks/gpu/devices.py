@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .gpu_architectures import ARCHITECTURES, Architecture, Rates
+from .architectures import ARCHITECTURES, Architecture, Rates
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..run.providers import BASELINE, OURS
+from ..run.stages import WHOLE
 from .document import OP, Found, Row, bare, entries, label, median, number, peers, split, title_of, which
-from .providers import BASELINE, OURS
-from .stages import WHOLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,8 +17,8 @@ from wavlm_fast.parity.composed import encoder_layer_of
 from wavlm_fast.parity.definitions import toeplitz
 from wavlm_fast.parity.run_ops import FRONTS
 
-from . import peers
-from .providers import SHORT
+from ..run import peers
+from ..run.providers import SHORT
 
 DTYPES = {short: dtype for dtype, short in SHORT.items()}
 # Ops that stand for several others, and run as those where there is no kernel for the whole.

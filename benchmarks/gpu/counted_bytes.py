@@ -1,7 +1,8 @@
 """What launches read and write, counted while Triton's interpreter runs them: TRITON_INTERPRET=1 has to be set.
 
-`python -m benchmarks.counted_bytes` prints what attention comes to, as JSON: of one head of the models, at full length.
-Utterances and heads are alike, and no launch of attention depends on the number of heads but by its grid.
+`python -m wavlm_fast.benchmarks.gpu.counted_bytes` prints what attention comes to, as JSON: of one head of the models,
+at full length. Utterances and heads are alike, and no launch of attention depends on the number of heads but by its
+grid.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 from triton.runtime import interpreter
-from wavlm_fast.kernels._target import pretend
 
 from wavlm_fast.backends.triton import TABLE
+from wavlm_fast.kernels._target import pretend
 
-from .gpu_compile import Launch
+from .compile import Launch
 from .launch_bytes import Bytes
 
 
 @dataclass
 class Counted:
-    """One launch, and its bytes: asked for as benchmarks/launch_bytes.py has it, `memory` with every address once."""
+    """One launch, and its bytes: asked for as launch_bytes.py has it, `memory` with every address once."""
 
     launch: Launch
     asked: int = 0

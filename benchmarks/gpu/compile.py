@@ -20,9 +20,9 @@ import triton
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from . import gpu_code
-from .gpu_architectures import Architecture
-from .gpu_code import Mix
+from . import code as machine_code
+from .architectures import Architecture
+from .code import Mix
 
 
 @dataclass(frozen=True)
@@ -143,10 +143,10 @@ def build(launch: Launch, architecture: Architecture) -> Built:
     else:
         registers, spilled, code = _read_nvidia(compiled.asm["cubin"])
     lanes = architecture.target.warp_size
-    loops = [gpu_code.mix(body, lanes) for body in gpu_code.innermost(gpu_code.loops(code))]
+    loops = [machine_code.mix(body, lanes) for body in machine_code.innermost(machine_code.loops(code))]
     resident = architecture.resident(warps, registers, shared)
     products = _products(compiled.asm["ttir"])
-    return Built(registers, spilled, shared, warps, resident, loops, gpu_code.mix(code, lanes), products)
+    return Built(registers, spilled, shared, warps, resident, loops, machine_code.mix(code, lanes), products)
 
 
 def _products(ttir: str) -> list[Product]:
@@ -158,7 +158,7 @@ def _products(ttir: str) -> list[Product]:
     return found
 
 
-def _read_nvidia(cubin: bytes) -> tuple[int, int, list[gpu_code.Instruction]]:
+def _read_nvidia(cubin: bytes) -> tuple[int, int, list[machine_code.Instruction]]:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -168,13 +168,13 @@ def _read_nvidia(cubin: bytes) -> tuple[int, int, list[gpu_code.Instruction]]:
     usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", found)
     assert usage, found
     registers, stack, local = map(int, usage.groups())
-    return registers, stack + local, gpu_code.parse_nvidia(found)
+    return registers, stack + local, machine_code.parse_nvidia(found)
 
 
-def _read_amd(assembly: str) -> tuple[int, int, list[gpu_code.Instruction]]:
+def _read_amd(assembly: str) -> tuple[int, int, list[machine_code.Instruction]]:
     def number(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
 
     # Accumulation registers are part of the count.
     spilled = max(4 * (number("vgpr_spill_count") + number("sgpr_spill_count")), number("private_segment_fixed_size"))
-    return number("vgpr_count"), spilled, gpu_code.parse_amd(assembly)
+    return number("vgpr_count"), spilled, machine_code.parse_amd(assembly)

@@ -5,7 +5,7 @@ that an instruction gives to many lanes is asked for once; a tile that two progr
 asked for twice. From memory: a wave of programs runs at a time and finds in the L2 cache whatever one of them has read,
 and what the wave before read if both together fit.
 
-Attention has no formula (launch_formulas.py): benchmarks/counted_bytes.py counts it at its full length.
+Attention has no formula (launch_formulas.py): counted_bytes.py counts it at its full length.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .gpu_compile import Launch
+from .compile import Launch
 from .launch_formulas import FORMULAS
 
 # An A100, the least of the GPUs that models are trained and served on: two programs on each of its multiprocessors.

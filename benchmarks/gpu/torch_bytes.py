@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import WavLMConfig
 from transformers.models.wavlm import modeling_wavlm as hf
 
-from .gpu_cases import BATCH, FRAMES, MODELS, TO_WAVEFORM, Case
+from .cases import BATCH, FRAMES, MODELS, TO_WAVEFORM, Case
 
 _RESERVED = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _FILLED = ("copy_", "fill_", "zero_")  # written without being read
@@ -80,7 +80,7 @@ def forward_and_backward(
 
 
 def transformers_bytes(model: str, dtype: torch.dtype) -> Iterator[tuple[str, str, int, int]]:
-    """Op, what it is applied to as in gpu_cases, and the bytes of its forward and backward in transformers."""
+    """Op, what it is applied to as in cases.py, and the bytes of its forward and backward in transformers."""
     sizes = MODELS[model]
     large = sizes.norm == "layer"
     config = WavLMConfig(
@@ -182,6 +182,6 @@ def _head(config: WavLMConfig, dtype: torch.dtype) -> Iterator[tuple[str, str, i
 
 
 def matching(case: Case, found: dict[tuple[str, str], tuple[int, int]]) -> int:
-    """The figure of transformers for a case of gpu_cases, forward or backward."""
+    """The figure of transformers for a case of cases.py, forward or backward."""
     op = case.op.removesuffix("_backward")
     return found[op, "" if case.what == TO_WAVEFORM else case.what][case.op != op]

@@ -10,6 +10,8 @@ from typing import Any
 
 from wavlm_fast import console
 
+from ..run.providers import ALONE, BASELINE, EXACT, OURS, UNIFORM
+from ..run.stages import WHOLE
 from .document import (
     OP,
     Found,
@@ -27,8 +29,6 @@ from .document import (
     title_of,
     which,
 )
-from .providers import ALONE, BASELINE, EXACT, OURS, UNIFORM
-from .stages import WHOLE
 from .table import NONE, Table, as_error, as_gb, as_share, digits, figure, spread
 
 PLAIN = ("latency", "throughput", "long", "length")  # groups of cases that batch and length tell apart
@@ -67,7 +67,7 @@ def _title(row: Row) -> str:
         "padded": f"up to {row['length']:g} s, padded, with mask",
         "ragged": f"up to {row['length']:g} s",
         "training": f"{row['length']:g} s, forward, backward and optimizer step",
-        "regimes": f"{row['length']:g} s, as benchmarks/regimes.py runs it",
+        "regimes": f"{row['length']:g} s, as benchmarks/run/regimes.py runs it",
     }.get(row["group"], f"{row['length']:g} s")
     return f"{row['case']}: {row['cls']}, {many} {kind}{gflop}"
 

@@ -10,9 +10,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .gpu_architectures import Architecture, Rates
-from .gpu_code import Mix
-from .gpu_compile import Built
+from .architectures import Architecture, Rates
+from .code import Mix
+from .compile import Built
 
 Clocks = dict[str, float]
 # Names of "integer" instructions that the integer lanes do not see: uniform ones, and those of the multiply-add lanes.

@@ -15,11 +15,11 @@ from torch.utils.flop_counter import flop_registry
 
 from wavlm_fast.backends.triton import TABLE
 
-from .gpu_cases import MODELS, TO_WAVEFORM, Case, cases
-from .gpu_compile import Launch, recording
+from .cases import MODELS, TO_WAVEFORM, Case, cases
+from .compile import Launch, recording
 from .torch_bytes import sizes
 
-# Stage of benchmarks.flops -> the op that is the whole of it, apart from torch's linear layers.
+# Stage of run/flops.py -> the op that is the whole of it, apart from torch's linear layers.
 OPS = {
     "waveform conv": "waveform_conv",
     "feature encoder": "strided_conv",
@@ -90,7 +90,7 @@ def _saves(case: Case) -> Case:
 
 
 def calls(model: str, dtype: torch.dtype, batch: int, samples: int, train: bool) -> Iterator[Call]:
-    """All calls of a forward, or of a training step, in the order of benchmarks.flops.STAGES."""
+    """All calls of a forward, or of a training step, in the order of run/flops.py's STAGES."""
     sizes = MODELS[model]
     found = list(cases(model, dtype, train, batch, samples))
     stages = {op: stage for stage, op in OPS.items()}

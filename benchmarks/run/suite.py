@@ -22,10 +22,11 @@ from rich.console import Console
 from wavlm_fast import audio, console, machine, memory
 from wavlm_fast.errors import UserError
 
-from . import fresh, ops, report, results, scaling, tables
+from ..ops.cases import OpCase, op_cases, run_op
+from ..ops.providers import OpProvider, op_providers
+from ..page import report, results, tables
+from . import fresh, scaling
 from .cases import CASES, MODELS, QUICK, Case, Output, Spec, grid
-from .op_providers import OpProvider
-from .ops import OpCase
 from .peaks import Peaks, peaks
 from .progress import Meter, bar
 from .providers import OURS, PADDED, Provider, Subject, providers
@@ -155,7 +156,7 @@ def selected(args: argparse.Namespace) -> list[Case | OpCase]:
         there = grid(_OWN if args.model else "base", args.batch or [1, 8], args.seconds or [2.0, 10.0, 30.0])
     else:
         there = dict(CASES)
-    of_ops = {case.name: case for case in ops.op_cases("base", 1, _OP_SECONDS)}
+    of_ops = {case.name: case for case in op_cases("base", 1, _OP_SECONDS)}
     # Groups that are measured by themselves: with them a full run would not fit in half an hour.
     apart = {group: [n for n, case in there.items() if case.group == group] for group in ("regimes", RAGGED)}
     groups = {"ops": list(of_ops), **apart}
@@ -211,11 +212,11 @@ def _run(
         module = None
         memory.give_back_freed()
         of_ops = [case for case in cases if isinstance(case, OpCase)]
-        there = ops.op_providers(args.device)[0] if of_ops else {}
+        there = op_providers(args.device)[0] if of_ops else {}
         there = {n: p for n, p in there.items() if (p.everywhere or args.provider) and _asked(args, n, p)}
         for case in of_ops:
             rounds = args.rounds or _OP_ROUNDS
-            found.add(ops.run_op(case, there, rounds, found.measured_peaks, _OP_BUDGET, meter.doing))
+            found.add(run_op(case, there, rounds, found.measured_peaks, _OP_BUDGET, meter.doing))
 
 
 def _for(case: Case, available: Mapping[str, Provider]) -> dict[str, Provider]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .providers import BASELINE, OURS
+from ..run.providers import BASELINE, OURS
 
 Found = dict[str, Any]  # the whole document
 Row = dict[str, Any]  # an entry of one of its lists

@@ -17,14 +17,12 @@ from wavlm_fast.errors import first_line
 from wavlm_fast.parity import cases as parity_cases
 from wavlm_fast.parity import plain, rule, run_ops
 
-from . import flops
-from .cases import MODELS
-from .op_providers import OpProvider, Refusal, op_providers
-from .peaks import Peaks
-from .providers import SHORT
-from .rounds import Row
-
-__all__ = ["BoundOp", "OpCase", "Truth", "op_cases", "op_providers", "run_op"]
+from ..run import flops
+from ..run.cases import MODELS
+from ..run.peaks import Peaks
+from ..run.providers import SHORT
+from ..run.rounds import Row
+from .providers import OpProvider, Refusal
 
 _INPUTS = frozenset({"waveform"})  # what no model wants a gradient of
 _DEFAULT = "base"  # the model that names of cases leave out

@@ -10,8 +10,8 @@ import torch
 
 from wavlm_fast.backends.triton import TABLE
 
-from .cases import MODELS as SPECS
-from .gpu_compile import Launch, record, recording
+from ..run.cases import MODELS as SPECS
+from .compile import Launch, record, recording
 
 BATCH, SAMPLES = 8, 160_000  # 8 utterances of 10 s at 16 kHz
 KERNELS = (3, 3, 3, 3, 2, 2)  # of the strided convolutions
@@ -33,7 +33,7 @@ class Model:
 
     @classmethod
     def of(cls, name: str) -> Model:
-        """Those of one of benchmarks.cases.MODELS."""
+        """Those of one of the MODELS of run/cases.py."""
         c = SPECS[name].config
         sizes = c.hidden_size, c.num_attention_heads, c.intermediate_size, c.num_hidden_layers
         return cls(*sizes, c.feat_extract_norm, c.conv_bias)

@@ -1,0 +1,1 @@
+"""Single ops: the cases, and who runs them."""
