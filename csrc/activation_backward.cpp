@@ -1,3 +1,4 @@
+// What an activation does to a gradient, an engine: of linear_act, strided_conv, tdnn and positional_conv.
 #include "activation_backward.h"
 
 #include "check.h"

@@ -21,8 +21,8 @@ namespace {
 constexpr int64_t kGrain = 16384;
 
 void check(const char* op, const Tensor& x, const Tensor& other, const char* other_name, const Tensor& weight) {
-  ENTRY_CHECK(x.scalar_type() == kFloat || x.scalar_type() == kBFloat16, op,
-              ": expected float32 or bfloat16, got ", x.scalar_type());
+  ENTRY_CHECK(x.scalar_type() == kFloat || x.scalar_type() == kBFloat16, op, ": expected float32 or bfloat16, got ",
+              x.scalar_type());
   ENTRY_CHECK(other.scalar_type() == x.scalar_type() && other.sizes() == x.sizes(), op, ": expected ", other_name,
               " of ", x.scalar_type(), " ", x.sizes(), ", got ", other.scalar_type(), " ", other.sizes());
   ENTRY_CHECK(x.dim() >= 1 && x.size(-1) > 0, op, ": expected [..., C] with C > 0, got ", x.sizes());
@@ -45,8 +45,8 @@ void run_forward(AddLayerNormForward<T>* kernel, const Tensor& x, const Tensor& 
 }
 
 template <class T>
-void run_backward(AddLayerNormBackward<T>* kernel, const Tensor& grad_sum, const Tensor& grad_normed,
-                  const Tensor& sum, const Tensor& weight, float eps, const Tensor& dx, std::vector<float>& partials) {
+void run_backward(AddLayerNormBackward<T>* kernel, const Tensor& grad_sum, const Tensor& grad_normed, const Tensor& sum,
+                  const Tensor& weight, float eps, const Tensor& dx, std::vector<float>& partials) {
   const int64_t C = sum.size(-1), rows = sum.numel() / C, parts = partials.size() / (2 * C);
   const T *of_sum = data<T>(grad_sum), *of_normed = data<T>(grad_normed), *from = data<T>(sum);
   const float* gain = data<float>(weight);
@@ -80,7 +80,8 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(const Tensor& grad_su
                                                            const Tensor& sum, const Tensor& weight, double eps) {
   check("add_layer_norm_backward", sum, grad_sum, "grad_sum", weight);
   check("add_layer_norm_backward", sum, grad_normed, "grad_normed", weight);
-  const Tensor grad_sum_ = contiguous_of(grad_sum), grad_normed_ = contiguous_of(grad_normed), sum_ = contiguous_of(sum);
+  const Tensor grad_sum_ = contiguous_of(grad_sum), grad_normed_ = contiguous_of(grad_normed),
+               sum_ = contiguous_of(sum);
   const Tensor weight_ = contiguous_of(weight, kFloat);
   const Tensor dx = fresh_like(sum_);
   const int64_t C = sum.size(-1);

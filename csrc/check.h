@@ -72,8 +72,7 @@ inline bool is_integral(ScalarType dtype) {
 inline void check_lengths(const char* op, const std::optional<Tensor>& lengths, int64_t B) {
   if (!lengths) return;
   check_vector(op, "lengths", *lengths, B);
-  ENTRY_CHECK(is_integral(lengths->scalar_type()), op, ": expected integers for lengths, got ",
-              lengths->scalar_type());
+  ENTRY_CHECK(is_integral(lengths->scalar_type()), op, ": expected integers for lengths, got ", lengths->scalar_type());
 }
 
 }  // namespace wavlm_fast

@@ -145,7 +145,8 @@ void run(const Layer<T>& layer, const Tensor& x, const Tensor& rel_bias, const s
     std::optional<Tensor> lengths;
     if (length) lengths = view_of(length + group.first_entry, {group.entries}, ScalarType::Long);
     const auto heads = [&](int64_t which) {
-      return view_of(projected + which * C, {group.entries, frames, H, C / H}, {frames * 3 * C, 3 * C, C / H, 1}, dtype);
+      return view_of(projected + which * C, {group.entries, frames, H, C / H}, {frames * 3 * C, 3 * C, C / H, 1},
+                     dtype);
     };
     const Tensor q = heads(0);
     gated_attention_into(q, q, heads(1), heads(2), gates, rel_bias, lengths, 0.0, std::nullopt, scale, group.bounds);
@@ -162,25 +163,32 @@ Layer<T> layer_of(const std::vector<Tensor>& packed, const std::vector<Tensor>& 
   const auto linear = [&](int i, int64_t in, const char* name) {
     const bool pairs = sizeof(T) == sizeof(bf16);
     ENTRY_CHECK(packed[i].scalar_type() == (pairs ? kBFloat16 : kFloat) && (!pairs || multiplies_pairs(in)) &&
-                    packed[i].is_contiguous() &&
-                    packed[i].numel() == packed_size(biases[i].numel(), 1, in, false),
+                    packed[i].is_contiguous() && packed[i].numel() == packed_size(biases[i].numel(), 1, in, false),
                 "encoder_layer: expected weights packed by pack_conv from the dtype of x");
     return Linear<T>{packed[i], wide(biases[i]), in, activation_number(name)};
   };
-  const auto norm = [&](int i) { return Norm<T>{wide(norms[2 * i]), wide(norms[2 * i + 1]), static_cast<float>(eps[i])}; };
-  return {linear(0, C, "none"), linear(1, C, "none"), linear(2, C, activation.c_str()), linear(3, inner, "none"),
-          norm(0), norm(1), norm_first};
+  const auto norm = [&](int i) {
+    return Norm<T>{wide(norms[2 * i]), wide(norms[2 * i + 1]), static_cast<float>(eps[i])};
+  };
+  return {linear(0, C, "none"),
+          linear(1, C, "none"),
+          linear(2, C, activation.c_str()),
+          linear(3, inner, "none"),
+          norm(0),
+          norm(1),
+          norm_first};
 }
 
 // [B, T, C] float32, or bfloat16 where it has products of its own; packed frames beside offsets. Packed weights and
 // biases are of queries, keys and values as one layer, of the attention's output, and of the feed-forward's two layers.
 Tensor encoder_layer(const Tensor& x, const Tensor& rel_bias, const std::optional<Tensor>& key_lengths,
                      const std::vector<Tensor>& packed, const std::vector<Tensor>& biases,
-                     const std::vector<Tensor>& gate, const std::vector<Tensor>& norms,
-                     const std::vector<double>& eps, double scale, const Text& activation, bool norm_first, const std::optional<Tensor>& offsets) {
+                     const std::vector<Tensor>& gate, const std::vector<Tensor>& norms, const std::vector<double>& eps,
+                     double scale, const Text& activation, bool norm_first, const std::optional<Tensor>& offsets) {
   ENTRY_CHECK(x.dim() == 3 && packed.size() == 4 && biases.size() == 4 && gate.size() == 3 && norms.size() == 4 &&
                   eps.size() == 2,
-              "encoder_layer: expected x of [B, T, C] and four packed weights, got ", x.sizes(), " and ", packed.size());
+              "encoder_layer: expected x of [B, T, C] and four packed weights, got ", x.sizes(), " and ",
+              packed.size());
   const int64_t C = x.size(2), inner = biases[2].numel();
   check_positive("encoder_layer", {{"C", C}, {"the feed-forward's width", inner}, {"heads", gate[2].numel()}});
   const int64_t widths[] = {3 * C, C, inner, C};

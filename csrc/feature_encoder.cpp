@@ -53,10 +53,10 @@ struct Layer {
 // An utterance's frames of one layer.
 template <class T>
 struct Kept {
-  T* frames = nullptr;   // those that the next layer still needs, and then new ones
-  int64_t first = 0;     // which frame is at `frames`
-  int64_t done = 0;      // how many there have been
-  int64_t end = 0;       // and will have been after this piece
+  T* frames = nullptr;  // those that the next layer still needs, and then new ones
+  int64_t first = 0;    // which frame is at `frames`
+  int64_t done = 0;     // how many there have been
+  int64_t end = 0;      // and will have been after this piece
 
   T* at(int64_t frame, int64_t C) const { return frames + (frame - first) * C; }
 };
@@ -265,8 +265,8 @@ Tensor run(const Arguments& a) {
     return frames;
   };
   const Tensor x = contiguous_of(a.waveform);
-  const auto utterances = resized_frames("feature_encoder", x.size(0), x.size(1), a.offsets, a.out_offsets,
-                                         a.out_frames, frames_of);
+  const auto utterances =
+      resized_frames("feature_encoder", x.size(0), x.size(1), a.offsets, a.out_offsets, a.out_frames, frames_of);
   const auto dtype = sizeof(T) == sizeof(bf16) ? kBFloat16 : kFloat;
   const Tensor out = fresh(x, {x.size(0), utterances.row_frames(), a.channels.back()}, dtype);
   first.listen(data<float>(x), utterances);
@@ -299,8 +299,8 @@ Tensor feature_encoder(const Tensor& waveform, const Tensor& weight, const std::
                        const std::optional<Tensor>& offsets, const std::optional<Tensor>& out_offsets,
                        std::optional<int64_t> out_frames) {
   const size_t L = packed.size();
-  ENTRY_CHECK(L >= 2 && biases.size() == L && norm_weights.size() == L && norm_biases.size() == L &&
-                  taps.size() == L && strides.size() == L && channels.size() == L && filtered.size() == L,
+  ENTRY_CHECK(L >= 2 && biases.size() == L && norm_weights.size() == L && norm_biases.size() == L && taps.size() == L &&
+                  strides.size() == L && channels.size() == L && filtered.size() == L,
               "feature_encoder: expected everything once per layer, and two layers or more, got ", L, " weights");
   ENTRY_CHECK(waveform.dim() == 2 && waveform.scalar_type() == kFloat,
               "feature_encoder: expected a float32 waveform of [B, S], got ", waveform.scalar_type(), " ",

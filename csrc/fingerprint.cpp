@@ -131,7 +131,9 @@ int64_t fingerprint(const Tensor& x, int64_t samples) {
 }
 
 // Not for one backend: a parameter must not pass through autograd's fallback on its way here.
-STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CompositeImplicitAutograd, m) { m.impl("fingerprint", TORCH_BOX(&fingerprint)); }
+STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CompositeImplicitAutograd, m) {
+  m.impl("fingerprint", TORCH_BOX(&fingerprint));
+}
 
 }  // namespace
 }  // namespace wavlm_fast

@@ -31,8 +31,8 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate
                 other->scalar_type(), " ", other->sizes());
   }
   const int64_t B = q.size(0), T = q.size(1), H = q.size(2);
-  ENTRY_CHECK(gate.sizes() == Sizes({B, H, T}), "gated_attention: expected gate of [", B, ", ", H, ", ", T,
-              "], got ", gate.sizes());
+  ENTRY_CHECK(gate.sizes() == Sizes({B, H, T}), "gated_attention: expected gate of [", B, ", ", H, ", ", T, "], got ",
+              gate.sizes());
   if (bounds.empty()) {
     ENTRY_CHECK(rel_bias.sizes() == Sizes({H, 2 * T - 1}), "gated_attention: expected rel_bias of [", H, ", ",
                 2 * T - 1, "], got ", rel_bias.sizes());
@@ -103,9 +103,8 @@ Tensor for_scale(const Tensor& q, double scale) {
 }  // namespace
 
 AttentionTensors::AttentionTensors(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate,
-                                   const Tensor& rel_bias, const std::optional<Tensor>& key_lengths,
-                                   double dropout_p, const std::optional<Tensor>& seed, double scale,
-                                   Sizes bounds, int64_t queries) {
+                                   const Tensor& rel_bias, const std::optional<Tensor>& key_lengths, double dropout_p,
+                                   const std::optional<Tensor>& seed, double scale, Sizes bounds, int64_t queries) {
   check(q, k, v, gate, rel_bias, key_lengths, dropout_p, seed, bounds);
   utterances = utterances_of(q, bounds);
   this->q = for_scale(q, scale);
@@ -155,8 +154,7 @@ Tensor gated_attention_into(const Tensor& out, const Tensor& q, const Tensor& k,
                             const Tensor& rel_bias, const std::optional<Tensor>& key_lengths, double dropout_p,
                             const std::optional<Tensor>& seed, double scale, Sizes bounds) {
   const auto& kernels = gated_attention_kernels();
-  const AttentionTensors tensors(q, k, v, gate, rel_bias, key_lengths, dropout_p, seed, scale, bounds,
-                                 kernels.queries);
+  const AttentionTensors tensors(q, k, v, gate, rel_bias, key_lengths, dropout_p, seed, scale, bounds, kernels.queries);
   const Tensor lse = fresh(q, gate.sizes(), kFloat);
   if (q.scalar_type() == kFloat) {
     attend(tensors, out, lse, kernels.forward_float);

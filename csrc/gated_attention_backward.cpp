@@ -80,8 +80,10 @@ void run(const GatedAttentionBackward<T>& call, const std::vector<Utterance>& ut
   const int64_t n_scratch = kernels.scratch_size(call.longest, call.D);
   int64_t n_whole = 0, cut = 0;  // utterances up to the last that is in parts
   for (int64_t u = 0; u < tasks.utterances(); ++u) {
-    if (whole(u)) n_whole = std::max(n_whole, sums_size(u));
-    else cut = u + 1;
+    if (whole(u))
+      n_whole = std::max(n_whole, sums_size(u));
+    else
+      cut = u + 1;
   }
   const Tensor all = fresh(drel_bias, {of_bias.total + of_parts.total}, kFloat);
   float *bias_sums = mutable_data<float>(all), *sums = bias_sums + of_bias.total;
@@ -120,14 +122,13 @@ void differentiate(const AttentionTensors& tensors, const Tensor& grad, const Te
 }
 
 Gradients gated_attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
-                                   const Tensor& gate, const Tensor& rel_bias,
-                                   const std::optional<Tensor>& key_lengths, const Tensor& /*out*/, const Tensor& lse,
-                                   double dropout_p, const std::optional<Tensor>& seed, double scale,
+                                   const Tensor& gate, const Tensor& rel_bias, const std::optional<Tensor>& key_lengths,
+                                   const Tensor& /*out*/, const Tensor& lse, double dropout_p,
+                                   const std::optional<Tensor>& seed, double scale,
                                    const std::optional<Tensor>& offsets) {
   const auto& kernels = gated_attention_backward_kernels();
   const auto bounds = bounds_of("gated_attention_backward", offsets, q);
-  const AttentionTensors tensors(q, k, v, gate, rel_bias, key_lengths, dropout_p, seed, scale, bounds,
-                                 kernels.queries);
+  const AttentionTensors tensors(q, k, v, gate, rel_bias, key_lengths, dropout_p, seed, scale, bounds, kernels.queries);
   ENTRY_CHECK(grad.scalar_type() == q.scalar_type() && grad.sizes() == q.sizes(),
               "gated_attention_backward: expected a gradient like q, got ", grad.scalar_type(), " ", grad.sizes());
   ENTRY_CHECK(lse.scalar_type() == kFloat && lse.sizes() == gate.sizes(),
@@ -146,7 +147,9 @@ Gradients gated_attention_backward(const Tensor& grad, const Tensor& q, const Te
   return gradients;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) { m.impl("gated_attention_backward", TORCH_BOX(&gated_attention_backward)); }
+STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) {
+  m.impl("gated_attention_backward", TORCH_BOX(&gated_attention_backward));
+}
 
 }  // namespace
 }  // namespace wavlm_fast

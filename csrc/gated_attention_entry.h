@@ -24,10 +24,9 @@ struct AttentionTensors {
 
   // `bounds` are of packed frames, see bounds_of, and empty of dense ones. `queries` is the kernels' number of queries
   // of a block.
-  AttentionTensors(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate,
-                   const Tensor& rel_bias, const std::optional<Tensor>& key_lengths, double dropout_p,
-                   const std::optional<Tensor>& seed, double scale, Sizes bounds,
-                   int64_t queries);
+  AttentionTensors(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate, const Tensor& rel_bias,
+                   const std::optional<Tensor>& key_lengths, double dropout_p, const std::optional<Tensor>& seed,
+                   double scale, Sizes bounds, int64_t queries);
 
   int64_t longest() const { return utterances.empty() ? 0 : utterances[0].T; }
 

@@ -1,3 +1,4 @@
+// Products of matrices, an engine: the gradients of linear_act, strided_conv and tdnn are made of them.
 #include "matmul.h"
 
 #include <algorithm>

@@ -1,3 +1,5 @@
+// Layer norm and activation, an engine: strided_conv ends in it, and encoder_layer and feature_encoder use it through
+// norm_act_entry.h.
 #include "norm_act.h"
 
 #include <algorithm>
@@ -14,9 +16,13 @@ namespace wavlm_fast {
 WAVLM_FAST_DISPATCH(NormActKernels, norm_act_kernels)
 
 template <>
-NormAct<float>* norm_act_kernel() { return norm_act_kernels().of_float; }
+NormAct<float>* norm_act_kernel() {
+  return norm_act_kernels().of_float;
+}
 template <>
-NormAct<bf16>* norm_act_kernel() { return norm_act_kernels().of_bf16; }
+NormAct<bf16>* norm_act_kernel() {
+  return norm_act_kernels().of_bf16;
+}
 
 namespace {
 
@@ -38,8 +44,8 @@ void run(NormAct<T>* kernel, const Tensor& x, const std::optional<Tensor>& weigh
 // activation(layer norm of x over its last dimension), float32 or bfloat16.
 Tensor norm_act(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps,
                 const Text& activation) {
-  ENTRY_CHECK(x.scalar_type() == kFloat || x.scalar_type() == kBFloat16,
-              "norm_act: expected float32 or bfloat16, got ", x.scalar_type());
+  ENTRY_CHECK(x.scalar_type() == kFloat || x.scalar_type() == kBFloat16, "norm_act: expected float32 or bfloat16, got ",
+              x.scalar_type());
   ENTRY_CHECK(x.dim() >= 1 && x.size(-1) > 0, "norm_act: expected [..., C] with C > 0, got ", x.sizes());
   check_vector("norm_act", "weight", weight, x.size(-1));
   check_vector("norm_act", "bias", bias, x.size(-1));

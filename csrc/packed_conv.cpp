@@ -1,4 +1,5 @@
-
+// Convolutions with packed weights, an engine: linear_act, strided_conv and tdnn are one call of it, and encoder_layer,
+// feature_encoder and waveform_conv use it through packed_conv_entry.h.
 #include <algorithm>
 #include <string>
 #include <vector>
@@ -61,11 +62,17 @@ Tensor filter_taps(const Tensor& weight) {
 const PackedConvKernels& packed_conv() { return packed_conv_kernels(); }
 
 template <>
-const PackedConvVariants<float, float>& variants() { return packed_conv().of_float; }
+const PackedConvVariants<float, float>& variants() {
+  return packed_conv().of_float;
+}
 template <>
-const PackedConvVariants<float, bf16>& variants() { return packed_conv().to_bf16; }
+const PackedConvVariants<float, bf16>& variants() {
+  return packed_conv().to_bf16;
+}
 template <>
-const PackedConvVariants<bf16, bf16>& variants() { return packed_conv().of_bf16; }
+const PackedConvVariants<bf16, bf16>& variants() {
+  return packed_conv().of_bf16;
+}
 
 int activation_number(const std::string& name) {
   const char* names[] = {"none", "relu", "gelu", "gelu_tanh"};
@@ -141,8 +148,8 @@ Tensor pack_conv(std::vector<Tensor> weights, bool filtered) {
   int64_t channels = 0;
   for (const Tensor& weight : weights) channels += weight.size(0);
   // Before all that is given back: what is kept shall leave no hole in the heap.
-  const Tensor packed = fresh(like, {packed_size(channels, like.size(1), like.size(2), filtered)},
-                              pairs ? kBFloat16 : kFloat);
+  const Tensor packed =
+      fresh(like, {packed_size(channels, like.size(1), like.size(2), filtered)}, pairs ? kBFloat16 : kFloat);
   for (Tensor& weight : weights) {
     if (filtered) weight = filter_taps(weight);
     if (!pairs && weight.scalar_type() != kFloat) weight = contiguous_of(weight, kFloat);
@@ -205,7 +212,7 @@ void run(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bia
     std::vector<ConvPiece<In, Out>> pieces;
     for (int64_t b = 0; b < utterances.count(); ++b) {
       auto own = call;
-      own.x += utterances.in(b) * C;
+      own.x += utterances.in(b)*C;
       own.out += utterances.out(b) * channels;
       pieces.push_back({own, utterances.out_frames(b)});
     }
@@ -234,11 +241,15 @@ Tensor packed_conv_op(const Tensor& x, const Tensor& packed, const std::optional
   ENTRY_CHECK(pairs ? x.scalar_type() == kBFloat16 && multiplies_pairs(C) : packed.scalar_type() == kFloat,
               "packed_conv: expected a weight packed from the dtype of x, got ", packed.scalar_type(), " for ",
               x.scalar_type());
-  check_positive("packed_conv", {{"C", C}, {"channels", channels}, {"taps", taps}, {"stride", stride},
-                                 {"dilation", dilation}, {"frames", frames}});
-  ENTRY_CHECK(taps - 1 <= (frames - 1) / dilation && channels <= packed.numel(),
-              "packed_conv: expected frames for ", taps, " taps at a dilation of ", dilation, " and a weight of ",
-              channels, " channels, got ", frames, " frames and ", packed.numel(), " numbers");
+  check_positive("packed_conv", {{"C", C},
+                                 {"channels", channels},
+                                 {"taps", taps},
+                                 {"stride", stride},
+                                 {"dilation", dilation},
+                                 {"frames", frames}});
+  ENTRY_CHECK(taps - 1 <= (frames - 1) / dilation && channels <= packed.numel(), "packed_conv: expected frames for ",
+              taps, " taps at a dilation of ", dilation, " and a weight of ", channels, " channels, got ", frames,
+              " frames and ", packed.numel(), " numbers");
   const int64_t span = (taps - 1) * dilation + 1;
   stride = std::min(stride, frames);  // no more than one output frame either way, and nothing overflows
   ENTRY_CHECK(!filtered || (taps == 3 && stride == 2 && dilation == 1),

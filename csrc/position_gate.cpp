@@ -19,14 +19,14 @@ WAVLM_FAST_DISPATCH(PositionGateKernels, position_gate_kernels)
 namespace {
 
 void check(const char* op, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& scale) {
-  ENTRY_CHECK(x.scalar_type() == kFloat || x.scalar_type() == kBFloat16, op,
-              ": expected float32 or bfloat16, got ", x.scalar_type());
+  ENTRY_CHECK(x.scalar_type() == kFloat || x.scalar_type() == kBFloat16, op, ": expected float32 or bfloat16, got ",
+              x.scalar_type());
   ENTRY_CHECK(weight.dim() == 2 && weight.size(0) == 8 && bias.sizes() == Sizes({8}) && scale.dim() == 1, op,
               ": expected weight of [8, D], bias of [8] and const of [H], got ", weight.sizes(), ", ", bias.sizes(),
               " and ", scale.sizes());
   check_positive(op, {{"D", weight.size(1)}, {"H", scale.size(0)}});
-  ENTRY_CHECK(x.dim() == 3 && x.size(2) % scale.size(0) == 0 && x.size(2) / scale.size(0) == weight.size(1), op, ": expected x of [B, T, ",
-              scale.size(0) * weight.size(1), "], got ", x.sizes());
+  ENTRY_CHECK(x.dim() == 3 && x.size(2) % scale.size(0) == 0 && x.size(2) / scale.size(0) == weight.size(1), op,
+              ": expected x of [B, T, ", scale.size(0) * weight.size(1), "], got ", x.sizes());
 }
 
 // What every frame meets, in float32.
@@ -120,8 +120,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> position_gate_backward(const Tensor& 
                                                                   const Tensor& scale) {
   check("position_gate_backward", x, weight, bias, scale);
   const int64_t H = scale.size(0), D = weight.size(1);
-  ENTRY_CHECK(grad.sizes() == Sizes({x.size(0), H, x.size(1)}),
-              "position_gate_backward: expected grad of [", x.size(0), ", ", H, ", ", x.size(1), "], got ", grad.sizes());
+  ENTRY_CHECK(grad.sizes() == Sizes({x.size(0), H, x.size(1)}), "position_gate_backward: expected grad of [", x.size(0),
+              ", ", H, ", ", x.size(1), "], got ", grad.sizes());
   const Tensor grad_ = contiguous_of(grad, kFloat), x_ = with_channels_contiguous(x);
   const Parameters parameters(weight, bias, scale);
   const Tensor dx = fresh_like(x);
@@ -141,7 +141,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> position_gate_backward(const Tensor& 
     dweight.insert(dweight.end(), row, row + D);
     dbias.push_back(total[2 * D + n / 4]);
   }
-  return {dx, rounded(x, {8, D}, dweight.data(), weight.scalar_type()), rounded(x, {8}, dbias.data(), bias.scalar_type()),
+  return {dx, rounded(x, {8, D}, dweight.data(), weight.scalar_type()),
+          rounded(x, {8}, dbias.data(), bias.scalar_type()),
           rounded(x, {H}, total.data() + 2 * D + 2, scale.scalar_type())};
 }
 

@@ -209,8 +209,8 @@ Tensor positional_spectra(const Tensor& weight) {
 
 // (out, what enters the activation or an empty tensor). `spectra` is what positional_spectra made of the weight.
 std::tuple<Tensor, Tensor> positional_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& spectra,
-                                           const std::optional<Tensor>& bias, const Text& activation,
-                                           bool residual, bool save, const std::optional<Tensor>& offsets) {
+                                           const std::optional<Tensor>& bias, const Text& activation, bool residual,
+                                           bool save, const std::optional<Tensor>& offsets) {
   check(x, weight);
   check_vector("positional_conv", "bias", bias, x.size(2));
   ENTRY_CHECK(!spectra || (spectra->is_contiguous() && spectra->scalar_type() == kFloat &&
@@ -241,13 +241,12 @@ std::tuple<Tensor, Tensor> positional_conv_backward(const Tensor& grad, const st
                                                     const std::vector<bool>& wanted,
                                                     const std::optional<Tensor>& offsets) {
   check(x, weight);
-  ENTRY_CHECK(wanted.size() == 2, "positional_conv_backward: expected to hear of two gradients whether they are wanted, got ",
-              wanted.size());
+  ENTRY_CHECK(wanted.size() == 2, "positional_conv_backward: expected two of wanted, got ", wanted.size());
   check_alike(x, grad, "grad");
   if (residual) check_alike(x, *residual, "residual");
   const std::vector<int64_t> bounds = bounds_of("positional_conv_backward", offsets, x);
   const Tensor grad_ = contiguous_of(grad), x_ = contiguous_of(x), weight_ = contiguous_of(weight);
-  const auto residual_ = residual ? std::optional<Tensor>(contiguous_of(*residual)) : std::nullopt;
+  const auto residual_ = contiguous_of(residual);
   const Tensor dx = wanted[0] ? fresh_like(x_) : fresh(x, {0});
   const Tensor dweight = wanted[1] ? fresh_like(weight_) : fresh(weight, {0});
   const std::vector<float> roots = roots_of_passes(coefficients(weight.size(2)));

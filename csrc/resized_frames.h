@@ -55,8 +55,8 @@ ResizedFrames resized_frames(const char* op, int64_t B, int64_t frames, const st
   for (size_t b = 0; b + 1 < in.size(); ++b) out.push_back(out.back() + checked(in[b + 1] - in[b]));
   ENTRY_CHECK(*out_frames == out.back(), op, ": expected out_frames of ", out.back(), " for these offsets, got ",
               *out_frames);
-  ENTRY_CHECK(values_of(op, "out_offsets", *out_offsets, *out_frames) == out, op, ": expected out_offsets of ", Sizes(out),
-              " for these offsets, got others");
+  ENTRY_CHECK(values_of(op, "out_offsets", *out_offsets, *out_frames) == out, op, ": expected out_offsets of ",
+              Sizes(out), " for these offsets, got others");
   return {std::move(in), std::move(out)};
 }
 

@@ -18,8 +18,8 @@ WAVLM_FAST_DISPATCH(StatsPoolKernels, stats_pool_kernels)
 namespace {
 
 void check(const char* op, const Tensor& x, const std::optional<Tensor>& lengths) {
-  ENTRY_CHECK(x.scalar_type() == kFloat || x.scalar_type() == kBFloat16, op,
-              ": expected float32 or bfloat16, got ", x.scalar_type());
+  ENTRY_CHECK(x.scalar_type() == kFloat || x.scalar_type() == kBFloat16, op, ": expected float32 or bfloat16, got ",
+              x.scalar_type());
   ENTRY_CHECK(x.dim() == 3, op, ": expected x of [B, T, C], got ", x.sizes());
   check_lengths(op, lengths, x.size(0));
 }
@@ -78,15 +78,14 @@ void run_forward(StatsPoolForward<T>* kernel, const Tensor& x, const Utterances&
 }
 
 template <class T>
-void run_backward(StatsPoolBackward<T>* kernel, const Tensor& grad, const Tensor& x,
-                  const Utterances& utterances, const std::optional<Tensor>& lengths, const Tensor& dx) {
+void run_backward(StatsPoolBackward<T>* kernel, const Tensor& grad, const Tensor& x, const Utterances& utterances,
+                  const std::optional<Tensor>& lengths, const Tensor& dx) {
   const int64_t C = x.size(2);
   const T* from = data<T>(grad);
   T* to = mutable_data<T>(dx);
   for_blocks<T>(x, utterances, lengths, [&](const PoolColumns<T>& columns, int64_t b, int64_t c, PoolWork& work) {
     const T* grad_mean = from + b * 2 * C + c;
-    kernel(columns, work, grad_mean, grad_mean + C, utterances.frames_of(b),
-           to + utterances.first(b) * C + c);
+    kernel(columns, work, grad_mean, grad_mean + C, utterances.frames_of(b), to + utterances.first(b) * C + c);
   });
 }
 
@@ -110,8 +109,8 @@ Tensor stats_pool_backward(const Tensor& grad, const Tensor& x, const std::optio
   const Utterances utterances("stats_pool_backward", x, lengths, offsets);
   const int64_t B = utterances.count;
   ENTRY_CHECK(grad.scalar_type() == x.scalar_type() && grad.sizes() == Sizes({B, 2 * x.size(2)}),
-              "stats_pool_backward: expected grad of ", x.scalar_type(), " [", B, ", ", 2 * x.size(2),
-              "], got ", grad.scalar_type(), " ", grad.sizes());
+              "stats_pool_backward: expected grad of ", x.scalar_type(), " [", B, ", ", 2 * x.size(2), "], got ",
+              grad.scalar_type(), " ", grad.sizes());
   const Tensor grad_ = contiguous_of(grad), x_ = contiguous_of(x);
   const auto lengths_ = contiguous_of(lengths, ScalarType::Long);
   const Tensor dx = fresh_like(x_);

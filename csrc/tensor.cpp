@@ -43,16 +43,23 @@ Tensor rounded(const Tensor& like, Sizes sizes, const float* numbers, ScalarType
 
 Tensor contiguous_of(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
+std::optional<Tensor> contiguous_of(const std::optional<Tensor>& x) {
+  if (x) return contiguous_of(*x);
+  return {};
+}
+
 Tensor contiguous_of(const Tensor& x, ScalarType dtype) {
   return contiguous_of(x.scalar_type() == dtype ? x : torch::stable::to(x, dtype));
 }
 
 std::optional<Tensor> contiguous_of(const std::optional<Tensor>& x, ScalarType dtype) {
-  return x ? std::optional<Tensor>(contiguous_of(*x, dtype)) : std::nullopt;
+  if (x) return contiguous_of(*x, dtype);
+  return {};
 }
 
 Tensor view_of(const void* memory, Sizes sizes, Sizes strides, ScalarType dtype) {
-  return torch::stable::from_blob(const_cast<void*>(memory), sizes, strides, {torch::headeronly::DeviceType::CPU, -1}, dtype);
+  return torch::stable::from_blob(const_cast<void*>(memory), sizes, strides, {torch::headeronly::DeviceType::CPU, -1},
+                                  dtype);
 }
 
 Tensor view_of(const void* memory, Sizes sizes, ScalarType dtype) {

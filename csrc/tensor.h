@@ -44,6 +44,7 @@ Tensor rounded(const Tensor& like, Sizes sizes, const float* numbers, ScalarType
 
 // x itself where it is so already.
 Tensor contiguous_of(const Tensor& x);
+std::optional<Tensor> contiguous_of(const std::optional<Tensor>& x);
 Tensor contiguous_of(const Tensor& x, ScalarType dtype);
 std::optional<Tensor> contiguous_of(const std::optional<Tensor>& x, ScalarType dtype);
 

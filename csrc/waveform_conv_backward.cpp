@@ -34,16 +34,24 @@ constexpr int64_t kSpreadFrames = 128;
 template <class T>
 CollectGradient<T>* collect_kernel();
 template <>
-CollectGradient<float>* collect_kernel() { return waveform_backward_kernels().collect_float; }
+CollectGradient<float>* collect_kernel() {
+  return waveform_backward_kernels().collect_float;
+}
 template <>
-CollectGradient<bf16>* collect_kernel() { return waveform_backward_kernels().collect_bf16; }
+CollectGradient<bf16>* collect_kernel() {
+  return waveform_backward_kernels().collect_bf16;
+}
 
 template <class T>
 SpreadGradient<T>* spread_kernel();
 template <>
-SpreadGradient<float>* spread_kernel() { return waveform_backward_kernels().spread_float; }
+SpreadGradient<float>* spread_kernel() {
+  return waveform_backward_kernels().spread_float;
+}
 template <>
-SpreadGradient<bf16>* spread_kernel() { return waveform_backward_kernels().spread_bf16; }
+SpreadGradient<bf16>* spread_kernel() {
+  return waveform_backward_kernels().spread_bf16;
+}
 
 // Rows of the gradient op's work, C numbers each.
 enum Row { kShift, kRstd, kNormWeight, kNormBias, kMean, kMeanNormed, kRows };
@@ -148,8 +156,8 @@ void centre(const float* samples, int64_t count, std::vector<float>& centred) {
 
 template <class T>
 void run(const Tensor& grad, const Tensor& waveform, const ResizedFrames& utterances, const Tensor& filters,
-         int64_t stride, const Tensor& norm_weight, const Tensor& norm_bias, double eps, int activation,
-         Gradients& to, bool wants_waveform) {
+         int64_t stride, const Tensor& norm_weight, const Tensor& norm_bias, double eps, int activation, Gradients& to,
+         bool wants_waveform) {
   const int64_t channels = filters.size(0), K = filters.size(2), lanes = waveform_backward_kernels().lanes;
   const int64_t C = divided_up(channels, lanes) * lanes;
   const float *weight = data<float>(filters), *samples = data<float>(waveform);
@@ -181,14 +189,10 @@ void run(const Tensor& grad, const Tensor& waveform, const ResizedFrames& uttera
 
 // Gradients of waveform, empty unless it is wanted, weight, norm_weight and norm_bias, all float32. grad is float32 or
 // bfloat16, everything else float32. That of the convolution's own bias is zero: the norm takes it out.
-std::tuple<Tensor, Tensor, Tensor, Tensor> waveform_conv_backward(const Tensor& grad, const Tensor& waveform,
-                                                                  const Tensor& weight, int64_t stride,
-                                                                  const Tensor& norm_weight, const Tensor& norm_bias,
-                                                                  double eps, const Text& activation,
-                                                                  bool wants_waveform,
-                                                                  const std::optional<Tensor>& offsets,
-                                                                  const std::optional<Tensor>& out_offsets,
-                                                                  std::optional<int64_t> out_frames) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> waveform_conv_backward(
+    const Tensor& grad, const Tensor& waveform, const Tensor& weight, int64_t stride, const Tensor& norm_weight,
+    const Tensor& norm_bias, double eps, const Text& activation, bool wants_waveform,
+    const std::optional<Tensor>& offsets, const std::optional<Tensor>& out_offsets, std::optional<int64_t> out_frames) {
   ENTRY_CHECK(weight.dim() == 3 && weight.size(1) == 1 && waveform.dim() == 2 && weight.size(2) > 0 &&
                   waveform.size(1) >= weight.size(2) && weight.size(2) <= waveform_backward_kernels().most_taps,
               "waveform_conv_backward: expected a waveform of [B, S] and a weight of [C, 1, K] with K up to ",
@@ -202,9 +206,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> waveform_conv_backward(const Tensor& 
   const int64_t T = utterances.row_frames();
   check_vector("waveform_conv_backward", "norm_weight", norm_weight, C);
   check_vector("waveform_conv_backward", "norm_bias", norm_bias, C);
-  ENTRY_CHECK(grad.sizes() == Sizes({waveform.size(0), T, C}),
-              "waveform_conv_backward: expected grad of [", waveform.size(0), ", ", T, ", ", C, "], got ",
-              grad.sizes());
+  ENTRY_CHECK(grad.sizes() == Sizes({waveform.size(0), T, C}), "waveform_conv_backward: expected grad of [",
+              waveform.size(0), ", ", T, ", ", C, "], got ", grad.sizes());
   for (const Tensor* x : {&waveform, &weight, &norm_weight, &norm_bias}) {
     ENTRY_CHECK(x->scalar_type() == kFloat, "waveform_conv_backward: expected float32, got ", x->scalar_type());
   }
@@ -228,7 +231,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> waveform_conv_backward(const Tensor& 
   return {to.waveform, narrow({C, 1, K}, to.weight), narrow({C}, to.norm_weight), narrow({C}, to.norm_bias)};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) { m.impl("waveform_conv_backward", TORCH_BOX(&waveform_conv_backward)); }
+STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) {
+  m.impl("waveform_conv_backward", TORCH_BOX(&waveform_conv_backward));
+}
 
 }  // namespace
 }  // namespace wavlm_fast
