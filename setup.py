@@ -6,110 +6,89 @@ How csrc/ is built:
   WAVLM_FAST_ISA set to the level's namespace. They see raw pointers only (csrc/vec.h), never torch's headers:
   an inline function of a shared header compiled for AVX-512 could be the copy that the linker keeps for everybody.
 - csrc/dispatch.h picks one level per process. A new op is new files in csrc/; nothing here changes.
+- Objects stay in build/, and are compiled again when a file that they include, a flag, the compiler or torch changes.
 
-The extension is optional. Whatever keeps it from being built ends as one sentence, printed once and written to
-`wavlm_fast/_build.json`, where `wavlm-fast doctor` and `wavlm_fast.report` find it. WAVLM_FAST_NO_EXTENSION=1 skips it.
-It is built against the installed torch: pip install --no-build-isolation.
+torch lends its headers and is not imported (build_backend.py says which torch, and who has the compiler's name). What
+keeps a machine from compiling ends as one sentence, printed once and written to `wavlm_fast/_build.json`, where
+`wavlm-fast doctor` and `wavlm_fast.report` find it. Variables: WAVLM_FAST_NO_EXTENSION=1 leaves the extension out; CXX
+is the compiler and MAX_JOBS how many of it run at once; CXXFLAGS and LDFLAGS are as everywhere; WAVLM_FAST_CXXFLAGS
+follows all flags of every compilation and of the linker: WAVLM_FAST_CXXFLAGS="-g -fsanitize=address".
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
 import platform
+import re
 import shlex
-import shutil
 import subprocess
 import sys
-import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import setuptools
+
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    sys.exit(
+        f"wavlm-fast is built by setuptools 77 or newer, this is {setuptools.__version__}: pip install -U setuptools, "
+        "or leave out --no-build-isolation"
+    )
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
+from build_backend import PROBE, TORCH_FLOOR, compiler_command, compiles, torch_folder, torch_version, why_no_extension
+
 FOLDERS = ["wavlm_fast.kernels", "wavlm_fast.benchmarks"]  # wavlm_fast/_folders.py finds them in a checkout
 # Level name -> flags. Order is slowest first, as in csrc/dispatch.h.
-AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mprefer-vector-width=512"]
+AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mprefer-vector-width=512")
 LEVELS = {
-    "default": [],
-    "avx2": ["-mavx2", "-mfma"],
+    "default": (),
+    "avx2": ("-mavx2", "-mfma"),
     "avx512": AVX512_FLAGS,
-    "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16"],
+    "avx512_bf16": (*AVX512_FLAGS, "-mavx512bf16"),
 }
-COMPILE_FLAGS = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
-# The oldest torch whose stable interface has all that the entries call: one file then runs under it and all newer ones.
-TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10
-# The probe is what csrc/vec.h and csrc/dispatch.cpp ask of the compiler, so that a level is dropped, not fatal.
-PROBE = """
-typedef float floats __attribute__((vector_size(64)));
-typedef unsigned words __attribute__((vector_size(64)));
-words probe(floats x) { return __builtin_convertvector(x, words); }
-#if defined(__AVX512BF16__)
-bool cpu() { return __builtin_cpu_supports("avx512bf16"); }
-#endif
-"""
+COMPILE_FLAGS = ("-O3", "-g0", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
+# One file runs under TORCH_FLOOR and every newer torch: what the stable interface got later is not declared.
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*TORCH_FLOOR)
+FASTER_FLAGS = ("-fno-math-errno", "-fno-trapping-math")  # where the compiler knows them
+NO_TORCH = (
+    "wavlm-fast's C++ kernels are built with the headers of torch {}.{} or newer, and this environment has none: "
+    "pip install torch first, or leave out --no-build-isolation. WAVLM_FAST_NO_EXTENSION=1 installs without kernels."
+).format(*TORCH_FLOOR)
 
 
 def main() -> None:
     """Run setup."""
-    reason = reason_not_to_try()
-    classes: dict[str, type] = {"build_py": record_in_build_py(reason), "bdist_wheel": AnyPythonWheel}
-    extensions = []
-    if reason is None:
-        classes["build_ext"] = extension_builder()
-        kernels = sorted(str(path) for path in Path("csrc").glob("*_kernel.cpp"))
-        entries = sorted({str(path) for path in Path("csrc").glob("*.cpp")} - set(kernels))
-        extensions = [Extension("wavlm_fast._C", entries, depends=kernels, language="c++", optional=True)]
+    reason = why_no_extension()
+    kernels = sorted(str(path) for path in Path("csrc").glob("*_kernel.cpp"))
+    entries = sorted({str(path) for path in Path("csrc").glob("*.cpp")} - set(kernels))
+    extension = Extension("wavlm_fast._C", entries, depends=kernels, language="c++")
     folders = {package: package.rpartition(".")[2] for package in FOLDERS}
     inner = [f"{package}.{name}" for package, folder in folders.items() for name in find_packages(folder)]
     setup(
         packages=[*find_packages(include=["wavlm_fast", "wavlm_fast.*"]), *FOLDERS, *inner],
         package_dir=folders,
         package_data={"wavlm_fast": ["_build.json", "data/*"]},
-        ext_modules=extensions,
-        cmdclass=classes,
+        ext_modules=[] if reason else [extension],
+        cmdclass={"build_py": record_in_build_py(reason), "build_ext": BuildExtension, "bdist_wheel": AnyPythonWheel},
     )
 
 
-def compiler_command() -> list[str]:
-    """The C++ compiler, as torch.utils.cpp_extension and setuptools would find it."""
-    return shlex.split(os.environ.get("CXX") or ("cl" if os.name == "nt" else "c++"))
-
-
-def reason_not_to_try() -> str | None:
-    """Why the extension cannot be built here, known before any compiling; None to try."""
-    if os.environ.get("WAVLM_FAST_NO_EXTENSION", "0") not in ("", "0"):
-        return "WAVLM_FAST_NO_EXTENSION is set"
-    try:
-        importlib.import_module("torch.utils.cpp_extension")
-    except ImportError as error:
-        return f"torch is not importable where it is built ({error}); install torch first and use --no-build-isolation"
-    command = compiler_command()
-    if shutil.which(command[0]) is None:
-        return f"no C++ compiler found ({command[0]} does not exist)"
-    if not compiles(command, PROBE, []):
-        return f"the C++ compiler {command[0]} lacks the vector extensions of GCC 9 and clang"
-    return None
-
-
-def compiles(command: list[str], probe: str, flags: list[str]) -> bool:
-    """Whether the compiler takes the probe with these flags."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "probe.cpp")
-        source.write_text(probe)
-        run = [*command, *flags, "-c", str(source), "-o", str(source.with_suffix(".o"))]
-        return subprocess.run(run, capture_output=True, check=False).returncode == 0
-
-
-def available_levels(command: list[str]) -> dict[str, list[str]]:
+def available_levels(command: list[str]) -> dict[str, tuple[str, ...]]:
     """The levels of LEVELS that exist on this platform and that the compiler knows."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        return {"default": []}
+        return {"default": ()}
     return {name: flags for name, flags in LEVELS.items() if compiles(command, PROBE, flags)}
+
+
+def flags_of(variable: str) -> list[str]:
+    """The flags in an environment variable."""
+    return shlex.split(os.environ.get(variable, ""))
 
 
 def digest_of_sources() -> str:
@@ -142,49 +121,82 @@ def record_in_build_py(reason: str | None) -> type[build_py]:
     return BuildPy
 
 
-def extension_builder() -> type[build_ext]:
-    """torch's build_ext, with one more pass over the kernels per level, and no failure that stops an installation."""
-    import torch
-    from torch.utils import cpp_extension
+class BuildExtension(build_ext):
+    """csrc/ compiled side by side, the kernels once per level. A compiler that fails stops no installation."""
 
-    class BuildExtension(cpp_extension.BuildExtension):
-        def __init__(self, *args, **kwargs) -> None:
-            super().__init__(*args, **kwargs, no_python_abi_suffix=True)  # no Python API in it: one file for all
+    def run(self) -> None:
+        torch = torch_folder()
+        if torch is None:
+            sys.exit(NO_TORCH)
+        self.torch, self.compiler_command = torch, compiler_command()
+        self.levels = available_levels(self.compiler_command)
+        self.built_with = {
+            "torch": torch_version(torch, TORCH_FLOOR),
+            "compiler": version_of(self.compiler_command),
+        }
+        record = {**self.built_with, "levels": list(self.levels), "sources": digest_of_sources()}
+        folder = Path("." if self.inplace else self.build_lib, "wavlm_fast")  # a run that fails forgets inplace
+        try:
+            super().run()
+        except Exception as error:
+            print(error, file=sys.stderr)
+            record = {"failed": "compiling csrc/ failed, the log of pip install -v shows where"}
+        write_record(folder, record)
 
-        def run(self) -> None:
-            command = compiler_command()
-            self.levels = available_levels(command)
-            record = {
-                "torch": torch.__version__,
-                "compiler": version_of(command),
-                "levels": list(self.levels),
-                "sources": digest_of_sources(),
-            }
-            folder = Path("." if self.inplace else self.build_lib, "wavlm_fast")  # a run that fails forgets inplace
-            try:
-                super().run()
-            except Exception as error:
-                print(error, file=sys.stderr)
-                record = {"failed": "compiling csrc/ failed, the log of pip install -v shows where"}
-            write_record(folder, record)
+    def get_ext_filename(self, fullname: str) -> str:
+        """The file of an extension: no Python API is in it, so it is one for all."""
+        return str(Path(*fullname.split("."))) + ".so"
 
-        def build_extension(self, ext: Extension) -> None:
-            ext.include_dirs += [str(Path("csrc").resolve()), *cpp_extension.include_paths()]
-            ext.library_dirs += cpp_extension.library_paths()
-            # Torch has parts of the C++ library in it, which another torch may not have: the system's come first.
-            ext.libraries += [*(["stdc++"] if sys.platform == "linux" else []), "torch_cpu"]
-            ext.extra_compile_args += [*COMPILE_FLAGS, TORCH_TARGET]
-            ext.extra_compile_args += [f"-DWAVLM_FAST_HAVE_{name.upper()}=1" for name in self.levels]
-            for name, flags in self.levels.items():
-                ext.extra_objects += self.compiler.compile(
-                    list(ext.depends),
-                    output_dir=str(Path(self.build_temp, name)),
-                    include_dirs=[str(Path("csrc").resolve())],
-                    extra_postargs=[*COMPILE_FLAGS, *flags, f"-DWAVLM_FAST_ISA=isa_{name}"],
-                )
-            super().build_extension(ext)
+    def build_extension(self, ext: Extension) -> None:
+        """Compile what has changed, and link."""
+        command, users = self.compiler_command, flags_of("WAVLM_FAST_CXXFLAGS")
+        known = [flag for flag in FASTER_FLAGS if compiles(command, "", ("-Werror", flag))]
+        common = [*flags_of("CXXFLAGS"), *COMPILE_FLAGS, *known, "-Icsrc"]
+        have = [f"-DWAVLM_FAST_HAVE_{name.upper()}=1" for name in self.levels]
+        of_entries = [*common, *have, TORCH_TARGET, f"-isystem{self.torch}/include", *users]
+        folder = Path("build", f"objects-{platform.machine()}")
+        jobs = [(folder / "entries", source, of_entries) for source in ext.sources]
+        for name, flags in self.levels.items():
+            of_level = [*common, *flags, f"-DWAVLM_FAST_ISA=isa_{name}", *users]
+            jobs += [(folder / name, kernel, of_level) for kernel in ext.depends]
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            objects = list(pool.map(lambda job: self.compile(*job), jobs))
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # torch has parts of the C++ library in it, which another torch may not have: the system's comes first.
+        libraries = [*(["-lstdc++"] if sys.platform == "linux" else []), f"-L{self.torch}/lib", "-ltorch_cpu"]
+        more = [*flags_of("LDFLAGS"), *users, "-o", str(output)]
+        run([*command, "-shared", *map(str, objects), *libraries, *more])
 
-    return BuildExtension
+    def compile(self, folder: Path, source: str, flags: list[str]) -> Path:
+        """The object of a source, compiled unless it is there and nothing that it is made of has changed."""
+        made, depends, how = (folder / f"{Path(source).stem}{suffix}" for suffix in (".o", ".d", ".how"))
+        command = [*self.compiler_command, *flags, "-MMD", "-c", source, "-o", str(made)]
+        said = json.dumps([command, self.built_with])
+        if made.exists() and how.exists() and how.read_text() == said and is_newer(made, depends):
+            return made
+        made.parent.mkdir(parents=True, exist_ok=True)
+        how.unlink(missing_ok=True)
+        run(command)
+        how.write_text(said)
+        return made
+
+
+def is_newer(made: Path, depends: Path) -> bool:
+    """Whether an object is newer than every file that the compiler read for it."""
+    files = re.split(r"(?<!\\)\s+", depends.read_text().replace("\\\n", " ").partition(": ")[2].strip())
+    try:
+        return max(Path(file.replace("\\ ", " ")).stat().st_mtime_ns for file in files) < made.stat().st_mtime_ns
+    except FileNotFoundError:
+        return False
+
+
+def run(command: list[str]) -> None:
+    """Run a compiler. What it says is printed in one piece, as others run beside it."""
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    print(f"{shlex.join(command)}\n{result.stdout}", end="", flush=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"{command[0]} failed with status {result.returncode}")
 
 
 def version_of(command: list[str]) -> str:
@@ -199,7 +211,8 @@ class AnyPythonWheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         """The tag, with the platform where an extension is inside."""
         _, _, platform_tag = super().get_tag()
-        return "py3", "none", platform_tag
+        # A Mac's Python may be of two architectures, what it compiles is of one.
+        return "py3", "none", platform_tag.replace("universal2", platform.machine())
 
 
 main()

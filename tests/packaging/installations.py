@@ -8,6 +8,8 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+import setuptools
+
 ROOT = Path(__file__).parents[2]
 # What a build leaves behind, and what git would not clone.
 LEFTOVERS = (".git", ".venv*", ".*_cache", "build", "dist", "results", "*.egg-info", "__pycache__")
@@ -61,9 +63,20 @@ class Environment:
         return self.python("-m", "pip", "install", *options, *what, cwd=cwd, **variables)
 
 
-def make_clone(folder):
-    """A copy of the repository as a clone would be."""
+def only_setuptools(folder):
+    """A folder for PYTHONPATH with the setuptools of the environment that runs the tests, and nothing else of it."""
+    folder.mkdir()
+    site_packages = Path(setuptools.__file__).parent.parent
+    for found in (*site_packages.glob("setuptools*"), site_packages / "_distutils_hack"):
+        folder.joinpath(found.name).symlink_to(found)
+    return folder
+
+
+def make_clone(folder, with_objects=False):
+    """A copy of the repository as a clone would be; with the objects of what is compiled already, sooner built."""
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*LEFTOVERS))
+    for objects in ROOT.glob("build/objects-*") if with_objects else ():
+        shutil.copytree(objects, folder / "build" / objects.name)
     return folder
 
 

@@ -27,7 +27,7 @@ print("problem:", cpu.extension.problem())
 
 def build(kind, clone, out, **variables):
     """A wheel or sdist by the build backend, in the environment that runs the tests."""
-    call = f"from setuptools import build_meta; print(build_meta.build_{kind}({str(out)!r}))"
+    call = f"import build_backend; print(build_backend.build_{kind}({str(out)!r}))"
     out.mkdir(exist_ok=True)
     log = Environment.running().python("-c", call, cwd=clone, **variables)
     return out / log.splitlines()[-1], log
@@ -45,7 +45,7 @@ def wheel_installation(tmp_path_factory):
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("wheel")
-    wheel, _ = build("wheel", make_clone(folder / "repository"), folder / "dist")
+    wheel, _ = build("wheel", make_clone(folder / "repository", with_objects=True), folder / "dist")
     environment = Environment.create(folder / "venv")
     environment.install(wheel, cwd=folder)
     add_stand_in(environment)
@@ -95,8 +95,8 @@ def test_sdist_builds_a_wheel(tmp_path):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     shutil.unpack_archive(sdist, tmp_path)
-    wanted = {"csrc/dispatch.h", "csrc/add_layer_norm_kernel.cpp", "kernels/add_layer_norm.py", "Makefile", "LICENSE"}
-    assert wanted <= names
+    assert {"build_backend.py", "csrc/dispatch.h", "csrc/add_layer_norm_kernel.cpp"} <= names
+    assert {"kernels/add_layer_norm.py", "Makefile", "LICENSE"} <= names
     assert not {name for name in names if name.endswith((".so", "_build.json"))}
     wheel, log = build(
         "wheel", tmp_path / sdist.name.removesuffix(".tar.gz"), tmp_path / "dist", WAVLM_FAST_NO_EXTENSION="1"
@@ -134,7 +134,6 @@ def test_from_the_repository_root_transformers_finds_no_kernels(tmp_path):
     [
         ("no compiler", "no C++ compiler found (/nonexistent/c++ does not exist)"),
         ("failing compiler", "compiling csrc/ failed"),
-        ("no torch", "torch is not importable where it is built"),
     ],
 )
 def test_installs_without_what_the_extension_needs(broken, reason, tmp_path):
@@ -146,10 +145,6 @@ def test_installs_without_what_the_extension_needs(broken, reason, tmp_path):
         compiler.write_text('#!/bin/sh\ncase "$*" in *csrc*) echo "error: broken" >&2; exit 1;; esac\nexec c++ "$@"\n')
         compiler.chmod(0o755)
         variables = {"CXX": str(compiler)}
-    if broken == "no torch":
-        tmp_path.joinpath("path").mkdir()
-        tmp_path.joinpath("path", "torch.py").write_text("raise ImportError('No module named torch')\n")
-        variables = {"PYTHONPATH": str(tmp_path / "path")}
     clone = make_clone(tmp_path / "repository")
     clone.joinpath("wavlm_fast", "_C.so").write_text("left by an older build")
     environment = Environment.create(tmp_path / "venv")
