@@ -27,14 +27,14 @@ void run(ActivationBackward<T>* kernel, const Tensor& grad_, const Tensor& pre_,
 
 // The gradient of activation(pre) with respect to pre, float32 or bfloat16.
 Tensor activation_backward(const Tensor& grad, const Tensor& pre, const Text& activation) {
-  ENTRY_CHECK(pre.scalar_type() == kFloat || pre.scalar_type() == kBFloat16,
-              "activation_backward: expected float32 or bfloat16, got ", pre.scalar_type());
-  ENTRY_CHECK(grad.scalar_type() == pre.scalar_type() && grad.sizes() == pre.sizes(),
-              "activation_backward: expected grad of ", pre.scalar_type(), " ", pre.sizes(), ", got ",
-              grad.scalar_type(), " ", grad.sizes());
+  ENTRY_CHECK(dtype_of(pre) == kFloat || dtype_of(pre) == kBFloat16,
+              "activation_backward: expected float32 or bfloat16, got ", dtype_of(pre));
+  ENTRY_CHECK(dtype_of(grad) == dtype_of(pre) && grad.sizes().equals(pre.sizes()),
+              "activation_backward: expected grad of ", dtype_of(pre), " ", pre.sizes(), ", got ", dtype_of(grad), " ",
+              grad.sizes());
   const Tensor grad_ = contiguous_of(grad), pre_ = contiguous_of(pre), out = fresh_like(pre_);
   const int number = activation_number(activation);
-  if (pre.scalar_type() == kFloat) {
+  if (dtype_of(pre) == kFloat) {
     run<float>(activation_backward_kernels().of_float, grad_, pre_, number, out);
   } else {
     run<bf16>(activation_backward_kernels().of_bf16, grad_, pre_, number, out);

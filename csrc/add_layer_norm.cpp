@@ -21,10 +21,10 @@ namespace {
 constexpr int64_t kGrain = 16384;
 
 void check(const char* op, const Tensor& x, const Tensor& other, const char* other_name, const Tensor& weight) {
-  ENTRY_CHECK(x.scalar_type() == kFloat || x.scalar_type() == kBFloat16, op, ": expected float32 or bfloat16, got ",
-              x.scalar_type());
-  ENTRY_CHECK(other.scalar_type() == x.scalar_type() && other.sizes() == x.sizes(), op, ": expected ", other_name,
-              " of ", x.scalar_type(), " ", x.sizes(), ", got ", other.scalar_type(), " ", other.sizes());
+  ENTRY_CHECK(dtype_of(x) == kFloat || dtype_of(x) == kBFloat16, op, ": expected float32 or bfloat16, got ",
+              dtype_of(x));
+  ENTRY_CHECK(dtype_of(other) == dtype_of(x) && other.sizes().equals(x.sizes()), op, ": expected ", other_name, " of ",
+              dtype_of(x), " ", x.sizes(), ", got ", dtype_of(other), " ", other.sizes());
   ENTRY_CHECK(x.dim() >= 1 && x.size(-1) > 0, op, ": expected [..., C] with C > 0, got ", x.sizes());
   ENTRY_CHECK(weight.dim() == 1 && weight.size(0) == x.size(-1), op, ": expected weight and bias of [", x.size(-1),
               "], got ", weight.sizes());
@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residua
   const Tensor weight_ = contiguous_of(weight, kFloat), bias_ = contiguous_of(bias, kFloat);
   const Tensor sum = keep_sum ? fresh_like(x_) : fresh(x_, {0}), normed = fresh_like(x_);
   const auto& kernels = add_layer_norm_kernels();
-  if (x.scalar_type() == kFloat) {
+  if (dtype_of(x) == kFloat) {
     run_forward<float>(kernels.forward_float, x_, residual_, weight_, bias_, eps, sum, normed);
   } else {
     run_forward<bf16>(kernels.forward_bf16, x_, residual_, weight_, bias_, eps, sum, normed);
@@ -87,14 +87,14 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(const Tensor& grad_su
   const int64_t C = sum.size(-1);
   std::vector<float> partials(parts_for(sum.numel()) * 2 * C);
   const auto& kernels = add_layer_norm_kernels();
-  if (sum.scalar_type() == kFloat) {
+  if (dtype_of(sum) == kFloat) {
     run_backward<float>(kernels.backward_float, grad_sum_, grad_normed_, sum_, weight_, eps, dx, partials);
   } else {
     run_backward<bf16>(kernels.backward_bf16, grad_sum_, grad_normed_, sum_, weight_, eps, dx, partials);
   }
   const std::vector<float> totals = total_of<float>(partials, 2 * C);
-  return {dx, rounded(weight, {C}, totals.data(), weight.scalar_type()),
-          rounded(weight, {C}, totals.data() + C, weight.scalar_type())};
+  return {dx, rounded(weight, {C}, totals.data(), dtype_of(weight)),
+          rounded(weight, {C}, totals.data() + C, dtype_of(weight))};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) {

@@ -39,7 +39,7 @@ template <class... Parts>
 namespace wavlm_fast {
 
 inline void check_vector(const char* op, const char* name, const Tensor& vector, int64_t size) {
-  ENTRY_CHECK(vector.sizes() == Sizes({size}), op, ": expected ", name, " of [", size, "], got ", vector.sizes());
+  ENTRY_CHECK(vector.sizes().equals({size}), op, ": expected ", name, " of [", size, "], got ", vector.sizes());
 }
 
 inline void check_vector(const char* op, const char* name, const std::optional<Tensor>& vector, int64_t size) {
@@ -72,7 +72,7 @@ inline bool is_integral(ScalarType dtype) {
 inline void check_lengths(const char* op, const std::optional<Tensor>& lengths, int64_t B) {
   if (!lengths) return;
   check_vector(op, "lengths", *lengths, B);
-  ENTRY_CHECK(is_integral(lengths->scalar_type()), op, ": expected integers for lengths, got ", lengths->scalar_type());
+  ENTRY_CHECK(is_integral(dtype_of(*lengths)), op, ": expected integers for lengths, got ", dtype_of(*lengths));
 }
 
 }  // namespace wavlm_fast

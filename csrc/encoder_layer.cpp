@@ -132,7 +132,7 @@ void run(const Layer<T>& layer, const Tensor& x, const Tensor& rel_bias, const s
   const Memory<Scratch::call> all(size * sizeof(T), kMostKept);
   T *projected = static_cast<T*>(all.get()), *memory = projected + 3 * most * C, *to = mutable_data<T>(out);
   const T* from = data<T>(x);
-  const ScalarType dtype = x.scalar_type();
+  const ScalarType dtype = dtype_of(x);
   const auto all_lengths = contiguous_of(key_lengths, ScalarType::Long);
   const int64_t* length = data<int64_t>(all_lengths);
   for (const Group& group : groups) {
@@ -162,7 +162,7 @@ Layer<T> layer_of(const std::vector<Tensor>& packed, const std::vector<Tensor>& 
   const int64_t inner = biases[2].numel();
   const auto linear = [&](int i, int64_t in, const char* name) {
     const bool pairs = sizeof(T) == sizeof(bf16);
-    ENTRY_CHECK(packed[i].scalar_type() == (pairs ? kBFloat16 : kFloat) && (!pairs || multiplies_pairs(in)) &&
+    ENTRY_CHECK(dtype_of(packed[i]) == (pairs ? kBFloat16 : kFloat) && (!pairs || multiplies_pairs(in)) &&
                     packed[i].is_contiguous() && packed[i].numel() == packed_size(biases[i].numel(), 1, in, false),
                 "encoder_layer: expected weights packed by pack_conv from the dtype of x");
     return Linear<T>{packed[i], wide(biases[i]), in, activation_number(name)};
@@ -201,11 +201,11 @@ Tensor encoder_layer(const Tensor& x, const Tensor& rel_bias, const std::optiona
   ENTRY_CHECK(bounds.empty() || !key_lengths, "encoder_layer: expected key_lengths or offsets, got both");
   const Tensor in = contiguous_of(x), out = fresh_like(in);
   if (in.numel() == 0) return out;
-  if (in.scalar_type() == kFloat) {
+  if (dtype_of(in) == kFloat) {
     run(layer_of<float>(packed, biases, norms, eps, activation, norm_first, C), in, rel_bias, key_lengths, gate, scale,
         bounds, out);
   } else {
-    ENTRY_CHECK(in.scalar_type() == kBFloat16, "encoder_layer: expected float32 or bfloat16, got ", in.scalar_type());
+    ENTRY_CHECK(dtype_of(in) == kBFloat16, "encoder_layer: expected float32 or bfloat16, got ", dtype_of(in));
     run(layer_of<bf16>(packed, biases, norms, eps, activation, norm_first, C), in, rel_bias, key_lengths, gate, scale,
         bounds, out);
   }

@@ -230,7 +230,7 @@ std::vector<Layer<T>> layers_of(const Arguments& a) {
     if (l == 0) continue;  // what is special about it, FirstConv knows
     const int64_t C = a.channels[l - 1];
     // None of these numbers can be greater than what the weight has, and their product cannot overflow.
-    ENTRY_CHECK(a.packed[l].is_contiguous() && a.packed[l].scalar_type() == (kPairs ? kBFloat16 : kFloat) &&
+    ENTRY_CHECK(a.packed[l].is_contiguous() && dtype_of(a.packed[l]) == (kPairs ? kBFloat16 : kFloat) &&
                     (!kPairs || multiplies_pairs(C)) && a.channels[l] <= a.packed[l].numel() &&
                     a.taps[l] <= a.packed[l].numel() &&
                     a.packed[l].numel() == packed_size(a.channels[l], a.taps[l], C, layer.filtered),
@@ -302,14 +302,14 @@ Tensor feature_encoder(const Tensor& waveform, const Tensor& weight, const std::
   ENTRY_CHECK(L >= 2 && biases.size() == L && norm_weights.size() == L && norm_biases.size() == L && taps.size() == L &&
                   strides.size() == L && channels.size() == L && filtered.size() == L,
               "feature_encoder: expected everything once per layer, and two layers or more, got ", L, " weights");
-  ENTRY_CHECK(waveform.dim() == 2 && waveform.scalar_type() == kFloat,
-              "feature_encoder: expected a float32 waveform of [B, S], got ", waveform.scalar_type(), " ",
+  ENTRY_CHECK(waveform.dim() == 2 && dtype_of(waveform) == kFloat,
+              "feature_encoder: expected a float32 waveform of [B, S], got ", dtype_of(waveform), " ",
               waveform.sizes());
   ENTRY_CHECK(norm == "group" || norm == "layer" || norm == "none",
               "feature_encoder: expected a norm of group, layer or none, got ", norm);
   const Arguments arguments = {waveform, weight,   packed, biases, norm_weights, norm_biases, taps,        strides,
                                channels, filtered, norm,   eps,    activation,   offsets,     out_offsets, out_frames};
-  return packed[1].scalar_type() == kBFloat16 ? run<bf16>(arguments) : run<float>(arguments);
+  return dtype_of(packed[1]) == kBFloat16 ? run<bf16>(arguments) : run<float>(arguments);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) { m.impl("feature_encoder", TORCH_BOX(&feature_encoder)); }

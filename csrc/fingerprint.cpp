@@ -82,7 +82,7 @@ void mix_all(Hash& hash, const char* bytes, int64_t count) {
 template <class Answer>
 Answer answer(const char* op, const Tensor& x) {
   StableIValue stack = torch::stable::detail::from(x);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", &stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", &stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<Answer>(stack);
 }
 
@@ -91,8 +91,8 @@ Answer answer(const char* op, const Tensor& x) {
 // all of its values are looked at.
 int64_t fingerprint(const Tensor& x, int64_t samples) {
   int32_t layout, dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(x.get(), &layout));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(x.get(), &layout));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   const bool dense = layout == aoti_torch_layout_strided();
   ENTRY_CHECK(x.is_cpu() && dense && samples > 0,
               "fingerprint: expected a dense tensor on the CPU and samples > 0, got one on ",

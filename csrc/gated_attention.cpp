@@ -22,20 +22,20 @@ constexpr int64_t kTasksPerThread = 4;
 void check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate, const Tensor& rel_bias,
            const std::optional<Tensor>& key_lengths, double dropout_p, const std::optional<Tensor>& seed,
            Sizes bounds) {
-  ENTRY_CHECK(q.scalar_type() == kFloat || q.scalar_type() == kBFloat16,
-              "gated_attention: expected float32 or bfloat16, got ", q.scalar_type());
+  ENTRY_CHECK(dtype_of(q) == kFloat || dtype_of(q) == kBFloat16, "gated_attention: expected float32 or bfloat16, got ",
+              dtype_of(q));
   ENTRY_CHECK(q.dim() == 4 && q.size(3) > 0, "gated_attention: expected q of [B, T, H, D], got ", q.sizes());
   for (const Tensor* other : {&k, &v}) {
-    ENTRY_CHECK(other->scalar_type() == q.scalar_type() && other->sizes() == q.sizes(),
-                "gated_attention: expected q, k and v alike, got ", q.scalar_type(), " ", q.sizes(), " and ",
-                other->scalar_type(), " ", other->sizes());
+    ENTRY_CHECK(dtype_of(*other) == dtype_of(q) && other->sizes().equals(q.sizes()),
+                "gated_attention: expected q, k and v alike, got ", dtype_of(q), " ", q.sizes(), " and ",
+                dtype_of(*other), " ", other->sizes());
   }
   const int64_t B = q.size(0), T = q.size(1), H = q.size(2);
-  ENTRY_CHECK(gate.sizes() == Sizes({B, H, T}), "gated_attention: expected gate of [", B, ", ", H, ", ", T, "], got ",
+  ENTRY_CHECK(gate.sizes().equals({B, H, T}), "gated_attention: expected gate of [", B, ", ", H, ", ", T, "], got ",
               gate.sizes());
   if (bounds.empty()) {
-    ENTRY_CHECK(rel_bias.sizes() == Sizes({H, 2 * T - 1}), "gated_attention: expected rel_bias of [", H, ", ",
-                2 * T - 1, "], got ", rel_bias.sizes());
+    ENTRY_CHECK(rel_bias.sizes().equals({H, 2 * T - 1}), "gated_attention: expected rel_bias of [", H, ", ", 2 * T - 1,
+                "], got ", rel_bias.sizes());
   } else {
     ENTRY_CHECK(B == 1 && bounds.back() == T && !key_lengths,
                 "gated_attention: expected packed frames [1, N, H, D] and no lengths beside offsets, got ", q.sizes());
@@ -53,7 +53,7 @@ Dropout dropout_of(double p, const std::optional<Tensor>& seed) {
   if (p == 0.0) return {0, 0, 1.0f};
   ENTRY_CHECK(seed->numel() == 1, "a Tensor with ", seed->numel(), " elements cannot be converted to Scalar");
   int64_t value;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_item_int64(seed->get(), &value));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_item_int64(seed->get(), &value));
   return {static_cast<uint32_t>(p * (1 << 24)), static_cast<uint32_t>(value), static_cast<float>(1.0 / (1.0 - p))};
 }
 
@@ -94,8 +94,8 @@ void flip(void* numbers, int64_t count) {
 // q as the kernels want it for the scale's absolute value, by which they divide.
 Tensor for_scale(const Tensor& q, double scale) {
   if (scale > 0) return with_frames_contiguous(q);
-  if (scale == 0) return zeros(q, q.sizes(), q.scalar_type());
-  const Tensor copy = torch::stable::clone(contiguous_of(q));
+  if (scale == 0) return zeros(q, q.sizes(), dtype_of(q));
+  const Tensor copy = copy_of(q, dtype_of(q));
   negate(copy);
   return copy;
 }
@@ -146,8 +146,8 @@ void attend(const AttentionTensors& tensors, const Tensor& out, const Tensor& ls
 }  // namespace
 
 void negate(const Tensor& x) {
-  x.scalar_type() == kFloat ? flip<uint32_t>(x.mutable_data_ptr(), x.numel())
-                            : flip<uint16_t>(x.mutable_data_ptr(), x.numel());
+  dtype_of(x) == kFloat ? flip<uint32_t>(x.mutable_data_ptr(), x.numel())
+                        : flip<uint16_t>(x.mutable_data_ptr(), x.numel());
 }
 
 Tensor gated_attention_into(const Tensor& out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate,
@@ -156,7 +156,7 @@ Tensor gated_attention_into(const Tensor& out, const Tensor& q, const Tensor& k,
   const auto& kernels = gated_attention_kernels();
   const AttentionTensors tensors(q, k, v, gate, rel_bias, key_lengths, dropout_p, seed, scale, bounds, kernels.queries);
   const Tensor lse = fresh(q, gate.sizes(), kFloat);
-  if (q.scalar_type() == kFloat) {
+  if (dtype_of(q) == kFloat) {
     attend(tensors, out, lse, kernels.forward_float);
   } else {
     attend(tensors, out, lse, kernels.forward_bf16);

@@ -129,21 +129,21 @@ Gradients gated_attention_backward(const Tensor& grad, const Tensor& q, const Te
   const auto& kernels = gated_attention_backward_kernels();
   const auto bounds = bounds_of("gated_attention_backward", offsets, q);
   const AttentionTensors tensors(q, k, v, gate, rel_bias, key_lengths, dropout_p, seed, scale, bounds, kernels.queries);
-  ENTRY_CHECK(grad.scalar_type() == q.scalar_type() && grad.sizes() == q.sizes(),
-              "gated_attention_backward: expected a gradient like q, got ", grad.scalar_type(), " ", grad.sizes());
-  ENTRY_CHECK(lse.scalar_type() == kFloat && lse.sizes() == gate.sizes(),
-              "gated_attention_backward: expected a float32 lse of ", gate.sizes(), ", got ", lse.scalar_type(), " ",
+  ENTRY_CHECK(dtype_of(grad) == dtype_of(q) && grad.sizes().equals(q.sizes()),
+              "gated_attention_backward: expected a gradient like q, got ", dtype_of(grad), " ", grad.sizes());
+  ENTRY_CHECK(dtype_of(lse) == kFloat && lse.sizes().equals(gate.sizes()),
+              "gated_attention_backward: expected a float32 lse of ", gate.sizes(), ", got ", dtype_of(lse), " ",
               lse.sizes());
   const Tensor grad_ = contiguous_of(grad), lse_ = contiguous_of(lse);
   Gradients gradients = {fresh_like(q), fresh_like(k), fresh_like(v), fresh_like(lse), fresh_like(rel_bias)};
-  if (q.scalar_type() == kFloat) {
+  if (dtype_of(q) == kFloat) {
     differentiate(tensors, grad_, lse_, gradients, kernels.blocks_float, kernels.keys_float);
   } else {
     differentiate(tensors, grad_, lse_, gradients, kernels.blocks_bf16, kernels.keys_bf16);
   }
   // The kernels saw the scale's absolute value.
   if (scale < 0) negate(std::get<0>(gradients));
-  if (scale == 0) std::get<0>(gradients) = zeros(q, q.sizes(), q.scalar_type());
+  if (scale == 0) std::get<0>(gradients) = zeros(q, q.sizes(), dtype_of(q));
   return gradients;
 }
 

@@ -40,7 +40,7 @@ Tensor matmul(const Tensor& a, const Tensor& b, const Tensor& out, bool add) {
                   out.size(1) == b.size(1),
               "matmul: expected [I, K], [K, J] and [I, J], got ", a.sizes(), ", ", b.sizes(), " and ", out.sizes());
   for (const Tensor* x : {&a, &b, &out}) {
-    ENTRY_CHECK(x->scalar_type() == kFloat, "matmul: expected float32, got ", x->scalar_type());
+    ENTRY_CHECK(dtype_of(*x) == kFloat, "matmul: expected float32, got ", dtype_of(*x));
   }
   const auto lines = [](const Tensor& x, int64_t dim) { return x.size(dim) == 1 || x.stride(dim) == 1; };
   ENTRY_CHECK((lines(a, 0) || lines(a, 1)) && lines(b, 1) && lines(out, 1),
@@ -56,7 +56,7 @@ Tensor matmul(const Tensor& a, const Tensor& b, const Tensor& out, bool add) {
   if (call.depth > 0) {
     run(call, a.size(0));
   } else if (!add) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(out.get()));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(out.get()));
   }
   return out;
 }

@@ -44,15 +44,15 @@ void run(NormAct<T>* kernel, const Tensor& x, const std::optional<Tensor>& weigh
 // activation(layer norm of x over its last dimension), float32 or bfloat16.
 Tensor norm_act(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps,
                 const Text& activation) {
-  ENTRY_CHECK(x.scalar_type() == kFloat || x.scalar_type() == kBFloat16, "norm_act: expected float32 or bfloat16, got ",
-              x.scalar_type());
+  ENTRY_CHECK(dtype_of(x) == kFloat || dtype_of(x) == kBFloat16, "norm_act: expected float32 or bfloat16, got ",
+              dtype_of(x));
   ENTRY_CHECK(x.dim() >= 1 && x.size(-1) > 0, "norm_act: expected [..., C] with C > 0, got ", x.sizes());
   check_vector("norm_act", "weight", weight, x.size(-1));
   check_vector("norm_act", "bias", bias, x.size(-1));
   const Tensor x_ = contiguous_of(x), out = fresh_like(x_);
   const auto weight_ = contiguous_of(weight, kFloat), bias_ = contiguous_of(bias, kFloat);
   const int number = activation_number(activation);
-  if (x.scalar_type() == kFloat) {
+  if (dtype_of(x) == kFloat) {
     run<float>(norm_act_kernels().of_float, x_, weight_, bias_, eps, number, out);
   } else {
     run<bf16>(norm_act_kernels().of_bf16, x_, weight_, bias_, eps, number, out);

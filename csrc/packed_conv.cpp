@@ -54,7 +54,7 @@ Tensor filter_taps(const Tensor& weight) {
       }
     }
   });
-  return contiguous_of(taps, weight.scalar_type());
+  return contiguous_of(taps, dtype_of(weight));
 }
 
 }  // namespace
@@ -136,15 +136,15 @@ Tensor pack_conv(std::vector<Tensor> weights, bool filtered) {
   ENTRY_CHECK(!weights.empty(), "pack_conv: expected one weight or more, got none");
   const Tensor& like = weights[0];
   for (const Tensor& weight : weights) {
-    ENTRY_CHECK(weight.dim() == 3 && (weight.scalar_type() == kFloat || weight.scalar_type() == kBFloat16),
-                "pack_conv: expected a float32 or bfloat16 weight of [channels, taps, C], got ", weight.scalar_type(),
-                " ", weight.sizes());
-    ENTRY_CHECK(weight.scalar_type() == like.scalar_type() && weight.sizes().slice(1) == like.sizes().slice(1),
+    ENTRY_CHECK(weight.dim() == 3 && (dtype_of(weight) == kFloat || dtype_of(weight) == kBFloat16),
+                "pack_conv: expected a float32 or bfloat16 weight of [channels, taps, C], got ", dtype_of(weight), " ",
+                weight.sizes());
+    ENTRY_CHECK(dtype_of(weight) == dtype_of(like) && weight.sizes().slice(1).equals(like.sizes().slice(1)),
                 "pack_conv: expected weights alike, got ", weight.sizes(), " beside ", like.sizes());
     ENTRY_CHECK(!filtered || weight.size(1) == 3, "pack_conv: expected three taps to filter, got ", weight.size(1));
   }
   const auto& kernels = packed_conv();
-  const bool pairs = like.scalar_type() == kBFloat16 && multiplies_pairs(like.size(2));
+  const bool pairs = dtype_of(like) == kBFloat16 && multiplies_pairs(like.size(2));
   int64_t channels = 0;
   for (const Tensor& weight : weights) channels += weight.size(0);
   // Before all that is given back: what is kept shall leave no hole in the heap.
@@ -152,7 +152,7 @@ Tensor pack_conv(std::vector<Tensor> weights, bool filtered) {
       fresh(like, {packed_size(channels, like.size(1), like.size(2), filtered)}, pairs ? kBFloat16 : kFloat);
   for (Tensor& weight : weights) {
     if (filtered) weight = filter_taps(weight);
-    if (!pairs && weight.scalar_type() != kFloat) weight = contiguous_of(weight, kFloat);
+    if (!pairs && dtype_of(weight) != kFloat) weight = contiguous_of(weight, kFloat);
   }
   // Rows have one step for all: where one weight is a transposed view beside others, it is copied first.
   for (Tensor& weight : weights) {
@@ -234,13 +234,13 @@ Tensor packed_conv_op(const Tensor& x, const Tensor& packed, const std::optional
                       int64_t taps, int64_t stride, int64_t dilation, bool filtered, const Text& activation,
                       const std::optional<Tensor>& offsets, const std::optional<Tensor>& out_offsets,
                       std::optional<int64_t> out_frames) {
-  ENTRY_CHECK(x.dim() == 3 && (x.scalar_type() == kFloat || x.scalar_type() == kBFloat16),
-              "packed_conv: expected float32 or bfloat16 x of [B, T, C], got ", x.scalar_type(), " ", x.sizes());
-  const bool pairs = packed.scalar_type() == kBFloat16;
+  ENTRY_CHECK(x.dim() == 3 && (dtype_of(x) == kFloat || dtype_of(x) == kBFloat16),
+              "packed_conv: expected float32 or bfloat16 x of [B, T, C], got ", dtype_of(x), " ", x.sizes());
+  const bool pairs = dtype_of(packed) == kBFloat16;
   const int64_t C = x.size(2), frames = x.size(1);
-  ENTRY_CHECK(pairs ? x.scalar_type() == kBFloat16 && multiplies_pairs(C) : packed.scalar_type() == kFloat,
-              "packed_conv: expected a weight packed from the dtype of x, got ", packed.scalar_type(), " for ",
-              x.scalar_type());
+  ENTRY_CHECK(pairs ? dtype_of(x) == kBFloat16 && multiplies_pairs(C) : dtype_of(packed) == kFloat,
+              "packed_conv: expected a weight packed from the dtype of x, got ", dtype_of(packed), " for ",
+              dtype_of(x));
   check_positive("packed_conv", {{"C", C},
                                  {"channels", channels},
                                  {"taps", taps},
@@ -265,7 +265,7 @@ Tensor packed_conv_op(const Tensor& x, const Tensor& packed, const std::optional
   const Tensor out = fresh(x, {x.size(0), utterances.row_frames(), channels});
   if (pairs) {
     run<bf16, bf16>(contiguous_of(x), packed, bias_, taps, stride, dilation, filtered, number, utterances, out);
-  } else if (x.scalar_type() == kFloat) {
+  } else if (dtype_of(x) == kFloat) {
     run<float, float>(contiguous_of(x), packed, bias_, taps, stride, dilation, filtered, number, utterances, out);
   } else {
     run<float, bf16>(contiguous_of(x, kFloat), packed, bias_, taps, stride, dilation, filtered, number, utterances,

@@ -13,9 +13,9 @@ namespace wavlm_fast {
 
 // The values of offsets [B + 1], which go by `name`, checked: they rise from 0 to `frames`.
 inline std::vector<int64_t> values_of(const char* op, const char* name, const Tensor& offsets, int64_t frames) {
-  ENTRY_CHECK(offsets.scalar_type() == ScalarType::Int && offsets.dim() == 1 && offsets.size(0) > 1 && offsets.is_cpu(),
-              op, ": expected ", name, " of [B + 1] int32 on the CPU, got ", offsets.scalar_type(), " ",
-              offsets.sizes(), offsets.is_cpu() ? " on cpu" : " elsewhere");
+  ENTRY_CHECK(dtype_of(offsets) == ScalarType::Int && offsets.dim() == 1 && offsets.size(0) > 1 && offsets.is_cpu(), op,
+              ": expected ", name, " of [B + 1] int32 on the CPU, got ", dtype_of(offsets), " ", offsets.sizes(),
+              offsets.is_cpu() ? " on cpu" : " elsewhere");
   // Before they are copied: a view may have more numbers than there is memory.
   ENTRY_CHECK(offsets.size(0) - 1 <= frames, op, ": expected ", name, " of no more utterances than the ", frames,
               " frames, got ", offsets.size(0) - 1);

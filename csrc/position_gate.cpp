@@ -19,9 +19,9 @@ WAVLM_FAST_DISPATCH(PositionGateKernels, position_gate_kernels)
 namespace {
 
 void check(const char* op, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& scale) {
-  ENTRY_CHECK(x.scalar_type() == kFloat || x.scalar_type() == kBFloat16, op, ": expected float32 or bfloat16, got ",
-              x.scalar_type());
-  ENTRY_CHECK(weight.dim() == 2 && weight.size(0) == 8 && bias.sizes() == Sizes({8}) && scale.dim() == 1, op,
+  ENTRY_CHECK(dtype_of(x) == kFloat || dtype_of(x) == kBFloat16, op, ": expected float32 or bfloat16, got ",
+              dtype_of(x));
+  ENTRY_CHECK(weight.dim() == 2 && weight.size(0) == 8 && bias.sizes().equals({8}) && scale.dim() == 1, op,
               ": expected weight of [8, D], bias of [8] and const of [H], got ", weight.sizes(), ", ", bias.sizes(),
               " and ", scale.sizes());
   check_positive(op, {{"D", weight.size(1)}, {"H", scale.size(0)}});
@@ -105,7 +105,7 @@ Tensor position_gate(const Tensor& x, const Tensor& weight, const Tensor& bias, 
   const Parameters parameters(weight, bias, scale);
   const Tensor out = fresh(x, {x.size(0), scale.size(0), x.size(1)}, kFloat);
   const auto& kernels = position_gate_kernels();
-  if (x.scalar_type() == kFloat) {
+  if (dtype_of(x) == kFloat) {
     run_forward<float>(kernels.forward_float, x_, parameters, out);
   } else {
     run_forward<bf16>(kernels.forward_bf16, x_, parameters, out);
@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> position_gate_backward(const Tensor& 
                                                                   const Tensor& scale) {
   check("position_gate_backward", x, weight, bias, scale);
   const int64_t H = scale.size(0), D = weight.size(1);
-  ENTRY_CHECK(grad.sizes() == Sizes({x.size(0), H, x.size(1)}), "position_gate_backward: expected grad of [", x.size(0),
+  ENTRY_CHECK(grad.sizes().equals({x.size(0), H, x.size(1)}), "position_gate_backward: expected grad of [", x.size(0),
               ", ", H, ", ", x.size(1), "], got ", grad.sizes());
   const Tensor grad_ = contiguous_of(grad, kFloat), x_ = with_channels_contiguous(x);
   const Parameters parameters(weight, bias, scale);
@@ -128,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> position_gate_backward(const Tensor& 
   const int64_t size = 2 * D + 2 + H;  // of a part's sums
   std::vector<float> partials(parts_for(x.numel()) * size);
   const auto& kernels = position_gate_kernels();
-  if (x.scalar_type() == kFloat) {
+  if (dtype_of(x) == kFloat) {
     run_backward<float>(kernels.backward_float, grad_, x_, parameters, dx, partials, size);
   } else {
     run_backward<bf16>(kernels.backward_bf16, grad_, x_, parameters, dx, partials, size);
@@ -141,9 +141,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> position_gate_backward(const Tensor& 
     dweight.insert(dweight.end(), row, row + D);
     dbias.push_back(total[2 * D + n / 4]);
   }
-  return {dx, rounded(x, {8, D}, dweight.data(), weight.scalar_type()),
-          rounded(x, {8}, dbias.data(), bias.scalar_type()),
-          rounded(x, {H}, total.data() + 2 * D + 2, scale.scalar_type())};
+  return {dx, rounded(x, {8, D}, dweight.data(), dtype_of(weight)), rounded(x, {8}, dbias.data(), dtype_of(bias)),
+          rounded(x, {H}, total.data() + 2 * D + 2, dtype_of(scale))};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) {

@@ -37,8 +37,8 @@ int64_t coefficients(int64_t K) {
 }
 
 void check(const Tensor& weight) {
-  ENTRY_CHECK(weight.scalar_type() == kFloat || weight.scalar_type() == kBFloat16,
-              "positional_conv: expected float32 or bfloat16, got ", weight.scalar_type());
+  ENTRY_CHECK(dtype_of(weight) == kFloat || dtype_of(weight) == kBFloat16,
+              "positional_conv: expected float32 or bfloat16, got ", dtype_of(weight));
   ENTRY_CHECK(weight.dim() == 3 && weight.numel() > 0 && weight.size(0) % weight.size(1) == 0,
               "positional_conv: expected a weight of [C, C / groups, K], got ", weight.sizes());
   const int64_t channels = weight.size(1), K = weight.size(2), lanes = std::max<int64_t>(channels, 16);
@@ -50,14 +50,14 @@ void check(const Tensor& weight) {
 
 void check(const Tensor& x, const Tensor& weight) {
   check(weight);
-  ENTRY_CHECK(x.dim() == 3 && x.numel() > 0 && x.size(2) == weight.size(0) && x.scalar_type() == weight.scalar_type(),
-              "positional_conv: expected x of ", weight.scalar_type(), " [B, T, ", weight.size(0), "], got ",
-              x.scalar_type(), " ", x.sizes());
+  ENTRY_CHECK(x.dim() == 3 && x.numel() > 0 && x.size(2) == weight.size(0) && dtype_of(x) == dtype_of(weight),
+              "positional_conv: expected x of ", dtype_of(weight), " [B, T, ", weight.size(0), "], got ", dtype_of(x),
+              " ", x.sizes());
 }
 
 void check_alike(const Tensor& x, const Tensor& other, const char* name) {
-  ENTRY_CHECK(other.scalar_type() == x.scalar_type() && other.sizes() == x.sizes(), "positional_conv: expected ", name,
-              " of ", x.scalar_type(), " ", x.sizes(), ", got ", other.scalar_type(), " ", other.sizes());
+  ENTRY_CHECK(dtype_of(other) == dtype_of(x) && other.sizes().equals(x.sizes()), "positional_conv: expected ", name,
+              " of ", dtype_of(x), " ", x.sizes(), ", got ", dtype_of(other), " ", other.sizes());
 }
 
 template <class T>
@@ -196,7 +196,7 @@ Tensor positional_spectra(const Tensor& weight) {
   const Tensor spectra = fresh(weight, {groups(weight) * size}, kFloat);
   float* to = mutable_data<float>(spectra);
   const std::vector<float> roots = roots_of_passes(coefficients(weight.size(2)));
-  with_type(weight.scalar_type(), [&](auto* type) {
+  with_type(dtype_of(weight), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const PositionalConv<T> call = call_on<T>(weight_, roots);
     const int64_t work = positional_conv_kernels().scratch_size(call.P, 0, call.channels);
@@ -213,7 +213,7 @@ std::tuple<Tensor, Tensor> positional_conv(const Tensor& x, const Tensor& weight
                                            bool save, const std::optional<Tensor>& offsets) {
   check(x, weight);
   check_vector("positional_conv", "bias", bias, x.size(2));
-  ENTRY_CHECK(!spectra || (spectra->is_contiguous() && spectra->scalar_type() == kFloat &&
+  ENTRY_CHECK(!spectra || (spectra->is_contiguous() && dtype_of(*spectra) == kFloat &&
                            spectra->numel() == groups(weight) * filters_size(weight)),
               "positional_conv: expected the spectra that positional_spectra makes of the weight");
   const std::vector<int64_t> bounds = bounds_of("positional_conv", offsets, x);
@@ -222,7 +222,7 @@ std::tuple<Tensor, Tensor> positional_conv(const Tensor& x, const Tensor& weight
   const Tensor pre = save ? fresh_like(x_) : fresh(x, {0});
   const std::vector<float> roots = roots_of_passes(coefficients(weight.size(2)));
   const std::vector<Row> rows = rows_of(x, bounds, weight.size(2));
-  with_type(x.scalar_type(), [&](auto* type) {
+  with_type(dtype_of(x), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     PositionalConv<T> call = call_on<T>(x_, weight_, roots, bounds, rows);
     call.bias = data<float>(bias_);
@@ -251,7 +251,7 @@ std::tuple<Tensor, Tensor> positional_conv_backward(const Tensor& grad, const st
   const Tensor dweight = wanted[1] ? fresh_like(weight_) : fresh(weight, {0});
   const std::vector<float> roots = roots_of_passes(coefficients(weight.size(2)));
   const std::vector<Row> rows = rows_of(x, bounds, weight.size(2));
-  with_type(x.scalar_type(), [&](auto* type) {
+  with_type(dtype_of(x), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (wanted[1]) {
       PositionalConv<T> call = call_on<T>(x_, weight_, roots, bounds, rows);

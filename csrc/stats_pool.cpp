@@ -18,8 +18,8 @@ WAVLM_FAST_DISPATCH(StatsPoolKernels, stats_pool_kernels)
 namespace {
 
 void check(const char* op, const Tensor& x, const std::optional<Tensor>& lengths) {
-  ENTRY_CHECK(x.scalar_type() == kFloat || x.scalar_type() == kBFloat16, op, ": expected float32 or bfloat16, got ",
-              x.scalar_type());
+  ENTRY_CHECK(dtype_of(x) == kFloat || dtype_of(x) == kBFloat16, op, ": expected float32 or bfloat16, got ",
+              dtype_of(x));
   ENTRY_CHECK(x.dim() == 3, op, ": expected x of [B, T, C], got ", x.sizes());
   check_lengths(op, lengths, x.size(0));
 }
@@ -95,7 +95,7 @@ Tensor stats_pool(const Tensor& x, const std::optional<Tensor>& lengths, const s
   const auto lengths_ = contiguous_of(lengths, ScalarType::Long);
   const Tensor out = fresh(x, {utterances.count, 2 * x.size(2)});
   const auto& kernels = stats_pool_kernels();
-  if (x.scalar_type() == kFloat) {
+  if (dtype_of(x) == kFloat) {
     run_forward<float>(kernels.forward_float, x_, utterances, lengths_, out);
   } else {
     run_forward<bf16>(kernels.forward_bf16, x_, utterances, lengths_, out);
@@ -108,14 +108,14 @@ Tensor stats_pool_backward(const Tensor& grad, const Tensor& x, const std::optio
                            const Tensor& /*out*/, const std::optional<Tensor>& offsets) {
   const Utterances utterances("stats_pool_backward", x, lengths, offsets);
   const int64_t B = utterances.count;
-  ENTRY_CHECK(grad.scalar_type() == x.scalar_type() && grad.sizes() == Sizes({B, 2 * x.size(2)}),
-              "stats_pool_backward: expected grad of ", x.scalar_type(), " [", B, ", ", 2 * x.size(2), "], got ",
-              grad.scalar_type(), " ", grad.sizes());
+  ENTRY_CHECK(dtype_of(grad) == dtype_of(x) && grad.sizes().equals({B, 2 * x.size(2)}),
+              "stats_pool_backward: expected grad of ", dtype_of(x), " [", B, ", ", 2 * x.size(2), "], got ",
+              dtype_of(grad), " ", grad.sizes());
   const Tensor grad_ = contiguous_of(grad), x_ = contiguous_of(x);
   const auto lengths_ = contiguous_of(lengths, ScalarType::Long);
   const Tensor dx = fresh_like(x_);
   const auto& kernels = stats_pool_kernels();
-  if (x.scalar_type() == kFloat) {
+  if (dtype_of(x) == kFloat) {
     run_backward<float>(kernels.backward_float, grad_, x_, utterances, lengths_, dx);
   } else {
     run_backward<bf16>(kernels.backward_bf16, grad_, x_, utterances, lengths_, dx);

@@ -2,7 +2,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
+#include <stdexcept>
 #include <vector>
 
 #include "check.h"
@@ -21,7 +21,24 @@ Tensor made(decltype(aoti_torch_aten_new_empty)* make, const Tensor& like, Sizes
   return Tensor(handle);
 }
 
+Tensor with_values(const Tensor& copy, const Tensor& x) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(copy.get(), x.get(), 0));
+  return copy;
+}
+
 }  // namespace
+
+ScalarType dtype_of(const Tensor& x) {
+  int32_t number;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &number));
+  if (number == aoti_torch_dtype_float32()) return kFloat;
+  if (number == aoti_torch_dtype_bfloat16()) return kBFloat16;
+  try {
+    return torch::stable::detail::to<ScalarType>(torch::stable::detail::from(number));
+  } catch (const std::runtime_error&) {
+    return ScalarType::Undefined;
+  }
+}
 
 Tensor fresh(const Tensor& like, Sizes sizes, ScalarType dtype) {
   return made(&aoti_torch_aten_new_empty, like, sizes, &dtype);
@@ -35,21 +52,17 @@ Tensor zeros(const Tensor& like, Sizes sizes, ScalarType dtype) {
   return made(&aoti_torch_aten_new_zeros, like, sizes, &dtype);
 }
 
-Tensor rounded(const Tensor& like, Sizes sizes, const float* numbers, ScalarType dtype) {
-  const Tensor wide = fresh(like, sizes, kFloat);
-  std::copy_n(numbers, wide.numel(), mutable_data<float>(wide));
-  return contiguous_of(wide, dtype);
-}
+Tensor copy_of(const Tensor& x, ScalarType dtype) { return with_values(fresh(x, x.sizes(), dtype), x); }
 
-Tensor contiguous_of(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+Tensor contiguous_of(const Tensor& x) { return x.is_contiguous() ? x : with_values(fresh_like(x), x); }
+
+Tensor contiguous_of(const Tensor& x, ScalarType dtype) {
+  return dtype_of(x) == dtype && x.is_contiguous() ? x : copy_of(x, dtype);
+}
 
 std::optional<Tensor> contiguous_of(const std::optional<Tensor>& x) {
   if (x) return contiguous_of(*x);
   return {};
-}
-
-Tensor contiguous_of(const Tensor& x, ScalarType dtype) {
-  return contiguous_of(x.scalar_type() == dtype ? x : torch::stable::to(x, dtype));
 }
 
 std::optional<Tensor> contiguous_of(const std::optional<Tensor>& x, ScalarType dtype) {

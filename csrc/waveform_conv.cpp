@@ -71,8 +71,8 @@ FirstConv::FirstConv(const Tensor& weight, const Tensor& packed, const std::opti
       group_norm_(group_norm),
       eps_(eps),
       activation_(activation_number(activation)) {
-  ENTRY_CHECK(weight.dim() == 3 && weight.size(1) == 1 && weight.scalar_type() == kFloat && stride > 0,
-              "waveform_conv: expected a float32 weight of [C, 1, K], got ", weight.scalar_type(), " ", weight.sizes());
+  ENTRY_CHECK(weight.dim() == 3 && weight.size(1) == 1 && dtype_of(weight) == kFloat && stride > 0,
+              "waveform_conv: expected a float32 weight of [C, 1, K], got ", dtype_of(weight), " ", weight.sizes());
   check_positive("waveform_conv", {{"taps", weight.size(2)}});
   ENTRY_CHECK(!group_norm || weight.size(2) <= kMostTaps, "waveform_conv: expected up to ", kMostTaps,
               " taps before a group norm, got ", weight.size(2));
@@ -80,9 +80,9 @@ FirstConv::FirstConv(const Tensor& weight, const Tensor& packed, const std::opti
   check_vector("waveform_conv", "norm_weight", norm_weight, weight.size(0));
   check_vector("waveform_conv", "norm_bias", norm_bias, weight.size(0));
   filters_ = contiguous_of(weight), channels_ = weight.size(0), taps_ = weight.size(2);
-  ENTRY_CHECK(packed.is_contiguous() && packed.scalar_type() == kFloat &&
-                  packed.numel() == packed_size(channels_, 1, taps_, false),
-              "waveform_conv: expected the weight packed by pack_conv");
+  ENTRY_CHECK(
+      packed.is_contiguous() && dtype_of(packed) == kFloat && packed.numel() == packed_size(channels_, 1, taps_, false),
+      "waveform_conv: expected the weight packed by pack_conv");
   own_bias_ = contiguous_of(bias, kFloat);
 }
 
@@ -160,9 +160,9 @@ Tensor waveform_conv(const Tensor& waveform, const Tensor& weight, const Tensor&
                      const Text& activation, bool to_bf16, const std::optional<Tensor>& offsets,
                      const std::optional<Tensor>& out_offsets, std::optional<int64_t> out_frames) {
   FirstConv conv(weight, packed, bias, stride, group_norm, norm_weight, norm_bias, eps, activation);
-  ENTRY_CHECK(waveform.dim() == 2 && waveform.scalar_type() == kFloat && waveform.size(1) >= weight.size(2),
+  ENTRY_CHECK(waveform.dim() == 2 && dtype_of(waveform) == kFloat && waveform.size(1) >= weight.size(2),
               "waveform_conv: expected a float32 waveform of [B, S] with S >= ", weight.size(2), ", got ",
-              waveform.scalar_type(), " ", waveform.sizes());
+              dtype_of(waveform), " ", waveform.sizes());
   const Tensor x = contiguous_of(waveform);
   const auto utterances = resized_frames("waveform_conv", x.size(0), x.size(1), offsets, out_offsets, out_frames,
                                          [&](int64_t samples) { return conv.frames(samples); });

@@ -206,29 +206,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> waveform_conv_backward(
   const int64_t T = utterances.row_frames();
   check_vector("waveform_conv_backward", "norm_weight", norm_weight, C);
   check_vector("waveform_conv_backward", "norm_bias", norm_bias, C);
-  ENTRY_CHECK(grad.sizes() == Sizes({waveform.size(0), T, C}), "waveform_conv_backward: expected grad of [",
+  ENTRY_CHECK(grad.sizes().equals({waveform.size(0), T, C}), "waveform_conv_backward: expected grad of [",
               waveform.size(0), ", ", T, ", ", C, "], got ", grad.sizes());
   for (const Tensor* x : {&waveform, &weight, &norm_weight, &norm_bias}) {
-    ENTRY_CHECK(x->scalar_type() == kFloat, "waveform_conv_backward: expected float32, got ", x->scalar_type());
+    ENTRY_CHECK(dtype_of(*x) == kFloat, "waveform_conv_backward: expected float32, got ", dtype_of(*x));
   }
-  const auto vector = [](int64_t size) { return std::vector<double>(size); };
-  Gradients to = {wants_waveform ? fresh_like(waveform) : fresh(waveform, {0}), vector(C * K), vector(C), vector(C)};
+  Gradients to = {wants_waveform ? fresh_like(waveform) : fresh(waveform, {0}), std::vector<double>(C * K),
+                  std::vector<double>(C), std::vector<double>(C)};
   const Tensor grad_ = contiguous_of(grad), x = contiguous_of(waveform), filters = contiguous_of(weight);
   const Tensor gain = contiguous_of(norm_weight), offset = contiguous_of(norm_bias);
   const int number = activation_number(activation);
-  if (grad.scalar_type() == kFloat) {
+  if (dtype_of(grad) == kFloat) {
     run<float>(grad_, x, utterances, filters, stride, gain, offset, eps, number, to, wants_waveform);
   } else {
-    ENTRY_CHECK(grad.scalar_type() == kBFloat16, "waveform_conv_backward: expected float32 or bfloat16, got ",
-                grad.scalar_type());
+    ENTRY_CHECK(dtype_of(grad) == kBFloat16, "waveform_conv_backward: expected float32 or bfloat16, got ",
+                dtype_of(grad));
     run<bf16>(grad_, x, utterances, filters, stride, gain, offset, eps, number, to, wants_waveform);
   }
-  const auto narrow = [&](Sizes sizes, const std::vector<double>& numbers) {
-    const Tensor out = fresh(weight, sizes);
-    std::copy(numbers.begin(), numbers.end(), mutable_data<float>(out));
-    return out;
-  };
-  return {to.waveform, narrow({C, 1, K}, to.weight), narrow({C}, to.norm_weight), narrow({C}, to.norm_bias)};
+  return {to.waveform, rounded(weight, {C, 1, K}, to.weight.data(), kFloat),
+          rounded(weight, {C}, to.norm_weight.data(), kFloat), rounded(weight, {C}, to.norm_bias.data(), kFloat)};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) {
