@@ -74,7 +74,7 @@ def test_blocks_leave_no_seam(tmp_path, monkeypatch):
     path = write(tmp_path / "tone.wav", tone(4, 44100), 44100, subtype="FLOAT")
     whole, _ = audio.load(path)
     monkeypatch.setattr(audio, "_BLOCK_SECONDS", 0.1)
-    monkeypatch.setattr(audio, "_mono_blocks", lambda file: small_blocks(file))
+    monkeypatch.setattr(audio, "_mono_blocks", lambda file, *_: small_blocks(file))
     pieces, info = audio.load(path)
     assert info.frames == 4 * 44100
     torch.testing.assert_close(pieces, whole, atol=1e-6, rtol=0)

@@ -226,3 +226,15 @@ def test_a_stump_of_a_header_is_refused_in_one_sentence(tmp_path, kind, size):
     refused(path)
     with pytest.raises(AudioError):
         audio.load(path, allow_truncated=True)
+
+
+@pytest.mark.parametrize("piece", [1 << 20, 100, 9])
+def test_a_second_flac_is_found_wherever_pieces_meet(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(containers, "_PIECE", piece)
+    path = written(tmp_path, "FLAC", noise(600))
+    content = path.read_bytes()
+    for more in range(12):
+        path.write_bytes(content + bytes(more) + content)
+        assert containers.wrong_end(path) == f"another recording begins at byte {len(content) + more}, and is not read"
+    path.write_bytes(content + bytes(30))
+    assert containers.wrong_end(path) is None

@@ -10,6 +10,8 @@ import pytest
 
 from wavlm_fast import backends
 from wavlm_fast.cli import COMMANDS, main
+from wavlm_fast.extraction.wanted import CLASSES, CONVENTIONS
+from wavlm_fast.extraction.writers import FORMATS
 from wavlm_fast.ops import references
 
 README = Path(__file__).parent.parent.joinpath("README.md").read_text()
@@ -50,6 +52,13 @@ def test_the_readme_shows_what_the_command_on_batches_prints(capsys) -> None:
     shown = _rows(re.search(r"<!-- batches -->\n(.*?)<!-- /batches -->", README, re.DOTALL).group(1))
     theirs, exact = "transformers", "ours, padding='exact'"
     assert shown == [[f"{r['seconds']:.2f} s", _percent(r["off"][theirs]), _percent(r["off"][exact])] for r in found]
+
+
+def test_the_readme_names_all_that_can_be_extracted() -> None:
+    section = re.search(r"### A folder of audio\n(.*?)\n### ", README, re.DOTALL).group(1)
+    for names in (CLASSES, FORMATS, CONVENTIONS):
+        for name in names:
+            assert f"`{name}`" in section or f"`{name} " in section or f".{name}`" in section, name
 
 
 def _percent(part: float) -> str:

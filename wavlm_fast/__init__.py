@@ -13,6 +13,7 @@ _guard()  # first: what follows takes seconds
 from transformers import WavLMConfig
 
 from .backends import use_backend
+from .extraction.extractor import Extractor
 from .graphed import graphed
 from .models import (
     WavLMForAudioFrameClassification,
@@ -24,10 +25,12 @@ from .models import (
 from .ragged import forward_ragged
 from .report import report
 from .swap import accelerate, install, restore, uninstall
+from .truncated import truncate
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Extractor",
     "WavLMConfig",
     "WavLMForAudioFrameClassification",
     "WavLMForCTC",
@@ -40,6 +43,7 @@ __all__ = [
     "install",
     "report",
     "restore",
+    "truncate",
     "uninstall",
     "use_backend",
 ]

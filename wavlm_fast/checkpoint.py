@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import transformers
-from transformers import WavLMConfig, WavLMModel
+from transformers import PreTrainedModel, WavLMConfig, WavLMModel
 
 from .errors import UserError, first_line
 from .inputs import receptive_field as _receptive_field
 from .sensitive import make_sensitive
 
 _PREPROCESSOR = "preprocessor_config.json"
+_WEIGHTS = (".safetensors", ".bin")
 
 
 @dataclass(frozen=True)
@@ -33,24 +37,36 @@ class Source:
         return f"{self.name} ({prepared})"
 
 
-def load(name: str | None, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[WavLMModel, Source]:
-    """Build transformers' own `WavLMModel` in eval mode, on the CPU.
+def load(
+    name: str | None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    architecture: str = "WavLMModel",
+    layers: int | None = None,
+) -> tuple[PreTrainedModel, Source]:
+    """Build one of transformers' own classes in eval mode, on the CPU.
 
     Args:
         name: a local folder, a hub id, or None for WavLM-base with seeded sensitive weights.
         dtype: of the parameters.
         seed: of the seeded weights.
+        architecture: the class.
+        layers: how many of the encoder's layers to load, the first ones; None for all.
 
     Raises:
         UserError: the path or id does not lead to a complete WavLM checkpoint.
     """
     if name is None:
-        model = make_sensitive(_transformers_model(WavLMConfig()), seed)
+        model = make_sensitive(_transformers_model(WavLMConfig(), architecture), seed)
+        if layers is not None:
+            del model.encoder.layers[layers:]
         return model.to(dtype).eval(), Source(None, False)
     _quieten()
     found = config(name)
+    if layers is not None:
+        found.num_hidden_layers = layers
     try:
-        model, problems = _plain_class().from_pretrained(name, config=found, output_loading_info=True)
+        model, problems = _plain_class(architecture).from_pretrained(name, config=found, output_loading_info=True)
     except Exception as error:  # whatever a broken file makes safetensors, pickle or transformers raise
         raise UserError(f"the WavLM checkpoint {name} cannot be loaded: {_first_line(error)}") from error
     missing = sorted(set(problems["missing_keys"]) - {"masked_spec_embed"})  # only training reads that one
@@ -73,11 +89,34 @@ def source(name: str | None) -> Source:
     return Source(name, name is not None and _normalises(name, config(name)))
 
 
+def identity(name: str | None) -> str:
+    """A name for the weights of a checkpoint: a digest of a folder's files, or the hub's commit."""
+    if name is None:
+        return "seeded"
+    if not Path(name).is_dir():
+        return str(getattr(config(name), "_commit_hash", None))
+    digest = hashlib.sha256()
+    for path in sorted(Path(name).iterdir()):
+        if path.suffix in _WEIGHTS or path.name == "config.json":
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 24):
+                    digest.update(chunk)
+    return digest.hexdigest()[:32]
+
+
 def prepare(waveform: torch.Tensor, normalise: bool) -> torch.Tensor:
     """[S] -> [1, S], normalised as `Wav2Vec2FeatureExtractor` does if the checkpoint wants that."""
-    if normalise:
-        waveform = (waveform - waveform.mean()) / torch.sqrt(waveform.var(unbiased=False) + 1e-7)
-    return waveform[None]
+    return (normalised(waveform) if normalise else waveform)[None]
+
+
+def normalised(waveform: torch.Tensor, eps: float = 1e-7) -> torch.Tensor:
+    """[S] at zero mean and unit variance, as `Wav2Vec2FeatureExtractor` makes it; `eps` is added to the variance.
+
+    By numpy, as there: torch's sums depend on how many threads it has.
+    """
+    samples = waveform.numpy()
+    return torch.from_numpy((samples - samples.mean()) / np.sqrt(samples.var() + eps))
 
 
 def receptive_field(model: torch.nn.Module) -> int:
@@ -99,14 +138,47 @@ def _quieten() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
-def _plain_class() -> type[WavLMModel]:
+def _plain_class(architecture: str = "WavLMModel") -> type[PreTrainedModel]:
     """transformers' own class, also while `install` has put ours in its place."""
-    return next(c for c in transformers.WavLMModel.__mro__ if c.__module__.startswith("transformers."))
+    return next(c for c in getattr(transformers, architecture).__mro__ if c.__module__.startswith("transformers."))
 
 
-def _transformers_model(config: WavLMConfig) -> WavLMModel:
+def _transformers_model(config: WavLMConfig, architecture: str = "WavLMModel") -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
-        return _plain_class()(config)
+        return _plain_class(architecture)(config)
+
+
+def blank(config: dict[str, Any], architecture: str) -> PreTrainedModel:
+    """One of transformers' own classes with weights that mean nothing."""
+    return _transformers_model(WavLMConfig.from_dict(config), architecture)
+
+
+def processor(name: str) -> Any:
+    """What turns a checkpoint's CTC logits into text.
+
+    Raises:
+        UserError: the checkpoint has none, or it cannot be loaded.
+    """
+    try:
+        return transformers.AutoProcessor.from_pretrained(name)
+    except Exception as error:
+        raise UserError(f"text needs the processor of {name}, which cannot be loaded: {_first_line(error)}") from error
+
+
+def transcribed(processor: Any, logits: torch.Tensor) -> str:
+    """The text of CTC logits `[T, V]`, by the processor's language model where it has one."""
+    if hasattr(processor, "decoder"):
+        return processor.decode(logits.float().numpy()).text
+    return processor.decode(logits.argmax(-1))
+
+
+def config_of(name: str | None) -> WavLMConfig:
+    """The configuration of what `load` builds, None being the seeded one.
+
+    Raises:
+        UserError: as `config`.
+    """
+    return WavLMConfig() if name is None else config(name)
 
 
 def config(name: str) -> WavLMConfig:

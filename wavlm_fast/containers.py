@@ -14,7 +14,6 @@ A header may announce less than the file holds: other things may follow the audi
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import BinaryIO
 
 _NEARLY = 4200  # bytes by which programs stay below the largest number, for what else their header counts
 _LARGEST_MP3_FRAME = 2881  # bytes
+_PIECE = 1 << 20  # bytes
 _FLAC = b"fLaC\x00\x00\x00\x22"  # and the head of the block that always comes first
 
 
@@ -134,9 +134,14 @@ def _of_pages(file: BinaryIO, at: int, size: int) -> str | None:
 
 
 def _of_flac(file: BinaryIO, start: int) -> str | None:
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        at = content.find(_FLAC, start + len(_FLAC))
-    return None if at < 0 else _joined(at)
+    at, tail = start + 1, b""  # not mapped into memory: where the file is cut meanwhile, that would end the process
+    while piece := _read(file, at, _PIECE):
+        found = (tail + piece).find(_FLAC)
+        if found >= 0:
+            return _joined(at - len(tail) + found)
+        at += len(piece)
+        tail = (tail + piece)[1 - len(_FLAC) :]
+    return None
 
 
 def _of_mp3(file: BinaryIO, start: int, size: int) -> str | None:

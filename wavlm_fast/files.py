@@ -14,7 +14,7 @@ import platform
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,13 @@ _UNFINISHED = re.compile(re.escape(_PREFIX) + r"([A-Za-z0-9-]+)\.\w+" + re.escap
 _A_DAY = 86_400.0  # seconds
 
 
-def write_atomically(target: Path, save: Callable[[Any], None]) -> None:
+def write_atomically(target: Path, save: Callable[[Any], None], durable: bool = True) -> None:
     """Write into a temporary file beside the target and rename it; whatever happens, the target is whole or absent.
 
     Args:
         target: the file.
         save: writes the content to an open binary file.
+        durable: also where the machine loses its power; that takes milliseconds.
 
     Raises:
         OSError: it cannot be written.
@@ -44,7 +45,8 @@ def write_atomically(target: Path, save: Callable[[Any], None]) -> None:
         with os.fdopen(descriptor, "wb") as file:
             save(file)
             file.flush()
-            os.fsync(descriptor)
+            if durable:
+                os.fsync(descriptor)
             os.chmod(name, 0o666 & ~_umask())
             if fcntl is not None:  # while it is locked: in between somebody could take it for abandoned
                 os.replace(name, target)
@@ -70,6 +72,29 @@ def remove_unfinished(folder: Path) -> list[Path]:
                 if named and entry.is_file(follow_symlinks=False) and _remove_abandoned(entry, named[1] == _HOST):
                     removed.append(Path(entry.path))
     return removed
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold a lock file, made if missing, until the block ends.
+
+    Args:
+        path: the file.
+        wait: for whoever holds it.
+
+    Yields:
+        Whether the lock is ours. Where there are no locks everybody gets it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if wait and fcntl is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield True
+        else:
+            yield _lock(descriptor) is not False
+    finally:
+        os.close(descriptor)
 
 
 def _new(folder: Path) -> tuple[int, str]:

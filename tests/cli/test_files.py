@@ -68,7 +68,7 @@ def test_a_run_of_extract_removes_it(command, tiny, tmp_path):
     left.write_bytes(b"half")
     soundfile.write(tmp_path / "one.wav", [0.1, -0.1] * 400, 16000)
     assert command("extract", tmp_path / "one.wav", "--out", tmp_path, "--model", tiny).status == 0
-    assert names(tmp_path) == ["one.npz", "one.wav"]
+    assert names(tmp_path) == [".wavlm-fast", "manifest.jsonl", "one.npy", "one.wav"]
 
 
 def test_whatever_writes_json_removes_it(tmp_path):
