@@ -23,8 +23,12 @@ from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
 SMOKE = "tests/matrix/smoke.py"
-# What else of the suite runs on the floor: every way of calling and compiling a model.
-CALLS = ("tests/models/test_call_modes.py", "tests/models/test_compile_export.py")
+# What else of the suite runs on the floor: every way of calling and compiling a model, but for what needs a compiler.
+CALLS = (
+    "tests/models/test_call_modes.py",
+    "tests/models/test_compile_export.py",
+    "--deselect=tests/models/test_compile_export.py::test_compile_by_inductor",
+)
 NEWEST = ""
 
 
