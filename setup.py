@@ -154,7 +154,7 @@ class BuildExtension(build_ext):
         common = [*flags_of("CXXFLAGS"), *COMPILE_FLAGS, *known, "-Icsrc"]
         have = [f"-DWAVLM_FAST_HAVE_{name.upper()}=1" for name in self.levels]
         of_entries = [*common, *have, TORCH_TARGET, f"-isystem{self.torch}/include", *users]
-        folder = Path("build", f"objects-{platform.machine()}")
+        folder = Path("build", f"objects-{platform.machine()}{'-own-flags' if users else ''}")
         jobs = [(folder / "entries", source, of_entries) for source in ext.sources]
         for name, flags in self.levels.items():
             of_level = [*common, *flags, f"-DWAVLM_FAST_ISA=isa_{name}", *users]

@@ -11,21 +11,24 @@ constexpr Isa kAll[] = {Isa::default_, Isa::avx2, Isa::avx512, Isa::avx512_bf16}
 constexpr const char* kVariable = "WAVLM_FAST_CPU_ISA";
 
 // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
+// clang-format off
 bool cpu_has(Isa level) {
   switch (level) {
     case Isa::default_:
       return true;
-      WAVLM_FAST_IF_AVX2(case Isa::avx2 : return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");)
-      WAVLM_FAST_IF_AVX512(case Isa::avx512
-                           : return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                                    __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");)
-      WAVLM_FAST_IF_AVX512_BF16(case Isa::avx512_bf16
-                                : return cpu_has(Isa::avx512) && __builtin_cpu_supports("avx512bf16");)
+    WAVLM_FAST_IF_AVX2(case Isa::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");)
+    WAVLM_FAST_IF_AVX512(case Isa::avx512:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") &&
+             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("avx512dq");)
+    WAVLM_FAST_IF_AVX512_BF16(case Isa::avx512_bf16:
+      return cpu_has(Isa::avx512) && __builtin_cpu_supports("avx512bf16");)
     default:
       return false;
   }
 }
+// clang-format on
 
 struct Selection {
   Isa level;
