@@ -100,6 +100,7 @@ SHORT_OF_MEMORY = """
 import resource, torch
 from pathlib import Path
 from wavlm_fast.backends import cpu
+assert cpu.extension.problem() is None  # it is loaded
 torch.set_num_threads(2)
 def call(weight):
     return torch.ops.wavlm_fast_cpu.positional_conv(x, weight, None, None, "none", False, False)

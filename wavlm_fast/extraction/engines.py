@@ -109,7 +109,7 @@ class _Behind:
         """What was committed since it was asked last."""
         if wait:
             self.stop()
-        self._check()
+        self._raise_error()
         while self._done:
             yield self._done.popleft()
 
@@ -120,10 +120,10 @@ class _Behind:
             self._thread.join()
 
     def _give(self, job: Callable[[], None]) -> None:
-        self._check()
+        self._raise_error()
         self._given.put(job)
 
-    def _check(self) -> None:
+    def _raise_error(self) -> None:
         if self._error is not None:
             raise self._error
 
