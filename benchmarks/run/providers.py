@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import io
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -87,6 +88,8 @@ class Provider:
 
 def providers(device: str = "cpu") -> tuple[dict[str, Provider], dict[str, str]]:
     """What this machine can run on `device`, in the order of the tables, and the reasons why not the rest."""
+    # OpenVINO forks a process at its import that reports it to its makers, and does without where it cannot.
+    sys.modules.setdefault("openvino_telemetry", None)
     found, absent = {}, {}
     for name, provider in _every(device).items():
         missing = [p for p in provider.packages if importlib.util.find_spec(p) is None]
