@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import audio, checkpoint
 from ..errors import UserError, first_line
-from ..inputs import SAMPLE_RATE
+from ..inputs import SAMPLE_RATE, receptive_field
 from ..ragged import forward_ragged
 from ..swap import accelerate
 from ..truncated import ends_with_norm, truncate
@@ -161,7 +161,7 @@ class Extractor:
     @property
     def samples_needed(self) -> int:
         """Of the shortest utterance."""
-        return checkpoint.receptive_field(self.model)
+        return receptive_field(self.config.conv_kernel, self.config.conv_stride)
 
     def outputs(self, waveforms: Sequence[Tensor]) -> list[Output | Exception]:
         """The features of each waveform on the CPU, or the error of one that cannot be used.
@@ -173,6 +173,7 @@ class Extractor:
             Hidden states `[T, C]` of one layer or `[L, T, C]` of several, less the dimensions that are averaged;
             embeddings or logits `[C]`; logits of frames `[T, C]`; or text.
         """
+        _ = self.model  # loaded here: what is wrong with a checkpoint is no utterance's error
         prepared = [self._pieces(w) for w in waveforms]
         flat = [piece for pieces in prepared for piece in pieces]
         results: list[Tensor | Exception | None] = [None] * len(flat)
