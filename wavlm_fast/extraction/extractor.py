@@ -86,6 +86,9 @@ class Extractor:
             self.config = checkpoint.config_of(self.name)
         self.architecture = self.wanted.class_for(self.config, self.name or "this model")
         self.states = self.wanted.states(self.config.num_hidden_layers) if what == "hidden" else ()
+        # Whether each waveform is brought to zero mean and unit variance first.
+        said = self.convention.normalise
+        self.normalises = checkpoint.source(self.name).normalise if said is None else said
         self._model: nn.Module | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -97,13 +100,6 @@ class Extractor:
         if self._model is None:
             self._model = self._load()
         return self._model
-
-    @property
-    def normalises(self) -> bool:
-        """Whether each waveform is brought to zero mean and unit variance first."""
-        if self.convention.normalise is not None:
-            return self.convention.normalise
-        return checkpoint.source(self.name).normalise
 
     def _load(self) -> nn.Module:
         layers, needed = self.config.num_hidden_layers, self._needed
