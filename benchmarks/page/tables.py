@@ -59,7 +59,8 @@ def of_case(rows: Sequence[Row]) -> Table:
 
 
 def _title(row: Row) -> str:
-    gflop = f", {digits(row['gflop'])} GFLOP" if number(row["gflop"]) else ""
+    alike = row["group"] != "corpus"  # where some run more layers than others
+    gflop = f", {digits(row['gflop'])} GFLOP" if alike and number(row["gflop"]) else ""
     if row["group"] == OP:
         return f"{row['case']}{gflop}"
     many = f"{row['batch']} utterance{'s' if row['batch'] > 1 else ''} of"

@@ -7,11 +7,12 @@ What the first round wrote is held against float64 before any time counts.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import statistics
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from wavlm_fast.errors import UserError
 
 from . import extracting, verify
 from .cases import MODELS, Case, Output
-from .flops import frames
+from .flops import forward, frames
+from .peaks import Peaks
 from .progress import Meter
 from .providers import BASELINE, OURS, SHORT, SINGLE, Provider
 from .rounds import Row
@@ -142,7 +144,13 @@ class Truth:
 
 
 def run(
-    corpus: Corpus, chosen: Sequence[str], rounds: int, threads: int, device: str, meter: Meter
+    corpus: Corpus,
+    chosen: Sequence[str],
+    peaks: Callable[[], Peaks],
+    rounds: int,
+    threads: int,
+    device: str,
+    meter: Meter,
 ) -> Iterator[tuple[list[Row], list[dict[str, Any]]]]:
     """Time ways to extract a corpus, in turn.
 
@@ -155,6 +163,7 @@ def run(
     yield list(rows.values()), []
     meter.doing(f"{case.name}: float64")
     truth = Truth(corpus)
+    peak = peaks().of(SINGLE)
     for index in range(rounds):
         for name in measure.order(rows, index):
             row = rows[name]
@@ -171,15 +180,20 @@ def run(
             if row.problem is None:
                 ran[name].append(found)
         timed = {name: [one.seconds for one in found] for name, found in ran.items() if rows[name].problem is None}
-        _compare(rows, timed)
+        _compare(rows, timed, peak)
         yield list(rows.values()), [_told(case, name, ran[name]) for name in timed]
 
 
 def _row(case: Case, name: str, provider: Provider) -> Row:
-    cls, longest = MODELS[case.model].cls, max(case.lengths)
+    """To be filled; its operations are those of the layers that it runs, without padding."""
+    cls, longest, config = MODELS[case.model].cls, max(case.lengths), copy.deepcopy(MODELS[case.model].config)
+    if provider.family != BASELINE:
+        config.num_hidden_layers = case.layer
+    samples = Counter(int(seconds * audio.RATE) for seconds in case.lengths)
+    operations = sum(sum(forward(config, count, n, cls).values()) for n, count in samples.items())
     return Row(
         case.name, case.group, case.model, cls, len(case.lengths), longest, name, provider.family,
-        SHORT[provider.dtype], provider.ours, case.audio, gflop=0.0,
+        SHORT[provider.dtype], provider.ours, case.audio, operations / 1e9,
     )  # fmt: skip
 
 
@@ -190,10 +204,10 @@ def _judge(row: Row, verdict: verify.Verdict) -> None:
     row.wrong = row.problem is not None
 
 
-def _compare(rows: dict[str, Row], timed: dict[str, list[float]]) -> None:
+def _compare(rows: dict[str, Row], timed: dict[str, list[float]], peak: float | None) -> None:
     ours = next((times for name, times in timed.items() if rows[name].ours), None)
     for name, times in timed.items():
-        rows[name].timed(times, None)
+        rows[name].timed(times, peak)
         if ours is not None and not rows[name].ours:
             with suppress(ValueError):  # one of them was lost in a later round
                 rows[name].ours_faster = measure.ratio(times, ours)

@@ -292,7 +292,8 @@ def _corpus(
     meter.doing(f"{case.name}: files")
     made = corpus.Corpus(case, module, folder / case.name)
     try:
-        for rows, told in corpus.run(made, chosen, rounds, torch.get_num_threads(), args.device, meter):  # noqa: B007
+        threads, peaks = torch.get_num_threads(), found.measured_peaks
+        for rows, told in corpus.run(made, chosen, peaks, rounds, threads, args.device, meter):  # noqa: B007
             pass
     finally:
         found.add(_ended(rows))
