@@ -83,6 +83,7 @@ def in_new_process(module: str, *arguments: str) -> str:
         raise UserError(f"ended with status {done.returncode}: {last}")
     return done.stdout.strip().splitlines()[-1]
 
+
 def main() -> None:
     """Measure in this process and print a `Peak` as JSON."""
     parser = argparse.ArgumentParser()
@@ -135,9 +136,9 @@ def _on_cpu(call: Callable[[], Any]) -> Peak:
     """Loading the model may have needed more than the forward pass does: forget that peak first where Linux lets us."""
     give_back_freed()
     forgotten = _forget_peak()
-    before = _status("VmRSS") if forgotten else _highest()
+    before = _status("VmRSS") if forgotten else highest()
     call()
-    peak = _status("VmHWM") if forgotten else _highest()
+    peak = _status("VmHWM") if forgotten else highest()
     return Peak(peak, peak - before)
 
 
@@ -161,7 +162,16 @@ def _status(field: str) -> int:
     return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) * 1024
 
 
-def _highest() -> int:
+def resident() -> int:
+    """Bytes that this process holds now; where there is no telling, the most that it ever held."""
+    try:
+        return _status("VmRSS")
+    except (OSError, StopIteration):
+        return highest()
+
+
+def highest() -> int:
+    """The most bytes that this process ever held."""
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024

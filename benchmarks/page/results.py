@@ -24,9 +24,10 @@ RECORDS = {
     SOURCE: _HERE / "RESULTS.md",
     _HERE / "regimes.json": _HERE / "REGIMES.md",
     _HERE / "ragged.json": _HERE / "RAGGED.md",
+    _HERE / "corpus.json": _HERE / "CORPUS.md",
 }
 _USER_ERROR = 2
-_FIRST_LINE = "<!-- By `python -m benchmarks.results` from benchmarks/results.json, regimes.json or ragged.json. -->"
+_FIRST_LINE = "<!-- By `python -m benchmarks.results` from benchmarks/results.json, or another .json beside it. -->"
 _MEMORY_SECONDS = 120
 _RAGGED_CASE = "base ragged 8x2-15"
 

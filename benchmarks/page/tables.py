@@ -59,7 +59,8 @@ def of_case(rows: Sequence[Row]) -> Table:
 
 
 def _title(row: Row) -> str:
-    gflop = f", {digits(row['gflop'])} GFLOP" if number(row["gflop"]) else ""
+    alike = row["group"] != "corpus"  # where some run more layers than others
+    gflop = f", {digits(row['gflop'])} GFLOP" if alike and number(row["gflop"]) else ""
     if row["group"] == OP:
         return f"{row['case']}{gflop}"
     many = f"{row['batch']} utterance{'s' if row['batch'] > 1 else ''} of"
@@ -68,6 +69,7 @@ def _title(row: Row) -> str:
         "ragged": f"up to {row['length']:g} s",
         "training": f"{row['length']:g} s, forward, backward and optimizer step",
         "regimes": f"{row['length']:g} s, as benchmarks/run/regimes.py runs it",
+        "corpus": f"up to {row['length']:g} s, from audio files to files of features",
     }.get(row["group"], f"{row['length']:g} s")
     return f"{row['case']}: {row['cls']}, {many} {kind}{gflop}"
 
@@ -100,6 +102,16 @@ def of_memory(rows: Sequence[Row]) -> Table:
     for same in split((row for row in rows if row["problem"]), "provider", "dtype", "problem"):
         sizes = ", ".join(title_of(f"{row['batch']}x{row['audio']:g}") for row in same)
         table.remarks.append(f"{label(same[0])}, {sizes}: {same[0]['problem']}")
+    return table
+
+
+def of_corpus(rows: Sequence[Row]) -> Table:
+    """What the process is like that extracts a corpus."""
+    columns = ("provider", "the model's share of the time", "GB after a tenth of it", "at the end", "peak")
+    table = Table(f"{title_of(rows[0]['case'])}, from files to files", columns)
+    for row in rows:
+        sizes = (as_gb(row[name]) for name in ("first_bytes", "last_bytes", "peak_bytes"))
+        table.rows.append((row["provider"], as_share(row["busy"]), *sizes))
     return table
 
 
@@ -184,9 +196,11 @@ def summaries(found: Found) -> list[Table]:
     regimes = [row for row in rows if row["group"] == "regimes"]
     ways = [group for group in split(rows, "case", "dtype") if any(row["family"] == _EXACT for row in group)]
     named = {row["case"] for group in ways for row in group}
-    others = [row for row in rows if row["group"] not in (*PLAIN, "regimes") and row["case"] not in named]
+    corpus = [row for row in rows if row["group"] == "corpus"]
+    others = [r for r in rows if r["group"] not in (*PLAIN, "regimes", "corpus") and r["case"] not in named]
     tables += _summary("Other classes, padded batches, training", others, lambda row: title_of(row["case"]))
     tables += [_of_ways(ways)] if ways else []
+    tables += _summary("From files to files", corpus, lambda row: title_of(row["case"]))
     return tables + _summary("Regimes", regimes, lambda row: title_of(row["case"]))
 
 
@@ -249,6 +263,9 @@ _METHOD = {
     "of it the forward alone added.",
     "stages": "The ops of one forward, timed one by one. “In one piece” is the forward as everybody runs it. The peak "
     "is this machine's, measured.",
+    "corpus": "The time is from the first step after everything is imported to the last file: loading of the model, "
+    "decoding, the model, writing. The model's share is what it worked; the rest it waited. Memory is what the process "
+    "held, Python, libraries, weights and all.",
     "layers": "Allowed is twice the error of transformers in the same dtype, and a few roundings.",
     "cases": "“Ours is” how many times as fast in the same dtype. Who is off by more than is allowed gets no time; the "
     "reason stands below the table.",
@@ -276,6 +293,7 @@ def sections(found: Found) -> list[Section]:
         Section("speed", "Case by case", summaries(found)),
         Section("scaling", "Cost against audio length and batch", of_scaling(entries(found, "scaling"))),
         Section("memory", "Memory", [of_memory(memory)] if memory else []),
+        Section("corpus", "A corpus", [of_corpus(g) for g in split(entries(found, "corpus"), "case")]),
         Section("stages", "Where the time goes", [of_stages(g) for g in split(stages, "case", "provider", "dtype")]),
         Section("layers", "Error by layer", of_layers(entries(found, "layers"))),
         Section("ops", "Single ops", of_ops(rows)),
@@ -320,7 +338,8 @@ def head(found: Found) -> str:
     return f"{where}, {threads}; {named}. Measured peaks: {_peaks(found.get('peaks') or {}) or NONE}."
 
 
-_KINDS = {"rows": "case", "stages": "stage", "layers": "layer", "memory": "memory", "scaling": "scaling"}
+_KINDS = {"rows": "case", "stages": "stage", "layers": "layer", "memory": "memory", "corpus": "corpus",
+          "scaling": "scaling"}  # fmt: skip
 _TIMINGS, _PARTS = ("seconds", "ours_faster"), ("median", "p10", "p90", "rounds")
 
 

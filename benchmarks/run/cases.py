@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from wavlm_fast.sensitive import make_sensitive
 from . import flops
 
 Inputs = dict[str, Tensor]
+CORPUS = "corpus"  # the group of cases from files to files
 _FRESH = 100.0  # seconds of one utterance from which on every run has a process of its own
 
 
@@ -85,6 +87,7 @@ class Case:
     ragged: str = ""  # what to call lengths that differ
     train: bool = False  # forward, backward and optimizer
     regime: str = ""  # how the model is run, of regimes.py; empty: as the provider does
+    layer: int = 0  # of a corpus of files: whose output is extracted
     stages: bool = False  # where the time of ours goes is measured too
     layers: bool = False  # the error at every layer too
     memory: bool = False  # the peak of a process that runs it too
@@ -110,6 +113,8 @@ class Case:
     @property
     def rounds(self) -> int:
         """Timed runs of each provider, unless the user says otherwise."""
+        if self.group == CORPUS:
+            return 2
         return 1 if self.fresh else 7 if self.audio <= 5 else 5 if self.audio <= 10 else 3
 
     @property
@@ -157,6 +162,14 @@ def _ragged(model: str, batch: int, shortest: float, longest: float, group: str 
     return Case(model, tuple(lengths), group, ragged=name, **options)
 
 
+def corpus(model: str, count: int, shortest: float, longest: float, layer: int) -> Case:
+    """Utterances as a corpus has them: many of a few seconds, some long ones; lengths are log-normal."""
+    drawn = torch.randn(count, generator=torch.Generator().manual_seed(count)) * _SPREAD + math.log(_USUAL)
+    lengths = drawn.exp().clamp(shortest, longest).tolist()
+    return Case(model, tuple(lengths), CORPUS, ragged=f"corpus {count}x{shortest:g}-{longest:g}", layer=layer)
+
+
+_USUAL, _SPREAD = 5.5, 0.65  # seconds of the median, and the deviation of logarithms: 6.5 s on average
 _ONE_FRAME = 0.025
 _PLAIN = ("transformers", "wavlm_fast")
 _IN_ALL_WAYS = (*_PLAIN, "wavlm_fast, exact", "wavlm_fast, one at a time", "wavlm_fast, uniform")
@@ -190,6 +203,7 @@ def _all() -> Iterator[Case]:
     yield _ragged("train-ctc", 4, 2, 12, families=_IN_ALL_WAYS, train=True)
     for batch, shortest, longest in ((8, 2, 15), (32, 1, 8)):
         yield _ragged("large", batch, shortest, longest, families=_IN_ALL_WAYS, dtypes=(torch.float32,))
+    yield corpus("base", 300, 1, 20, layer=6)
 
 
 CASES = {case.name: case for case in _all()}

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 _FEWEST = 3  # points of a fit
-_UNEVEN = ("ragged", "training", "regimes", "op")  # groups whose cases differ in more than batch and length
+_UNEVEN = ("ragged", "corpus", "training", "regimes", "op")  # groups whose cases differ in more than batch and length
 
 
 def exponent(points: Iterable[tuple[float, float]]) -> float:

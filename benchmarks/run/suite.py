@@ -25,8 +25,8 @@ from wavlm_fast.errors import UserError
 from ..ops.cases import OpCase, op_cases, run_op
 from ..ops.providers import OpProvider, op_providers
 from ..page import report, results, tables
-from . import fresh, scaling
-from .cases import CASES, MODELS, QUICK, Case, Output, Spec, grid
+from . import corpus, fresh, scaling
+from .cases import CASES, CORPUS, MODELS, QUICK, Case, Output, Spec, grid
 from .peaks import Peaks, peaks
 from .progress import Meter, bar
 from .providers import OURS, PADDED, Provider, Subject, providers
@@ -85,6 +85,7 @@ class Found:
         self.layers: list[dict[str, Any]] = []
         self.stages: list[dict[str, Any]] = []
         self.memory: list[dict[str, Any]] = []
+        self.corpus: list[dict[str, Any]] = []
 
     def measured_peaks(self) -> Peaks:
         """The machine's peaks now; the best of a run are the machine's."""
@@ -107,6 +108,7 @@ class Found:
     def as_dict(self) -> dict[str, Any]:
         """The document: what --json, --csv, --markdown and --report are made of."""
         lists = {"rows": self.rows, "layers": self.layers, "stages": self.stages, "memory": self.memory}
+        lists["corpus"] = self.corpus
         return console.finite({**self.head, "peaks": self.peaks.as_dict(), **lists, "scaling": scaling.scaling(lists)})
 
 
@@ -158,7 +160,7 @@ def selected(args: argparse.Namespace) -> list[Case | OpCase]:
         there = dict(CASES)
     of_ops = {case.name: case for case in op_cases("base", 1, _OP_SECONDS)}
     # Groups that are measured by themselves: with them a full run would not fit in half an hour.
-    apart = {group: [n for n, case in there.items() if case.group == group] for group in ("regimes", RAGGED)}
+    apart = {group: [n for n, case in there.items() if case.group == group] for group in ("regimes", RAGGED, CORPUS)}
     groups = {"ops": list(of_ops), **apart}
     rest = [name for name in there if not any(name in names for names in apart.values())]
     asked = args.case or (there if own else QUICK if args.quick else [*rest, "ops"])
@@ -204,6 +206,9 @@ def _run(
                 gc.collect()
                 meter.doing(f"building {model}")
                 module = Output.of(model)
+            if case.group == CORPUS:
+                _corpus(case, module, Path(folder), args, rounds[case.name], found, meter)
+                continue
             exports = Path(folder, model)
             exports.mkdir(exist_ok=True)
             inputs = case.inputs(args.audio, args.allow_truncated)
@@ -221,9 +226,10 @@ def _run(
 
 def _for(case: Case, available: Mapping[str, Provider]) -> dict[str, Provider]:
     """The providers of a case."""
+    there = corpus.providers() if case.group == CORPUS else available
     return {
         name: p
-        for name, p in available.items()
+        for name, p in there.items()
         if (p.everywhere or case.everybody)
         and (not case.families or p.family in case.families)
         and (not case.dtypes or p.dtype in case.dtypes)
@@ -276,6 +282,24 @@ def _fresh(case: Case, subject: Subject, chosen: dict[str, Provider], rounds: in
     finally:
         found.add(_ended(rows))
         found.memory += peaks
+
+
+def _corpus(
+    case: Case, module: Output, folder: Path, args: argparse.Namespace, rounds: int, found: Found, meter: Meter
+) -> None:
+    chosen = [name for name, provider in corpus.providers().items() if _asked(args, name, provider)]
+    rows, told = [], []
+    meter.doing(f"{case.name}: files")
+    made = corpus.Corpus(case, module, folder / case.name)
+    try:
+        threads, peaks = torch.get_num_threads(), found.measured_peaks
+        for rows, told in corpus.run(made, chosen, peaks, rounds, threads, args.device, meter):  # noqa: B007
+            pass
+    finally:
+        found.add(_ended(rows))
+        found.corpus += told
+        if told:
+            found.show(tables.of_corpus(told))
 
 
 def _ended(rows: list[Row]) -> list[dict[str, Any]]:

@@ -72,7 +72,9 @@ class Judge:
         if dtype not in self._usual:
             self._usual[dtype] = self._plain(dtype)
         usual, found = self._usual[dtype], _kept(result)
-        return _of_gradients(self._module, usual, found, self._truth) if self._case.train else self._of(usual, found)
+        if self._case.train:
+            return _of_gradients(self._module, usual, found, self._truth)
+        return verdict_on(usual, found, self._truth)
 
     def _plain(self, dtype: torch.dtype) -> Any:
         if self._case.train:
@@ -82,18 +84,18 @@ class Judge:
             return _kept(REGIMES[self._case.regime](self._module.copy(dtype), self._inputs)())
         return _output(self._module, dtype, self._inputs)
 
-    def _of(self, usual: Tensor, found: Tensor) -> Verdict:
-        named = ({"output": x} for x in (usual, found, self._truth))
-        (errors,) = measure.compare(*named)
-        size, problem, remark = errors.largest, None, ""
-        if not errors.all.ok:
-            problem = f"wrong: off by {errors.all.ours:.2e}, {errors.all.allowed:.2e} is allowed"
-        elif not errors.ok:
-            off, allowed = errors.ordinary.ours, errors.ordinary.allowed
-            remark = (
-                f"off by {off:.2e} where channels are ordinary, twice transformers' own error is {allowed:.2e} there"
-            )
-        return Verdict(errors.all.ours / size, errors.all.allowed / size, problem, remark)
+
+def verdict_on(usual: Tensor, found: Tensor, truth: Tensor) -> Verdict:
+    """Judge an output by the truth and what transformers computes in the same dtype."""
+    named = ({"output": x} for x in (usual, found, truth))
+    (errors,) = measure.compare(*named)
+    size, problem, remark = errors.largest, None, ""
+    if not errors.all.ok:
+        problem = f"wrong: off by {errors.all.ours:.2e}, {errors.all.allowed:.2e} is allowed"
+    elif not errors.ok:
+        off, allowed = errors.ordinary.ours, errors.ordinary.allowed
+        remark = f"off by {off:.2e} where channels are ordinary, twice transformers' own error is {allowed:.2e} there"
+    return Verdict(errors.all.ours / size, errors.all.allowed / size, problem, remark)
 
 
 def _kept(result: Any) -> Any:

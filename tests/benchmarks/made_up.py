@@ -36,7 +36,7 @@ def row(found, case, provider):
 
 def only(*lists):
     """A document in which the other lists are empty."""
-    names = ("rows", "layers", "stages", "memory", "scaling")
+    names = ("rows", "layers", "stages", "memory", "corpus", "scaling")
     return {**document(), **{name: [] for name in names if name not in lists}}
 
 
@@ -88,6 +88,13 @@ def _memory(draw):
                    "forward_bytes": peak * draw.uniform(0.3, 0.8), "problem": None}  # fmt: skip
 
 
+def _corpus(draw):
+    for provider in ("transformers fp32, one at a time", "wavlm_fast fp32, extract"):
+        sizes = {name: draw.uniform(1e9, 9e9) for name in ("first_bytes", "last_bytes", "peak_bytes")}
+        busy = draw.uniform(0.3, 1)
+        yield {"case": "base corpus 3x1-20", "provider": provider, "dtype": "fp32", "busy": busy, **sizes}
+
+
 def _scaling(draw):
     for along, quantity in (("length", "seconds"), ("length", "memory"), ("batch", "seconds")):
         for provider in ("transformers fp32", "wavlm_fast fp32", "wavlm_fast bf16"):
@@ -105,7 +112,7 @@ def _document(draw):
         "audio": "a clip of speech", "model": None, "absent": {"ONNX Runtime fp32": "onnxruntime not installed"},
         "peaks": {"fp32": 2.0e11, "bf16": 4.0e11, "how": "made up"}, "rows": list(_rows(draw)),
         "layers": list(_layers(draw)), "stages": list(_stages(draw)), "memory": list(_memory(draw)),
-        "scaling": list(_scaling(draw)),
+        "corpus": list(_corpus(draw)), "scaling": list(_scaling(draw)),
     }  # fmt: skip
 
 

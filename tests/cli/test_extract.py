@@ -13,7 +13,7 @@ import torch
 from tiny_checkpoints import tiny_config
 from transformers import WavLMModel
 
-from wavlm_fast import audio, files
+from wavlm_fast import audio, checkpoint, files
 from wavlm_fast.extraction import worker, writers
 from wavlm_fast.sensitive import make_sensitive
 
@@ -145,6 +145,35 @@ def test_utterances_are_normalised_where_the_checkpoint_wants_it(command, record
 
 def arguments_of(corpus, tiny, out, *more):
     return ("extract", corpus, "--out", out, "--model", tiny, "--layer", "1", "--batch-seconds", "1.5", *more)
+
+
+def test_a_model_is_loaded_once_and_its_config_is_not_read_for_every_utterance(
+    command, tiny, corpus, tmp_path, monkeypatch
+):
+    counts = dict.fromkeys(("load", "config"), 0)
+
+    def counted(name, call):
+        def counting(*args, **kwargs):
+            counts[name] += 1
+            return call(*args, **kwargs)
+
+        return counting
+
+    for name in counts:
+        monkeypatch.setattr(checkpoint, name, counted(name, getattr(checkpoint, name)))
+    assert command(*arguments_of(corpus, tiny, tmp_path / "out")).status == 0
+    assert counts["load"] == 1
+    assert counts["config"] < 12
+
+
+def test_weights_that_cannot_be_loaded_are_no_fault_of_the_audio(command, tiny, corpus, tmp_path):
+    broken = shutil.copytree(tiny, tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    ended = command(*arguments_of(corpus, broken, tmp_path / "out"))
+    assert ended.status == 2
+    assert "the WavLM checkpoint" in ended.err and "cannot be loaded" in ended.err
+    assert not (tmp_path / "out" / "errors.jsonl").exists()
 
 
 @pytest.fixture

@@ -59,6 +59,8 @@ def run_here(worker: Worker, blocks: Iterable[Block], earlier: Earlier) -> Itera
     with ThreadPoolExecutor(_DECODERS, "decode") as pool:
         try:
             for writing, loading in _ahead(worker, blocks, earlier, pool):
+                if loading:
+                    _ = worker.extractor.model  # loaded while files are decoded, not where there are none
                 loaded = [future.result() for future in loading]
                 busy = 0.0
                 results = worker.computed(loaded)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import audio, checkpoint
 from ..errors import UserError, first_line
-from ..inputs import SAMPLE_RATE
+from ..inputs import SAMPLE_RATE, receptive_field
 from ..ragged import forward_ragged
 from ..swap import accelerate
 from ..truncated import ends_with_norm, truncate
@@ -91,6 +91,9 @@ class Extractor:
             saved, name = self.config.architectures or [], self.name or "the seeded model"
         self.architecture = self.wanted.class_for(saved, name)
         self.states = self.wanted.states(self.config.num_hidden_layers) if what == "hidden" else ()
+        # Whether each waveform is brought to zero mean and unit variance first.
+        said = self.convention.normalise
+        self.normalises = checkpoint.source(self.name).normalise if said is None else said
         self._model: nn.Module | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,13 +105,6 @@ class Extractor:
         if self._model is None:
             self._model = self._load()
         return self._model
-
-    @property
-    def normalises(self) -> bool:
-        """Whether each waveform is brought to zero mean and unit variance first."""
-        if self.convention.normalise is not None:
-            return self.convention.normalise
-        return checkpoint.source(self.name).normalise
 
     def _load(self) -> nn.Module:
         layers, needed = self.config.num_hidden_layers, self._needed
@@ -166,7 +162,7 @@ class Extractor:
     @property
     def samples_needed(self) -> int:
         """Of the shortest utterance."""
-        return checkpoint.receptive_field(self.model)
+        return receptive_field(self.config.conv_kernel, self.config.conv_stride)
 
     def outputs(self, waveforms: Sequence[Tensor]) -> list[Output | Exception]:
         """The features of each waveform on the CPU, or the error of one that cannot be used.
@@ -178,6 +174,7 @@ class Extractor:
             Hidden states `[T, C]` of one layer or `[L, T, C]` of several, less the dimensions that are averaged;
             embeddings or logits `[C]`; logits of frames `[T, C]`; or text.
         """
+        _ = self.model  # loaded here: what is wrong with a checkpoint is no utterance's error
         prepared = [self._pieces(w) for w in waveforms]
         flat = [piece for pieces in prepared for piece in pieces]
         results: list[Tensor | Exception | None] = [None] * len(flat)
