@@ -136,9 +136,9 @@ def _on_cpu(call: Callable[[], Any]) -> Peak:
     """Loading the model may have needed more than the forward pass does: forget that peak first where Linux lets us."""
     give_back_freed()
     forgotten = _forget_peak()
-    before = _status("VmRSS") if forgotten else highest()
+    before = _status("VmRSS") if forgotten else _highest()
     call()
-    peak = _status("VmHWM") if forgotten else highest()
+    peak = _status("VmHWM") if forgotten else _highest()
     return Peak(peak, peak - before)
 
 
@@ -164,14 +164,22 @@ def _status(field: str) -> int:
 
 def resident() -> int:
     """Bytes that this process holds now; where there is no telling, the most that it ever held."""
+    return _told("VmRSS")
+
+
+def peak() -> int:
+    """The most bytes that this process held, without what its parent did, which Linux passes on in `getrusage`."""
+    return _told("VmHWM")
+
+
+def _told(field: str) -> int:
     try:
-        return _status("VmRSS")
+        return _status(field)
     except (OSError, StopIteration):
-        return highest()
+        return _highest()
 
 
-def highest() -> int:
-    """The most bytes that this process ever held."""
+def _highest() -> int:
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024

@@ -127,7 +127,7 @@ def here(way: str, job: Job) -> Ran:
         started = time.perf_counter()
         busy = WAYS[way](job)
         seconds = time.perf_counter() - started
-    return Ran(seconds, busy, memory.highest(), _tenths(looked, started, seconds))
+    return Ran(seconds, busy, memory.peak(), _tenths(looked, started, seconds))
 
 
 def _tenths(looked: list[tuple[float, int]], started: float, seconds: float) -> tuple[int, ...]:

@@ -42,7 +42,7 @@ def test_one_number_changed_changes_what_shows_it():
     assert all("1.23" in line for line in changed)
 
 
-@pytest.mark.parametrize("name", ["rows", "layers", "stages", "memory", "scaling"])
+@pytest.mark.parametrize("name", ["rows", "layers", "stages", "memory", "corpus", "scaling"])
 def test_a_part_of_a_document(name):
     found = made_up.only(name)
     headings = re.findall(r"^## (.*)$", results.markdown(found), re.MULTILINE)

@@ -31,7 +31,7 @@ def numbers(found):
         elif isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool)):
             yield path
 
-    for name in ("rows", "layers", "stages", "memory", "scaling"):
+    for name in ("rows", "layers", "stages", "memory", "corpus", "scaling"):
         yield from walk(found[name], (name,))
 
 
@@ -278,7 +278,7 @@ def test_csv_has_every_number():
     found = made_up.document()
     lines = list(csv.DictReader(io.StringIO(tables.csv_rows(found))))
     assert next(iter(lines[0])) == "kind"
-    kinds = {"case": "rows", "layer": "layers", "stage": "stages", "memory": "memory"}
+    kinds = {"case": "rows", "layer": "layers", "stage": "stages", "memory": "memory", "corpus": "corpus"}
     for kind, name in kinds.items():
         own = [line for line in lines if line["kind"] == kind]
         assert len(own) == len(found[name])
