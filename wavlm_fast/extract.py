@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -209,8 +209,10 @@ class _Run:
             log = stack.enter_context(_appending(self.args.log)) if self.args.log else None
             progress = stack.enter_context(_progress())
             task = progress.add_task("extract", total=-(-self.count // self.args.shard[1]), told="")
+            # Closed whatever happens: the file that is being written is written to its end.
+            extracted = stack.enter_context(closing(self._extracted(self._to_do(listed))))
             try:
-                for done in self._extracted(self._to_do(listed)):
+                for done in extracted:
                     self._count(done)
                     progress.update(task, completed=self.done + self.kept + self.failed, told=str(self))
                     if log:

@@ -110,13 +110,14 @@ def test_sigterm_while_a_file_is_written(tiny, tmp_path):
     kill = (
         "import os, signal, time\n"
         "from wavlm_fast.extraction import writers\n"
-        "write = writers.write_atomically\n"
+        "write, killed = writers.write_atomically, []\n"
         "def slowly(target, save, **options):\n"
-        "    def killed(file):\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "        time.sleep(0.5)\n"
+        "    def halfway(file):\n"
+        "        if not killed:\n"
+        "            killed.append(os.kill(os.getpid(), signal.SIGTERM))\n"
+        "            time.sleep(0.5)\n"
         "        save(file)\n"
-        "    write(target, killed, **options)\n"
+        "    write(target, halfway, **options)\n"
         "writers.write_atomically = slowly\n"
     )
     (tmp_path / "wavlm-fast").write_text(kill + script())

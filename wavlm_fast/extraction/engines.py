@@ -98,8 +98,9 @@ class _Behind:
         self._given: queue.Queue[Callable[[], None] | None] = queue.Queue(_BEHIND)
         self._done: deque[Done] = deque()
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="write", daemon=True)
-        self._thread.start()
+        # Not `join`: one that a signal interrupts takes the thread for ended.
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, name="write", daemon=True).start()
 
     def put(self, writing: BlockWriter, record: Record, output: Any) -> None:
         self._give(lambda: writing.write(record, output))
@@ -117,9 +118,9 @@ class _Behind:
 
     def stop(self) -> None:
         """Write what was given, and end."""
-        if self._thread.is_alive():
+        if not self._ended.is_set():
             self._given.put(None)
-            self._thread.join()
+            self._ended.wait()
 
     def _give(self, job: Callable[[], None]) -> None:
         self._raise_error()
@@ -136,6 +137,7 @@ class _Behind:
                     job()
                 except BaseException as error:
                     self._error = error
+        self._ended.set()
 
 
 def run_on_ray(
