@@ -196,7 +196,7 @@ class _Run:
     def __init__(self, args: argparse.Namespace, worker: Worker, settings: dict[str, Any], count: int) -> None:
         self.args, self.worker, self.settings, self.count = args, worker, settings, count
         self.folder = worker.folder
-        self.blocks = 0  # in the whole list
+        self.blocks: int | None = None  # in the whole list; None as long as it was not gone through
         self.done = self.kept = self.failed = 0  # utterances
         self.seconds = self.busy = 0.0  # of audio that was extracted, and of the model's work on it
         self.started = time.perf_counter()
@@ -233,9 +233,9 @@ class _Run:
         return run_on_ray(self.worker, blocks, self._earlier, self.args.ray_address, self.args.ray_actors, **room)
 
     def _to_do(self, listed: Iterator[Block]) -> Iterator[Block]:
-        share, shares = self.args.shard
+        (share, shares), count = self.args.shard, 0
         for block in listed:
-            self.blocks = block.index + 1
+            count = block.index + 1
             if block.index % shares != share:
                 continue
             records = self.folder.done(block)
@@ -245,6 +245,7 @@ class _Run:
                 failed = self._told(records)
                 self.kept += len(records) - failed
                 self.failed += failed
+        self.blocks = count
 
     def _earlier(self, block: Block) -> dict[str, Record]:
         """What an earlier list of utterances left of this block and those behind it."""
@@ -291,8 +292,12 @@ class _Run:
     def _finish(self) -> int:
         out = console()
         try:
-            good, bad = self.folder.finish(self.blocks, self.settings)
-            FORMATS[self.worker.kind].finish(self.folder, self.blocks, self.args.out)
+            writer = FORMATS[self.worker.kind]
+            if self.blocks is not None:  # a run that stops early knows of no more blocks than it met
+                self.folder.prune(self.blocks)
+                writer.prune(self.folder, self.blocks)
+            good, bad = self.folder.finish(self.settings)
+            writer.finish(self.folder, self.args.out)
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"the manifest of {self.folder.out} cannot be written: {reason}") from error

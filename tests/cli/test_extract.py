@@ -288,6 +288,26 @@ def test_a_run_that_fails_too_often_stops(command, tiny, corpus, tmp_path, small
     assert len(manifest_of(tmp_path / "out")[1]) < 12
 
 
+@pytest.mark.parametrize("kind", ["npy", "webdataset"])
+def test_a_run_that_stops_early_keeps_what_it_did_not_come_to(command, tiny, corpus, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("wavlm_fast.extract._MOST_SECONDS", 1.5)
+    out = tmp_path / "out"
+    words = arguments_of(corpus, tiny, out, "--format", kind)
+    assert command(*words).status == 0
+    before = tree(out)
+    assert sum(name.startswith(".wavlm-fast/blocks/") for name in before) > 5
+    for path in [*out.rglob("*.npy"), *out.rglob("*.tar")]:  # all is to be done again
+        path.write_bytes(path.read_bytes() + b"x")
+    for record in manifest_of(out)[1][:3]:
+        path = corpus / f"{record['id']}.wav"
+        soundfile.write(path, np.full(soundfile.info(path).frames, np.nan), 16000, subtype="FLOAT")
+    ended = command(*words, "--max-errors", "1")
+    assert ended.status == 3
+    assert "stopped: more than 1 failed" in ended.out
+    assert before.keys() - tree(out).keys() <= {"shard-000000.tar", "shard-000001.tar"}  # all of such a block failed
+    assert len(manifest_of(out)[1]) >= 9
+
+
 def test_shares_merge(command, tiny, corpus, tmp_path, small_blocks):
     whole, shares = tmp_path / "whole", tmp_path / "shares"
     command(*arguments_of(corpus, tiny, whole))

@@ -34,8 +34,8 @@ def written(kind, tmp_path, outputs, ids=IDS, blocks=2, name="out"):
         writer.close()
         folder.commit(block, records)
         assert all(map(folder.stands, records))
-    folder.finish(blocks, {"format": kind})
-    FORMATS[kind].finish(folder, blocks, str(out))
+    folder.finish({"format": kind})
+    FORMATS[kind].finish(folder, str(out))
     return out, [json.loads(line) for line in folder.manifest.read_text().splitlines()[1:]]
 
 

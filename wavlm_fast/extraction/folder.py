@@ -107,24 +107,27 @@ class Folder:
         content = "".join(line + "\n" for line in lines).encode()
         write_atomically(self._record_of(block.index), lambda file: file.write(content))
 
-    def records(self, count: int) -> Iterator[Record]:
-        """Those of so many blocks, as far as they are done."""
-        for index in range(count):
-            yield from self._read(self._record_of(index)) or ()
+    def records(self) -> Iterator[Record]:
+        """Those of all blocks, as far as they are done."""
+        for path in self._records():
+            yield from self._read(path) or ()
 
-    def finish(self, count: int, settings: dict[str, Any]) -> tuple[int, int]:
-        """Write the manifests of so many blocks; records of no block any more go.
+    def prune(self, count: int) -> None:
+        """The list has so many blocks: records of others go."""
+        for path in self._records():
+            if int(path.stem) >= count:
+                path.unlink()
+
+    def finish(self, settings: dict[str, Any]) -> tuple[int, int]:
+        """Write the manifests of what is done.
 
         Returns:
             How many utterances are done, and how many failed.
         """
         with locked(self.state / "finish.lock", wait=True):
-            for path in self._records():
-                if int(path.stem) >= count:
-                    path.unlink()
-            shown = ({**r, "file": self.out.name} if self.one_file and "file" in r else r for r in self.records(count))
+            shown = ({**r, "file": self.out.name} if self.one_file and "file" in r else r for r in self.records())
             good = _lines(self.manifest, shown, lambda r: "error" not in r, {"settings": settings})
-            bad = _lines(self.errors, self.records(count), lambda r: "error" in r)
+            bad = _lines(self.errors, self.records(), lambda r: "error" in r)
         return good, bad
 
     def _record_of(self, index: int) -> Path:

@@ -57,8 +57,12 @@ class Writer:
         """The block is complete."""
 
     @classmethod
-    def finish(cls, folder: Folder, count: int, given: str) -> None:
-        """So many blocks are complete: write what stands once for all of them. `given` is --out as it was given."""
+    def prune(cls, folder: Folder, count: int) -> None:
+        """The list has so many blocks: shards of others go."""
+
+    @classmethod
+    def finish(cls, folder: Folder, given: str) -> None:
+        """Write what stands once for all blocks that are complete. `given` is --out as it was given."""
 
 
 class _Tree(Writer):
@@ -150,9 +154,9 @@ class Lhotse(Npy):
     """npy files, and `features.jsonl`, which lhotse reads as a manifest of features."""
 
     @classmethod
-    def finish(cls, folder: Folder, count: int, given: str) -> None:
+    def finish(cls, folder: Folder, given: str) -> None:
         def lines() -> Iterator[str]:
-            for record in _good(folder, count):
+            for record in _good(folder):
                 shape = record["shape"]
                 yield json.dumps(
                     {
@@ -199,11 +203,16 @@ class _Shard(Writer):
         raise NotImplementedError
 
     @classmethod
-    def finish(cls, folder: Folder, count: int, given: str) -> None:
-        index = count
-        while (left := folder.root / cls.pattern.format(index)).exists():  # of a longer list
-            left.unlink()
-            index += 1
+    def all_in(cls, folder: Folder) -> list[Path]:
+        """The shards that are there, in order."""
+        return sorted(folder.root.glob(cls.pattern.replace("{:06d}", "[0-9]" * 6)))
+
+    @classmethod
+    def prune(cls, folder: Folder, count: int) -> None:
+        kept = {cls.pattern.format(index) for index in range(count)}
+        for path in cls.all_in(folder):
+            if path.name not in kept:
+                path.unlink()
 
 
 class WebDataset(_Shard):
@@ -262,9 +271,8 @@ class Kaldi(_Shard):
         file.write(self.content.getbuffer())
 
     @classmethod
-    def finish(cls, folder: Folder, count: int, given: str) -> None:
-        super().finish(folder, count, given)
-        lines = (f"{r['id']} {os.path.join(given, r['file'])}:{r['offset']}" for r in _good(folder, count))
+    def finish(cls, folder: Folder, given: str) -> None:
+        lines = (f"{r['id']} {os.path.join(given, r['file'])}:{r['offset']}" for r in _good(folder))
         _write_lines(folder.root / "feats.scp", lines)
 
 
@@ -297,11 +305,10 @@ class Parquet(_Shard):
         pq.write_table(pa.table({"id": ids, "seconds": seconds, self.about["what"]: values}), file)
 
     @classmethod
-    def finish(cls, folder: Folder, count: int, given: str) -> None:
+    def finish(cls, folder: Folder, given: str) -> None:
         import pyarrow.parquet as pq
 
-        super().finish(folder, count, given)
-        parts = [path for i in range(count) if (path := folder.root / cls.pattern.format(i)).exists()]
+        parts = cls.all_in(folder)
 
         def save(file: Any) -> None:
             with pq.ParquetWriter(file, pq.read_schema(parts[0])) as writer:
@@ -318,8 +325,8 @@ def path_of(identity: str) -> str:
     return "/".join(_UNSAFE.get(part, part) for part in parts)
 
 
-def _good(folder: Folder, count: int) -> Iterator[Record]:
-    return (record for record in folder.records(count) if "error" not in record)
+def _good(folder: Folder) -> Iterator[Record]:
+    return (record for record in folder.records() if "error" not in record)
 
 
 def _write_lines(path: Path, lines: Iterator[str]) -> None:
