@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, WavLMConfig, WavLMModel
 from .errors import UserError, first_line
 from .inputs import receptive_field as _receptive_field
 from .sensitive import make_sensitive
+from .truncated import truncate
 
 _PREPROCESSOR = "preprocessor_config.json"
 _WEIGHTS = (".safetensors", ".bin")
@@ -59,7 +60,7 @@ def load(
     if name is None:
         model = make_sensitive(_transformers_model(WavLMConfig(), architecture), seed)
         if layers is not None:
-            del model.encoder.layers[layers:]
+            model = truncate(model, layers)
         return model.to(dtype).eval(), Source(None, False)
     _quieten()
     found = config(name)

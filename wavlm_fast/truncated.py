@@ -35,12 +35,12 @@ def truncate(model: nn.Module, layers: int) -> nn.Module:
     if layers == len(encoder.layers):
         return model
     del encoder.layers[layers:]
-    if ends_with_norm(encoder):
-        encoder.layer_norm = nn.Identity()
+    without_final_norm(encoder)
     model.config.num_hidden_layers = layers
     return model
 
 
-def ends_with_norm(encoder: nn.Module) -> bool:
-    """Whether the encoder's layer norm stands behind its layers."""
-    return isinstance(encoder, hf.WavLMEncoderStableLayerNorm)
+def without_final_norm(encoder: nn.Module) -> None:
+    """Take an encoder's layer norm away if it stands behind the layers."""
+    if isinstance(encoder, hf.WavLMEncoderStableLayerNorm):
+        encoder.layer_norm = nn.Identity()

@@ -137,6 +137,18 @@ def test_fairseq(checkpoints, waveforms, plain, form, monkeypatch):
         close(output, torch.cat([before_the_norm(plain(folder), piece) for piece in pieces]))
 
 
+def test_what_fairseq_cuts_is_averaged_whole_and_embedded_whole(checkpoints, waveforms, monkeypatch):
+    monkeypatch.setitem(wanted.CONVENTIONS, "fairseq", wanted.Convention(eps=1e-5, final_norm=False, chunk=5000))
+    folder = checkpoints["base", "WavLMModel"]
+    frames = Extractor(folder, layers=2, convention="fairseq").outputs(waveforms)
+    means = Extractor(folder, layers=2, convention="fairseq", average="frames").outputs(waveforms)
+    for mean, states in zip(means, frames):
+        close(mean, states.mean(0))
+    head = checkpoints["base", "WavLMForXVector"]
+    cut, whole = (Extractor(head, "xvector", convention=name).outputs([waveforms[1]]) for name in ("fairseq", "hf"))
+    close(cut[0], whole[0])
+
+
 def test_a_live_model_goes_along_and_stays_as_it_is(checkpoints, waveforms):
     model = WavLMModel.from_pretrained(checkpoints["base", "WavLMModel"]).eval()
     extractor = pickle.loads(pickle.dumps(Extractor(model, layers=2)))

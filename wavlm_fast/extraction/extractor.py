@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from .. import audio, checkpoint
 from ..errors import UserError, first_line
 from ..inputs import SAMPLE_RATE, receptive_field
+from ..packed_batch import wavlm_of
 from ..ragged import forward_ragged
 from ..swap import accelerate
-from ..truncated import ends_with_norm, truncate
+from ..truncated import truncate, without_final_norm
 from .wanted import CONVENTIONS, Wanted
 
 Output = Tensor | str
@@ -80,7 +81,7 @@ class Extractor:
         self.name: str | None = None
         self._made_of: tuple | None = None
         if isinstance(model, nn.Module):
-            model = getattr(model, "wavlm", model) if what == "hidden" else model
+            model = wavlm_of(model) if what == "hidden" else model
             self.config, saved, name = model.config, [type(model).__name__], "this model"
             self._made_of = _made_of(model)
             if what == "text":
@@ -114,9 +115,8 @@ class Extractor:
             model = _rebuilt(self._made_of, self.architecture).to(self.dtype)
             if needed < layers:
                 model = truncate(model, needed)
-        encoder = getattr(model, "wavlm", model).encoder
-        if self.states and ends_with_norm(encoder) and (needed < layers or not self.convention.final_norm):
-            encoder.layer_norm = nn.Identity()
+        if self.states and (needed < layers or not self.convention.final_norm):
+            without_final_norm(model.encoder)
         if self.wanted.what == "text":
             self._processor = checkpoint.processor(self.name)
         return _primed(accelerate(model.eval().to(self.device)))
@@ -190,9 +190,10 @@ class Extractor:
             waveform = checkpoint.normalised(waveform, self.convention.eps)
         if self.convention.pad_to:
             waveform = F.pad(waveform, (0, self.convention.pad_to - len(waveform) % self.convention.pad_to))
-        if not self.convention.chunk or len(waveform) <= self.convention.chunk:
+        cut = self.convention.chunk if self.states or self.of_frames else 0  # an embedding is of all there is
+        if not cut or len(waveform) <= cut:
             return [waveform]
-        pieces = list(waveform.split(self.convention.chunk))
+        pieces = list(waveform.split(cut))
         return pieces if len(pieces[-1]) >= self.samples_needed else pieces[:-1]
 
     def _run(self, waveforms: list[Tensor]) -> list[Tensor | Exception]:
@@ -213,25 +214,28 @@ class Extractor:
 
     def _read(self, out: Any) -> Tensor:
         if not self.states:
-            value = out.embeddings if self.wanted.what == "xvector" else out.logits
-            return value[0].cpu()
+            return (out.embeddings if self.wanted.what == "xvector" else out.logits)[0]
         # The last of transformers' list has seen an encoder's final norm in version 4 and has not in version 5.
         last = self._needed
         states = [out.last_hidden_state if n == last else out.hidden_states[n] for n in self.states]
-        value = torch.cat(states)  # [L, T, C]: the batch is one utterance
-        for name, dim in (("frames", 1), ("layers", 0)):
-            if name in self.wanted.average:
-                value = value.float().mean(dim, keepdim=True)
-        for name, dim in (("frames", 1), ("layers", 0)):
-            if name in self.wanted.average or (name == "layers" and self.wanted.single):
-                value = value.squeeze(dim)
-        return value.cpu()
+        return torch.cat(states)  # [L, T, C]: the batch is one utterance
+
+    def _reduced(self, states: Tensor) -> Tensor:
+        """States `[L, T, C]` of a whole utterance without the dimensions that are averaged or of one layer."""
+        if "frames" in self.wanted.average:
+            states = states.float().mean(1, keepdim=True)
+        if "layers" in self.wanted.average:
+            states = states.float().mean(0, keepdim=True)
+        if "frames" in self.wanted.average:
+            states = states.squeeze(1)
+        return states.squeeze(0) if "layers" in self.wanted.average or self.wanted.single else states
 
     def _finished(self, pieces: list[Tensor | Exception]) -> Output | Exception:
         failed = next((piece for piece in pieces if isinstance(piece, Exception)), None)
         if failed is not None:
             return failed
         value = pieces[0] if len(pieces) == 1 else torch.cat(pieces, -2)
+        value = (self._reduced(value) if self.states else value).cpu()
         if self.wanted.what == "text":
             return checkpoint.transcribed(self._processor, value)
         found = value.to(self.dtype_out)
