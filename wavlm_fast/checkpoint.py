@@ -16,6 +16,7 @@ import transformers
 from transformers import PreTrainedModel, WavLMConfig, WavLMModel
 
 from .errors import UserError, first_line
+from .files import feed
 from .inputs import receptive_field as _receptive_field
 from .sensitive import make_sensitive
 from .truncated import truncate
@@ -100,9 +101,7 @@ def identity(name: str | None) -> str:
     for path in sorted(Path(name).iterdir()):
         if path.suffix in _WEIGHTS or path.name == "config.json":
             digest.update(path.name.encode())
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 24):
-                    digest.update(chunk)
+            feed(digest, path)
     return digest.hexdigest()[:32]
 
 

@@ -37,7 +37,7 @@ from .extraction.folder import Folder, Record
 from .extraction.sources import Utterance, utterances
 from .extraction.wanted import AVERAGES, CLASSES, CONVENTIONS
 from .extraction.worker import Worker
-from .extraction.writers import FORMATS, check
+from .extraction.writers import FORMATS, WITHOUT_BFLOAT16, check
 
 FAILED = 3  # exit status: some utterances failed
 _FRAMES = 50  # a second
@@ -114,11 +114,11 @@ def _shard(text: str) -> tuple[int, int]:
 def run(args: argparse.Namespace) -> int:
     """Extract; 0 when every utterance is done, 3 when some failed. What can be refused is refused before any work."""
     apply_threads(args.threads)
-    extractor = _extractor(args)
     out = Path(args.out)
     kind = args.format or ("parquet" if out.suffix == ".parquet" else "txt" if args.what == "text" else "npy")
     if (kind == "parquet") != (out.suffix == ".parquet"):
         raise UserError(f"the format parquet goes with --out NAME.parquet, got --format {kind} and --out {out}")
+    extractor = _extractor(args, kind)
     check(kind, args.what, extractor.dimensions, extractor.dtype_out)
     source = checkpoint.Source(extractor.name, extractor.normalises)
     settings = _settings(args, extractor, kind)
@@ -155,11 +155,11 @@ class _Listed:
         return utterances(self.inputs, stdin=self._stdin, leave_out=self.out)
 
 
-def _extractor(args: argparse.Namespace) -> Extractor:
+def _extractor(args: argparse.Namespace, kind: str) -> Extractor:
     layers = "all" if "all" in args.layer else tuple(args.layer)
     dtype = DTYPES[args.dtype]
-    narrow = args.format not in ("pt", "safetensors") and dtype == torch.bfloat16
-    wanted = DTYPES[args.dtype_out] if args.dtype_out else torch.float32 if narrow else dtype
+    widened = torch.float32 if dtype == torch.bfloat16 and kind in WITHOUT_BFLOAT16 else dtype
+    wanted = DTYPES[args.dtype_out] if args.dtype_out else widened
     return Extractor(
         args.model, args.what, layers, tuple(args.average), args.convention, dtype, wanted, args.device,
         args.batch_seconds,

@@ -74,6 +74,13 @@ def remove_unfinished(folder: Path) -> list[Path]:
     return removed
 
 
+def feed(digest: Any, path: Path | str) -> None:
+    """Give the bytes of a file to a digest of `hashlib`."""
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+
+
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[bool]:
     """Hold a lock file, made if missing, until the block ends.

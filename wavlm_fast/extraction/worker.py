@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import audio
 from ..errors import UserError, first_line
+from ..files import feed
 from ..inputs import SAMPLE_RATE
 from .blocks import Block
 from .extractor import Extractor, Output, batches
@@ -151,12 +152,6 @@ class BlockWriter:
 @lru_cache(maxsize=64)  # several utterances of a file follow each other
 def _digest(path: str, size: int, changed_at: int) -> str:
     """SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file: Any) -> str:
-    digest = hashlib.sha256()  # Python 3.10
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
+    digest = hashlib.sha256()
+    feed(digest, path)
     return digest.hexdigest()

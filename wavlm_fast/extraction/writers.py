@@ -350,7 +350,7 @@ FORMATS: dict[str, type[Writer]] = {
 }
 _PACKAGES = {"kaldi": "kaldiio", "parquet": "pyarrow", "safetensors": "safetensors"}
 _TEXT = ("txt", "parquet", "webdataset")
-_WITHOUT_BFLOAT16 = ("npy", "npz", "kaldi", "parquet", "webdataset", "lhotse")
+WITHOUT_BFLOAT16 = ("npy", "npz", "kaldi", "parquet", "webdataset", "lhotse")
 
 
 def check(kind: str, what: str, dims: int, dtype: torch.dtype) -> None:
@@ -387,5 +387,5 @@ def check(kind: str, what: str, dims: int, dtype: torch.dtype) -> None:
         raise UserError("lhotse holds features of frames, got one vector for each utterance")
     if dtype == torch.float16 and kind == "kaldi":
         raise UserError("kaldi holds float32, got --dtype-out float16")
-    if dtype == torch.bfloat16 and kind in _WITHOUT_BFLOAT16:
+    if dtype == torch.bfloat16 and kind in WITHOUT_BFLOAT16:
         raise UserError(f"{kind} has no bfloat16: --dtype-out float32 or float16")
