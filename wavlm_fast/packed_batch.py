@@ -11,14 +11,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.wavlm import modeling_wavlm as hf
 
+from .families.transformers import FastWavLMEncoder, FastWavLMEncoderStableLayerNorm
 from .inputs import receptive_field
-from .modules import (
-    FastTDNNLayer,
-    FastWavLMEncoder,
-    FastWavLMEncoderStableLayerNorm,
-    FastWavLMFeatureEncoder,
-    FastWavLMFeatureProjection,
-)
+from .modules import FeatureEncoder, FeatureProjection, TimeDelayLayer
 from .modules._originals import StandIn, why_original
 from .modules._packing import Packing, packings
 
@@ -27,8 +22,8 @@ Forward = Callable[..., Any]
 # Outputs whose second dimension is frames; logits are of frames in two of the classes.
 _OF_FRAMES = ("last_hidden_state", "extract_features", "hidden_states")
 _PARTS = {
-    "feature_extractor": FastWavLMFeatureEncoder,
-    "feature_projection": FastWavLMFeatureProjection,
+    "feature_extractor": FeatureEncoder,
+    "feature_projection": FeatureProjection,
     "encoder": (FastWavLMEncoder, FastWavLMEncoderStableLayerNorm),
 }
 _LOGITS_OF_FRAMES = (hf.WavLMForCTC, hf.WavLMForAudioFrameClassification)
@@ -57,11 +52,11 @@ def wavlm_of(model: nn.Module) -> nn.Module:
 def samples_needed(model: nn.Module) -> int:
     """The fewest samples of an utterance of which the model, alone with it, makes anything."""
     front_end = wavlm_of(model).feature_extractor
-    if not isinstance(front_end, FastWavLMFeatureEncoder):
+    if not isinstance(front_end, FeatureEncoder):
         return 1  # somebody's own: it says itself
     convs = [layer.conv for layer in front_end.conv_layers]
     stages = [(c.kernel_size[0], c.stride[0]) for c in convs if isinstance(c, nn.Conv1d)]
-    stages += [(layer.span, 1) for layer in getattr(model, "tdnn", ()) if isinstance(layer, FastTDNNLayer)]
+    stages += [(layer.span, 1) for layer in getattr(model, "tdnn", ()) if isinstance(layer, TimeDelayLayer)]
     return receptive_field([width for width, _ in stages], [stride for _, stride in stages])
 
 
@@ -81,7 +76,7 @@ def _why_not_packed(model: nn.Module) -> str | None:
         if not isinstance(getattr(wavlm, name), cls):
             return f"{name} is called: it is a {type(getattr(wavlm, name)).__name__}"
     for index, layer in enumerate(getattr(model, "tdnn", ())):
-        if not isinstance(layer, FastTDNNLayer):
+        if not isinstance(layer, TimeDelayLayer):
             return f"tdnn layer {index} is called: it is a {type(layer).__name__}"
     return wavlm.feature_extractor.why_not_packed() or wavlm.encoder.why_not_packed()
 

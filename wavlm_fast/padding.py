@@ -23,7 +23,7 @@ from ._private import frame_lengths
 from .inputs import check_mask
 from .leaving import leaving
 from .losses import with_loss
-from .modules import FastWavLMFeatureEncoder
+from .modules import FeatureEncoder
 from .modules._packing import with_valid_samples
 from .packed_batch import (
     PackedBatch,
@@ -160,7 +160,7 @@ def _lengths_of(model: PreTrainedModel, mask: Tensor, waveforms: Tensor) -> list
         ValueError: a row that is not ones followed by zeros, or holds too few samples for a frame.
     """
     needed = samples_needed(model)
-    if isinstance(wavlm_of(model).feature_extractor, FastWavLMFeatureEncoder):
+    if isinstance(wavlm_of(model).feature_extractor, FeatureEncoder):
         check_mask(mask, waveforms)
     elif mask.shape != waveforms.shape[:2]:
         raise ValueError(

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from .inputs import check_waveform
 from .losses import with_loss
-from .modules import FastWavLMFeatureEncoder
+from .modules import FeatureEncoder
 from .modules._originals import StandIn
 from .packed_batch import PackedBatch, run_alone, run_packed, samples_needed, split, wavlm_of, why_alone
 from .padding import asks_for_attentions, frames_after
@@ -70,7 +70,7 @@ def _check(model: nn.Module, waveforms: Sequence[Tensor], kwargs: dict[str, Any]
         raise ValueError("forward_ragged wants at least one waveform, got an empty list")
     front_end = wavlm_of(model).feature_extractor
     first, needed = waveforms[0], samples_needed(model)
-    convs = [layer.conv for layer in front_end.conv_layers] if isinstance(front_end, FastWavLMFeatureEncoder) else None
+    convs = [layer.conv for layer in front_end.conv_layers] if isinstance(front_end, FeatureEncoder) else None
     for index, waveform in enumerate(waveforms):
         if not isinstance(waveform, Tensor):
             raise TypeError(f"forward_ragged wants tensors, waveform {index} is a {type(waveform).__name__}")

@@ -13,10 +13,10 @@ from transformers.models.wavlm import modeling_wavlm as hf
 
 from ._private import let_record
 from .derived import forget, releasing
+from .families.transformers import MODULES
 from .freed import refuse
 from .inputs import SAMPLE_RATE
 from .models import MODELS
-from .modules import MODULES
 from .padding import check_mode, set_mode
 
 Module = TypeVar("Module", bound=nn.Module)

@@ -90,8 +90,15 @@ def steps_of_children(module: nn.Module, signal: Signal) -> Iterator[Step]:
         yield from steps_of(child, signal)
 
 
+class Inline:
+    """Mixed into a stage that is no module of its own: what a family's module does with some of its submodules."""
+
+    def why_called(self, but_captures: bool = False) -> None:
+        """Nobody can call it, nor hook it."""
+
+
 class FastModule(StandIn, MayBeFreed):
-    """Mixed into every fast module."""
+    """Mixed into every fast module, behind its stage."""
 
     def _get_name(self) -> str:
         return f"Fast{type(self).__name__}" if self._is_twin() else type(self).__name__
