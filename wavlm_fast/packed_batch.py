@@ -15,7 +15,7 @@ from .families.transformers import FastWavLMEncoder, FastWavLMEncoderStableLayer
 from .inputs import receptive_field
 from .modules import FeatureEncoder, FeatureProjection, TimeDelayLayer
 from .modules._originals import StandIn, why_original
-from .modules._packing import Packing, packings
+from .modules._packing import Packing, packings, padded_rows
 
 Forward = Callable[..., Any]
 
@@ -151,20 +151,13 @@ def stacked(model: nn.Module, outputs: Sequence[ModelOutput], frames: Callable[[
     joined = {}
     for name, first, of_frames in _parts(model, outputs[0]):
         values = [first, *(own[name] for own in outputs[1:])]
-        join = _square if name == "attentions" else _rows if of_frames else _joined
+        join = _square if name == "attentions" else padded_rows if of_frames else _joined
         joined[name] = _mapped(functools.partial(join, frames(name)), *values)
     return type(outputs[0])(**joined)
 
 
 def _joined(frames: int, *own: Tensor) -> Tensor:
     return torch.cat(own)
-
-
-def _rows(frames: int, *own: Tensor) -> Tensor:
-    """`[1, T, ...]` of each utterance as `[B, frames, ...]`."""
-    rows = nn.utils.rnn.pad_sequence([x[0] for x in own], batch_first=True)
-    short = frames - rows.shape[1]
-    return torch.cat([rows, rows.new_zeros(rows.shape[0], short, *rows.shape[2:])], 1) if short else rows
 
 
 def _square(frames: int, *own: Tensor) -> Tensor:

@@ -138,6 +138,8 @@ class ConvLayer:
 class FeatureEncoder:
     """The convolution layers, `layers`: as one op while no gradient is wanted, else in turn."""
 
+    waveform_name = "input_values"  # as callers know it
+
     @property
     def layers(self) -> Sequence[nn.Module | ConvLayer]:
         return self.conv_layers
@@ -211,7 +213,7 @@ class FeatureEncoder:
             ValueError, TypeError: the waveform's shape, length or dtype does not fit.
         """
         layers = self.layers
-        check_waveform(waveform, [layer.conv for layer in layers])
+        check_waveform(waveform, [layer.conv for layer in layers], self.waveform_name)
         stages = stages_of(waveform)
         whole = self._whole(waveform, stages)
         if whole.refusal is None:
