@@ -116,7 +116,9 @@ class MultiheadAttention(nn.Module):
         dropout = self.dropout_module.p if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, bias, dropout)
         weights = (q @ k.mT * self.scaling + bias).softmax(-1).mean(1) if need_weights else None
-        return self.out_proj(x.permute(2, 0, 1, 3).flatten(2)), weights, position_bias
+        # Copied in any case: how the product lies in memory may change between a trace and its use.
+        x = x.permute(2, 0, 1, 3).clone(memory_format=torch.contiguous_format).flatten(2)  # [T, B, C]
+        return self.out_proj(x), weights, position_bias
 
 
 class WeightNormConv1d(nn.Conv1d):
