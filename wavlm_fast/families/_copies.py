@@ -29,6 +29,7 @@ Call = Callable[[nn.Module], Any]
 class Copy(FastModule):
     """Mixed into the fast modules of such a house; each is the base of as many classes as there are copies."""
 
+    boundary: ClassVar[tuple[str, ...]] = ()  # methods beside forward that ours take the place of
     tried_first = True  # before it is stood in for
     cut: ClassVar[tuple[str, ...]] = ()  # names of lists of modules of which one is enough to try it
 
@@ -101,11 +102,29 @@ def why_not_trusted(base: type[Copy], module: nn.Module) -> str | None:
         alike = base.alike(module)
         for cls, known in alike.items():
             take_for(cls, known)
-        _tried[key] = _why_not_alike(base, module, original)
+        ours = original.__module__.partition(".")[0] == __package__.partition(".")[0]
+        _tried[key] = _why_in_the_way(base, original) or (None if ours else _why_not_alike(base, module, original))
         if _tried[key] is not None:
             for cls in alike:
                 take_for(cls, None)
     return _tried[key]
+
+
+def calls(module: nn.Module, name: str, call: Call) -> bool:
+    """Whether such a call of a module calls its submodule `name`, instead of reading weights."""
+    found = []
+    plain = _shadow(module, torch.Generator().manual_seed(0))
+    getattr(plain, name).register_forward_hook(lambda *args: found.append(args))
+    with torch.no_grad():
+        call(plain)
+    return bool(found)
+
+
+def _why_in_the_way(base: type[Copy], original: type) -> str | None:
+    """A sentence naming something of the class's own that has the name of something of ours; None when nothing has."""
+    own = {name for cls in original.__mro__[: original.__mro__.index(nn.Module)] for name in vars(cls)}
+    taken = {n for n in own if hasattr(base, n) and not hasattr(nn.Module, n) and n not in base.boundary}
+    return f"{original.__qualname__}.{min(taken)} has the name of something of ours" if taken else None
 
 
 def _why_not_alike(base: type[Copy], module: nn.Module, original: type) -> str | None:

@@ -33,7 +33,7 @@ from ..modules._packing import Packing, frames_of, valid_samples, with_valid_sam
 from ..modules._plain import has_hooks, learn_activation, why_mixed, why_not_ordinary
 from ..modules._position_bias import handed_on, taken
 from ..modules._steps import named, why_not_dropout
-from ._copies import Call, Copy
+from ._copies import Call, Copy, calls
 from .models import MODE, Model
 
 NAME = "Microsoft's"
@@ -127,6 +127,10 @@ class Positions(PositionalConv, Copy):
     def variant(cls, module: nn.Module) -> tuple:
         return tuple(map(type, module))
 
+    @classmethod
+    def alike(cls, module: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
+        return {type(module[0]): nn.Conv1d}
+
     @staticmethod
     def trials(module: nn.Module) -> Iterator[Call]:
         frames = torch.randn(2, module[0].in_channels, 40, dtype=torch.float64)
@@ -143,7 +147,7 @@ class Positions(PositionalConv, Copy):
 
 
 class SelfAttention(Attention, Copy):
-    """Microsoft's `MultiheadAttention`. Hooks on its projections and adapters run as little as in theirs: never."""
+    """Microsoft's `MultiheadAttention`."""
 
     @property
     def gru_rel_pos_linear(self) -> nn.Module:
@@ -178,6 +182,40 @@ class SelfAttention(Attention, Copy):
         yield lambda own: own(x, x, x, position_bias=own_bias, need_weights=False)
         yield lambda own: own(x, x, x, key_padding_mask=padded, position_bias=bias, need_weights=False)
 
+    def why_original(self, x: Tensor) -> str | None:
+        """Why its own code has to run on frames; None when ours does."""
+        return None
+
+    @or_original
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        key_padding_mask: Tensor | None = None,
+        *args: Any,
+        need_weights: bool = True,
+        position_bias: Tensor | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Self-attention over frames `[T, B, C]`: the output, None, the position bias `[B·H, T, T]` for the next layer.
+
+        Whatever else the original can do, it does.
+        """
+        asked = need_weights or args or any(value is not None and value is not False for value in options.values())
+        without_bias = position_bias is None and self.rel_attn_embed is None
+        ours = key is query and value is query and not asked and not without_bias
+        if not ours or self.why_original(query) is not None:
+            options |= {"need_weights": need_weights, "position_bias": position_bias}
+            return self.run_original(query, key, value, key_padding_mask, *args, **options)
+        frames = query.transpose(0, 1)
+        out, _, bias = self.attend(frames, _mask(frames, key_padding_mask), taken(position_bias))
+        return out.transpose(0, 1), None, _handed_on(bias, position_bias, self, frames)
+
+
+class ReadingAttention(SelfAttention):
+    """One that reads its projections' weights: hooks and adapters on them never run, so they do not here."""
+
     def _why_not_read(self, *names: str) -> str | None:
         """Why the weights of these submodules cannot be read; None when they can, whatever hangs on the modules."""
         for name in names:
@@ -194,7 +232,7 @@ class SelfAttention(Attention, Copy):
     def _why_not_out(self) -> str | None:
         return self._why_not_read("out_proj")
 
-    def _why_original(self, x: Tensor) -> str | None:
+    def why_original(self, x: Tensor) -> str | None:
         """Why the original reads the weights itself; None when ours does."""
         linears = [getattr(self, name) for name in _PROJECTIONS]
         return self._why_not_read(*_PROJECTIONS) or why_mixed(x, *(p for m in linears for p in (m.weight, m.bias)))
@@ -204,43 +242,11 @@ class SelfAttention(Attention, Copy):
         return Step("linear_act", None, lambda: ops.linear_act(x, weight, bias))
 
     def steps(self, signal: Signal) -> Iterator[Step]:
-        reason = self._why_original(signal.frames(self, self.embed_dim))
+        reason = self.why_original(signal.frames(self, self.embed_dim))
         if reason is None:
             yield from super().steps(signal)
         else:
             yield Step(self.original.__name__, f"the original's forward runs: {reason}")
-
-    @or_original
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor | None,
-        value: Tensor | None,
-        key_padding_mask: Tensor | None = None,
-        incremental_state: dict | None = None,
-        need_weights: bool = True,
-        static_kv: bool = False,
-        attn_mask: Tensor | None = None,
-        before_softmax: bool = False,
-        need_head_weights: bool = False,
-        position_bias: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Self-attention over frames `[T, B, C]`: the output, None, the position bias `[B·H, T, T]` for the next layer.
-
-        Whatever else the original can do, it does.
-        """
-        asked = incremental_state, need_weights, static_kv, attn_mask, before_softmax, need_head_weights
-        ours = key is query and value is query and not any(map(_is_set, asked))
-        ours = ours and (position_bias is not None or self.rel_attn_embed is not None)
-        if not ours or self._why_original(query) is not None:
-            return self.run_original(query, key, value, key_padding_mask, *asked, position_bias)
-        frames = query.transpose(0, 1)
-        out, _, bias = self.attend(frames, _mask(frames, key_padding_mask), taken(position_bias))
-        return out.transpose(0, 1), None, _handed_on(bias, position_bias, self, frames)
-
-
-def _is_set(argument: object) -> bool:
-    return argument is not None and argument is not False
 
 
 def _mask(frames: Tensor, padding: Tensor | None) -> Tensor | Packing | None:
@@ -356,6 +362,8 @@ def _padding() -> Tensor:
 class Whole(Model):
     """Microsoft's `WavLM`."""
 
+    boundary = ("extract_features", "forward_padding_mask")
+
     @staticmethod
     def recognises(module: nn.Module) -> bool:
         extract = getattr(module, "extract_features", None)
@@ -432,7 +440,7 @@ def recognised(model: nn.Module) -> Iterator[tuple[nn.Module, type[Copy]]]:
     """Every module of a Microsoft WavLM in a module, the inner ones first, and the base of what stands in for it."""
     for module in reversed(list(model.modules())):
         if SelfAttention.recognises(module):
-            yield module, SelfAttention
+            yield module, SelfAttention if _calls_projections(module) else ReadingAttention
         elif Layer.recognises(module):
             yield module, Layer
         elif _is_encoder(module) and Positions.recognises(module.pos_conv):
@@ -441,6 +449,19 @@ def recognised(model: nn.Module) -> Iterator[tuple[nn.Module, type[Copy]]]:
             if FrontEnd.recognises(module.feature_extractor):
                 yield module.feature_extractor, FrontEnd
             yield module, Whole
+
+
+_calling: dict[type, bool] = {}
+
+
+def _calls_projections(attention: nn.Module) -> bool:
+    cls = getattr(attention, "original", type(attention))
+    if cls not in _calling:
+        try:
+            _calling[cls] = calls(attention, "q_proj", next(SelfAttention.trials(attention)))
+        except Exception:  # then it is not trusted either
+            _calling[cls] = False
+    return _calling[cls]
 
 
 def _is_encoder(module: nn.Module | None) -> bool:

@@ -7,8 +7,7 @@ adapter, a quantized or sharded weight makes it not plain: it is then called, an
 from __future__ import annotations
 
 import contextlib
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 import torch.nn.functional as F
@@ -70,12 +69,16 @@ def is_capture(hook: object) -> bool:
 
 def why_not_plain(module: nn.Module, expected: type[nn.Module]) -> str | None:
     """A sentence saying why the module must be called, or None when its parameters may be read."""
-    cls = type(module)
-    if cls is not expected and _ALIKE.get(cls) is not expected:
-        return f"it is a {_full_name(cls)}, not a plain {_full_name(expected)}"
+    if not is_one(module, expected):
+        return f"it is a {_full_name(type(module))}, not a plain {_full_name(expected)}"
     if has_hooks(module):
         return "it has hooks"
-    return why_changed(module, cls) or why_not_plain_parameters(module)
+    return why_changed(module, type(module)) or why_not_plain_parameters(module)
+
+
+def is_one(module: nn.Module, expected: type[nn.Module]) -> bool:
+    """Whether the module's class is the expected one, or taken for it."""
+    return type(module) is expected or _ALIKE.get(type(module)) is expected
 
 
 def _full_name(cls: type) -> str:
@@ -121,9 +124,9 @@ def learn_activation(function: Callable[[Tensor], Tensor]) -> None:
 
 def fused_activation(activation: object) -> str | None:
     """The name under which ops know an activation, a module or a function; None when it must be called."""
-    if inspect.isroutine(activation):
-        return _functions.get(activation)
-    if not isinstance(activation, nn.Module) or has_hooks(activation):
+    if not isinstance(activation, nn.Module):
+        return _functions.get(activation) if isinstance(activation, Hashable) else None
+    if has_hooks(activation):
         return None
     if type(activation) in _ARITHMETIC and why_changed(activation, type(activation)) is not None:
         return None

@@ -15,6 +15,7 @@ from ._packing import Packing
 from ._plain import (
     fused_activation,
     has_hooks,
+    is_one,
     why_changed,
     why_mixed,
     why_not_plain,
@@ -41,8 +42,8 @@ def _why_not_conv(conv: nn.Module) -> str | None:
     if _is_parametrized(conv):
         reason = "it has hooks" if has_hooks(conv) else why_changed(conv, nn.Conv1d)
         reason = reason or why_not_plain_parameters(conv.parametrizations["weight"])
-    elif type(conv) is nn.Conv1d and _weight_norm_hook(conv) is not None:
-        reason = "it has hooks" if hooks_of(conv)[0] else why_changed(conv, nn.Conv1d)
+    elif is_one(conv, nn.Conv1d) and _weight_norm_hook(conv) is not None:
+        reason = "it has hooks" if hooks_of(conv)[0] else why_changed(conv, type(conv))
         reason = reason or why_not_plain_parameters(conv)
     else:
         reason = why_not_plain(conv, nn.Conv1d)
