@@ -182,7 +182,8 @@ def _why_in_the_way(base: type[Copy], module: nn.Module) -> str | None:
     """A sentence naming something of a module's own that has the name of something of ours; None when nothing has."""
     original = type(module)
     own = {name for cls in original.__mro__[: original.__mro__.index(nn.Module)] for name in vars(cls)}
-    taken = {n for n in own | own_names(module) if hasattr(base, n) and not hasattr(nn.Module, n) and n not in base.boundary}
+    own = {name for name in own | own_names(module) if not hasattr(nn.Module, name) and name not in base.boundary}
+    taken = {name for name in own if hasattr(base, name)}
     return f"{original.__qualname__}.{min(taken)} has the name of something of ours" if taken else None
 
 

@@ -52,7 +52,8 @@ class _Block(ConvLayer, Inline):
             self.layer_norm = norms[0][1] if self.norm == "layer" else norms[0]
 
     def why_called(self, but_captures: bool = False) -> str | None:
-        if any(has_hooks(m) for m in self.block.modules() if isinstance(m, nn.Sequential)):
+        parts = (self.conv, self.dropout, self.activation, *(() if self.norm == "none" else (self.layer_norm,)))
+        if any(has_hooks(m) for m in self.block.modules() if m not in parts):
             return "it has hooks"
         return named("dropout", why_not_dropout(self.dropout))
 
@@ -186,6 +187,18 @@ class SelfAttention(Attention, Copy):
         """Why its own code has to run on frames; None when ours does."""
         return None
 
+    def _projections(self, x: Tensor) -> list[Step]:
+        steps = super()._projections(x)
+        if len(steps) == 1:
+            return steps
+        return [_called_as_theirs(step, m, x) for step, m in zip(steps, self._linears()[:3], strict=True)]
+
+    def _leave(self, x: Tensor) -> Step:
+        return _called_as_theirs(super()._leave(x), self.out_proj, x)
+
+    def _linears(self) -> list[nn.Module]:
+        return [getattr(self, name) for name in _PROJECTIONS]
+
     @or_original
     def forward(
         self,
@@ -234,7 +247,7 @@ class ReadingAttention(SelfAttention):
 
     def why_original(self, x: Tensor) -> str | None:
         """Why the original reads the weights itself; None when ours does."""
-        linears = [getattr(self, name) for name in _PROJECTIONS]
+        linears = self._linears()
         return self._why_not_read(*_PROJECTIONS) or why_mixed(x, *(p for m in linears for p in (m.weight, m.bias)))
 
     def _leave(self, x: Tensor) -> Step:
@@ -247,6 +260,12 @@ class ReadingAttention(SelfAttention):
             yield from super().steps(signal)
         else:
             yield Step(self.original.__name__, f"the original's forward runs: {reason}")
+
+
+def _called_as_theirs(step: Step, module: nn.Module, x: Tensor) -> Step:
+    """A step of which the module, if it is called, gets frames as `[T, B, C]`: whoever hooks it sees those."""
+    step.called = lambda: module(x.transpose(0, 1)).transpose(0, 1)
+    return step
 
 
 def _mask(frames: Tensor, padding: Tensor | None) -> Tensor | Packing | None:
@@ -315,7 +334,8 @@ class Layer(EncoderLayer, Copy):
     @staticmethod
     def trials(module: nn.Module) -> Iterator[Call]:
         attention = module.self_attn
-        x, bias = _frames(attention.embed_dim), torch.randn(2 * attention.num_heads, _FRAMES, _FRAMES, dtype=torch.float64)
+        x = _frames(attention.embed_dim)
+        bias = torch.randn(2 * attention.num_heads, _FRAMES, _FRAMES, dtype=torch.float64)
         own_bias = None if hasattr(attention, "relative_attention_bias") else bias
         padded = _padding()
         yield lambda own: own(x, pos_bias=own_bias)
@@ -324,13 +344,11 @@ class Layer(EncoderLayer, Copy):
     def call_attention(
         self, hidden_states: Tensor, mask: Tensor | Packing | None, position_bias: Tensor | None, **kwargs: object
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        x = hidden_states.transpose(0, 1)
-        padding = ~mask if isinstance(mask, Tensor) else None
-        out, weights, bias = self.self_attn(
-            query=x, key=x, value=x, key_padding_mask=padding, need_weights=False, attn_mask=None,
+        x = hidden_states
+        return self.self_attn(
+            query=x, key=x, value=x, key_padding_mask=mask, need_weights=False, attn_mask=None,
             position_bias=position_bias,
         )  # fmt: skip
-        return out.transpose(0, 1), weights, taken(bias)
 
     @or_original
     def forward(
@@ -346,8 +364,12 @@ class Layer(EncoderLayer, Copy):
         if self_attn_mask is not None or need_weights or without_bias:
             return self.run_original(x, self_attn_mask, self_attn_padding_mask, need_weights, pos_bias)
         frames = x.transpose(0, 1)
-        out, bias, _ = self.run(frames, _mask(frames, self_attn_padding_mask), taken(pos_bias))
-        return out.transpose(0, 1), None, _handed_on(bias, pos_bias, self.self_attn, frames)
+        whole = self._whole(frames, _mask(frames, self_attn_padding_mask), taken(pos_bias), False)
+        if whole.refusal is None:
+            out, bias = whole.fused()
+            return out.transpose(0, 1), None, _handed_on(bias, pos_bias, self.self_attn, frames)
+        out, bias, weights = self.run_parts(x, self_attn_padding_mask, pos_bias)  # who hooks a part sees `[T, B, C]`
+        return out, weights, bias
 
 
 def _frames(channels: int) -> Tensor:
