@@ -66,11 +66,13 @@ def drawn(call, seed=0):
 def check(plain, ours, dtype=torch.float32, calls=CALLS):
     """Ours gives what the plain model gives, in every form in which it is asked, by the rule of the house."""
     x, exact = waveforms(dtype=dtype), truth_of(plain)
-    for kwargs in calls.values():
+
+    def run(model, **kwargs):
         with torch.no_grad():
-            got, expected = (drawn(lambda m=m: m.extract_features(x.clone(), **kwargs)) for m in (ours, plain))
-            truth = drawn(lambda: exact.extract_features(x.double(), **kwargs))
-        assert_close_to_truth(got, expected, truth)
+            return drawn(lambda: model.extract_features(x.to(model.mask_emb.dtype, copy=True), **kwargs))
+
+    for kwargs in calls.values():
+        assert_close_to_truth(run(ours, **kwargs), run(plain, **kwargs), run(exact, **kwargs))
 
 
 def of_class(model, cls, other):

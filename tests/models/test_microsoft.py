@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-import math
 import pickle
-import random
-import re
-import threading
 from collections import Counter
 
 import numpy as np
@@ -18,59 +14,35 @@ from microsoft_cases import (
     CALLS,
     LAYER,
     PADDED,
-    FrozenFrontEnd,
-    Frames,
-    InPlace,
-    Louder,
-    LouderWhileTraining,
-    Normalising,
-    OwnGate,
-    OwnRun,
     Reading,
-    SameFrontEnd,
     SameLayer,
-    SameModel,
-    SomeLouder,
-    TwoDimensional,
     check,
     drawn,
     fast,
     of_class,
     original,
 )
-from original_cases import original_config
-from padding_cases import LENGTHS, WIDTH, batch_of, utterances
 from test_hooks import disturbed
-from test_steps import Watched
 from torch import nn
 from wavlm_cases import (
     FORMS,
-    FRAMES,
-    SAMPLES,
     assert_gradients_close,
     assert_same,
     assert_tensor_close,
     gradients,
-    make_sensitive,
     ours_only,
-    plain_model,
-    small_config,
     tensors,
     truth_of,
     waveforms,
 )
 
-import wavlm_fast
-from wavlm_fast import accelerate, forward_ragged, report, restore
+from wavlm_fast import accelerate, report, restore
 from wavlm_fast.backends import cpu
 from wavlm_fast.families import _copies
-from wavlm_fast.families.microsoft import FrontEnd
 from wavlm_fast.modules._originals import StandIn
-from wavlm_fast.modules._position_bias import PositionBias, dense, handed_on, taken
+from wavlm_fast.modules._position_bias import PositionBias
 from wavlm_fast.original import (
-    ConvFeatureExtractionModel,
     MultiheadAttention,
-    TransformerEncoder,
     TransformerSentenceEncoderLayer,
     WavLM,
 )

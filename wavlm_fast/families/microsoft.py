@@ -166,6 +166,10 @@ class SelfAttention(Attention, Copy):
     def attention_dropout(self) -> float:
         return self.dropout_module.p
 
+    @property
+    def original_makes_dense_bias(self) -> bool:
+        return self.rel_attn_embed is not None  # others hand on what they get
+
     @staticmethod
     def recognises(module: nn.Module) -> bool:
         names = (*_PROJECTIONS, "grep_linear", "grep_a", "dropout_module", "num_heads", "head_dim", "scaling")
@@ -299,6 +303,10 @@ class Layer(EncoderLayer, Copy):
     """Microsoft's `TransformerSentenceEncoderLayer`."""
 
     @property
+    def original_makes_dense_bias(self) -> bool:
+        return getattr(self.self_attn, "relative_attention_bias", None) is not None
+
+    @property
     def norm_first(self) -> bool:
         return self.layer_norm_first
 
@@ -340,6 +348,11 @@ class Layer(EncoderLayer, Copy):
         padded = _padding()
         yield lambda own: own(x, pos_bias=own_bias)
         yield lambda own: own(x, self_attn_padding_mask=padded, need_weights=False, pos_bias=bias)
+
+    def steps(self, signal: Signal) -> Iterator[Step]:
+        dense = signal.dense_bias
+        yield from super().steps(signal)
+        signal.dense_bias = dense or (self.original_makes_dense_bias and signal.dense_bias)
 
     def call_attention(
         self, hidden_states: Tensor, mask: Tensor | Packing | None, position_bias: Tensor | None, **kwargs: object
@@ -389,8 +402,7 @@ class Whole(Model):
     def recognises(module: nn.Module) -> bool:
         if not own_has(module, "encoder", "feature_extractor") or not _is_encoder(module.encoder):
             return False
-        extract = getattr(getattr(module, "original", type(module)), "extract_features", None)
-        return callable(extract) and {"source", "padding_mask"} <= set(inspect.signature(extract).parameters)
+        return _signature(getattr(module, "original", type(module))) is not None
 
     @staticmethod
     def run(model: nn.Module, waveforms: Tensor, **options: Any) -> Any:
@@ -420,7 +432,7 @@ class Whole(Model):
         original = self.original.extract_features
         if MODE not in self.__dict__:
             return original(self, *args, **kwargs)
-        given = dict(inspect.signature(original).bind(self, *args, **kwargs).arguments)
+        given = dict(_signature(self.original).bind(self, *args, **kwargs).arguments)
         padding, source = given.pop("padding_mask", None), given.pop("source")
         if padding is None or frames_of(source) is not None:
             return original(self, *args, **kwargs)
@@ -455,6 +467,20 @@ class Whole(Model):
         for width, stride in self.convolutions():
             samples = torch.div(samples - width, stride, rounding_mode="floor") + 1
         return torch.arange(features.shape[1], device=samples.device) >= samples[:, None]
+
+
+def _signature(cls: type) -> inspect.Signature | None:
+    """Of `extract_features`: of the first class that names what it takes; None where that is not as Microsoft's."""
+    for own in cls.__mro__:
+        if not inspect.isfunction(vars(own).get("extract_features")):
+            continue
+        signature = inspect.signature(vars(own)["extract_features"])
+        if {"source", "padding_mask"} <= set(signature.parameters):
+            return signature
+        kinds = {parameter.kind for name, parameter in signature.parameters.items() if name not in ("self", "source")}
+        if kinds != {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+            return None
+    return None
 
 
 def recognised(model: nn.Module) -> Iterator[tuple[nn.Module, type[Copy]]]:
