@@ -38,7 +38,7 @@ def original(form="base", dtype=torch.float32, **changes):
     state = pair(form, dtype)[1].state_dict()
     model = restore(WavLM(original_config(small_config(form), **changes))).eval()
     own = model.state_dict()
-    model.load_state_dict({name: value if name not in state else state[name] for name, value in own.items()})
+    model.load_state_dict({name: state.get(name, value) for name, value in own.items()})
     return model.to(dtype)
 
 
