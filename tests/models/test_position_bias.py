@@ -6,6 +6,7 @@ import copy
 import pickle
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from wavlm_cases import ours_only
 
 from wavlm_fast.modules._position_bias import PositionBias, dense, handed_on, taken
@@ -62,6 +63,10 @@ def test_a_lazy_position_bias_through_functions_of_autograd():
     for function, factor in ((Twice, 2), (Same, 3)):
         out = taken(function.apply(handed_on(compact, (4, 5, 5), torch.float32)))
         assert torch.allclose(torch.autograd.grad((out * weights).sum(), compact)[0], factor * expected)
+    made = checkpoint(lambda bias: handed_on(bias, (4, 5, 5), torch.float32), compact, use_reentrant=True)
+    assert type(made) is PositionBias and made.requires_grad
+    (taken(made) * weights).sum().backward()
+    assert torch.allclose(compact.grad, expected)
 
 
 def test_a_hook_on_the_gradient_of_a_lazy_position_bias():

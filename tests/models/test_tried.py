@@ -73,7 +73,7 @@ def reasons(model):
 
 def some_louder(model):
     of_class(model, TransformerSentenceEncoderLayer, SomeLouder)
-    model.encoder.layers[0].louder = True
+    model.encoder.layers[1].louder = True
     return model
 
 

@@ -37,7 +37,7 @@ class PositionBias(Tensor):
     ) -> Any:
         if func in _HARMLESS:
             return super().__torch_function__(func, types, args, kwargs or {})
-        result = _on_dense(func, args, kwargs or {})
+        result = _on_dense(_whole, func, args, kwargs or {})
         if func in _GRADIENT_WANTED and type(args[0]) is PositionBias:
             args[0].unwritten = None
         return result
@@ -46,7 +46,7 @@ class PositionBias(Tensor):
     def __torch_dispatch__(
         cls, func: Callable[..., Any], types: Iterable[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return _on_dense(func, args, kwargs or {})
+        return _on_dense(_values, func, args, kwargs or {})  # below autograd, which has seen the bias itself
 
     def __deepcopy__(self, memo: dict) -> Tensor:
         return _whole(self).clone()
@@ -72,14 +72,17 @@ class _HandOn(torch.autograd.Function):
         return torch.autograd.grad(bias, leaf, grad, create_graph=differentiable)[0], None, None
 
 
-def _on_dense(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-    return func(*map(_dense, args), **{name: _dense(value) for name, value in kwargs.items()})
+def _on_dense(whole: Callable[[PositionBias], Tensor], func: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    def made(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(made, value))
+        return whole(value) if type(value) is PositionBias else value
+
+    return func(*map(made, args), **{name: made(value) for name, value in kwargs.items()})
 
 
-def _dense(value: Any) -> Any:
-    if isinstance(value, (tuple, list)):
-        return type(value)(map(_dense, value))
-    return _whole(value) if type(value) is PositionBias else value
+def _values(bias: PositionBias) -> Tensor:
+    return dense(bias.rel_bias, bias.shape, bias.dtype) if bias.dense is None else bias.dense
 
 
 def _whole(bias: PositionBias) -> Tensor:
