@@ -89,7 +89,7 @@ def _whole(bias: PositionBias) -> Tensor:
     """The dense bias."""
     if _is_anothers(bias):
         # Its gradient goes where that function says. Below autograd the op comes back to us.
-        return super(PositionBias, PositionBias).__torch_function__(Tensor.clone, (PositionBias,), (bias,), {})
+        return Tensor.__torch_function__(Tensor.clone, (), (bias,), {})
     if bias.dense is None:
         with torch.set_grad_enabled(bias.rel_bias.requires_grad):  # as it is handed on, whoever looks first
             bias.dense = dense(bias.rel_bias, bias.shape, bias.dtype)
