@@ -13,8 +13,8 @@ from wavlm_fast.original import WavLM, WavLMConfig
 every_form = pytest.mark.parametrize("form", FORMS)
 both_forms = pytest.mark.parametrize("form", ["base", "large"])
 
-VALID = 15  # frames of the padded utterance: 300 samples, a T-th each; transformers counts whole receptive fields
-PADDED = torch.arange(SAMPLES) >= torch.tensor([[SAMPLES], [20 * VALID]])  # [B, S]
+VALID = 15  # frames of the padded utterance: with a sample in the 15th 20; transformers counts whole receptive fields
+PADDED = torch.arange(SAMPLES) >= torch.tensor([[SAMPLES], [20 * VALID - 5]])  # [B, S]
 SAME_FRAMES = ragged_mask(SAMPLES, 20 * VALID + 10)
 
 _NAMES = (

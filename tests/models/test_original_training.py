@@ -30,12 +30,49 @@ def test_training_draws_anew_and_eval_draws_nothing(form):
     assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
 
 
-@pytest.mark.parametrize("place", TRAINING)
-def test_each_dropout_drops(place):
-    _, ours = pair("base", torch.float32, **{place: 0.5})
-    expected, _ = ours.extract_features(waveforms())
+def zero(*tensors):
+    for tensor in tensors:
+        torch.nn.init.zeros_(tensor)
+
+
+# A dropout that drops all, and the parameters whose zeros do the same.
+DROPOUTS = {
+    "dropout_input": lambda model: (model.dropout_input, model.post_extract_proj.parameters()),
+    "attention": lambda model: (
+        model.encoder.layers[1].self_attn.dropout_module,
+        [weight(model, "self_attn.out_proj")],
+    ),
+    "dropout1": lambda model: (
+        model.encoder.layers[1].dropout1,
+        model.encoder.layers[1].self_attn.out_proj.parameters(),
+    ),
+    "dropout2": lambda model: (model.encoder.layers[1].dropout2, [weight(model, "fc2")]),
+    "dropout3": lambda model: (model.encoder.layers[1].dropout3, model.encoder.layers[1].fc2.parameters()),
+}
+
+
+def weight(model, name):
+    return model.encoder.layers[1].get_submodule(name).weight
+
+
+@pytest.mark.parametrize("place", DROPOUTS)
+@both_forms
+def test_each_dropout_is_where_it_belongs(form, place):
+    _, ours = pair(form)
+    twin = copy.deepcopy(ours)
+    zero(*DROPOUTS[place](twin)[1])
+    DROPOUTS[place](ours)[0].p = 1.0
     ours.train()
-    assert not torch.allclose(ours.extract_features(waveforms())[0], expected)
+    with torch.no_grad():
+        assert_equal_but_rounding(ours.extract_features(double())[0], twin.extract_features(double())[0])
+
+
+def test_the_encoders_dropout_drops_the_first_layers_input():
+    _, ours = pair()
+    ours.encoder.dropout = 1.0
+    ours.train()
+    (_, results), _ = ours.extract_features(double(), output_layer=1, ret_layer_results=True)
+    assert not results[0][0].any()
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -141,12 +178,12 @@ def test_where_no_span_is_drawn_nothing_is_masked():
 
 
 def test_frames_are_masked_by_the_embedding_and_channels_by_zeros():
-    _, ours = pair(mask_prob=0.3, mask_length=3, mask_channel_prob=0.3, mask_channel_length=4)
+    _, ours = pair(mask_prob=0.05, mask_length=3, mask_channel_prob=0.3, mask_channel_length=4)
     plain_features, _ = ours.extract_features(double(), PADDED, ret_conv=True)
     np.random.seed(5)
     features, padded = ours.extract_features(double(), PADDED, mask=True, ret_conv=True)
     np.random.seed(5)
-    frames = torch.from_numpy(compute_mask_indices((2, FRAMES), padded, 0.3, 3, min_masks=2))
+    frames = torch.from_numpy(compute_mask_indices((2, FRAMES), padded, 0.05, 3, min_masks=2))
     channels = torch.from_numpy(compute_mask_indices((2, 32), None, 0.3, 4))[:, None]
     assert frames.any() and channels.any()
     expected = torch.where(frames[..., None], ours.mask_emb, plain_features).masked_fill(channels, 0)
