@@ -141,6 +141,16 @@ def test_feature_grad_mult_scales_gradients_into_the_front_end_and_no_value(fact
     assert (x.grad is None) if factor == 0 else torch.allclose(x.grad, factor * y.grad, rtol=1e-9, atol=1e-20)
 
 
+def test_without_gradients_the_front_end_keeps_none():
+    _, ours = pair()
+    seen = []
+    ours.feature_extractor.register_forward_hook(lambda module, args, output: seen.append(output.requires_grad))
+    with torch.no_grad():
+        ours.extract_features(double())
+    ours.extract_features(double())
+    assert seen == [False, True]
+
+
 # Drawn by the original with numpy's generator seeded with 3, and the number that it draws next.
 DRAWN = {
     ("static", False): ("......#.#.......###...#.##....", "...####.....####..............", 0.713566),
