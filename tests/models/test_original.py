@@ -52,6 +52,9 @@ def test_is_as_close_to_the_truth_as_transformers(form, dtype):
 @pytest.mark.parametrize("norm", [Fp32LayerNorm(24), Fp32GroupNorm(24, 24)], ids=["layer", "group"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_norms_of_half_precisions_are_rounded_once(norm, dtype):
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    norm.to(dtype)
     x = (30 * torch.randn(2, 24, 24)).to(dtype)
     expected = norm.float()(x.float()).to(dtype)
     assert torch.equal(norm.to(dtype)(x), expected)
