@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import ops
 from ..inputs import valid_lengths
@@ -261,7 +260,8 @@ class SelfAttention(_AnyAttention):
 
     @classmethod
     def alike(cls, module: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
-        return {NonDynamicallyQuantizableLinear: nn.Linear}
+        out = module.attention.out_proj
+        return {type(out): nn.Linear} if isinstance(out, nn.Linear) else {}
 
     def _why_not_qkv(self) -> str | None:
         inner = self.attention
