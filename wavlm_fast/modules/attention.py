@@ -53,9 +53,9 @@ class Attention:
     The bias goes from layer to layer as `rel_bias` `[H, 2T - 1]`, entry `j - i + T - 1`, where the families hand on a
     dense `[B·H, T, T]`; a dense one is taken as well.
 
-    Made of `q_proj`, `k_proj`, `v_proj`, `out_proj`, `gru_rel_pos_linear`, `gru_rel_pos_const`, in the first layer
-    `rel_attn_embed`, `compute_bias(queries, keys)`; `num_heads`, `head_dim`, `scaling`, `attention_dropout`, the rate; `gate_heads`, of
-    gate and bias.
+    Made of `q_proj`, `k_proj`, `v_proj`, `out_proj`, `gru_rel_pos_linear`, `gru_rel_pos_const` and, in the first layer,
+    `rel_attn_embed` and `compute_bias(queries, keys)`; `num_heads`, `head_dim`, `scaling`, `attention_dropout`, which
+    is a rate, and `gate_heads`, how many gate and bias have.
     """
 
     original_makes_dense_bias = True
