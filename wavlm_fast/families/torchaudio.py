@@ -577,6 +577,14 @@ def _is_transformer(module: nn.Module | None) -> bool:
     return any(Layer.recognises(layer) and layer.attention is not None for layer in layers)
 
 
+def transformer_of(model: nn.Module) -> nn.Module | None:
+    return model.encoder.transformer if Whole.recognises(model) else None
+
+
+def has_norm_behind(transformer: nn.Module) -> bool:
+    return _is_transformer(transformer) and not transformer.layer_norm_first  # here it tells of this norm
+
+
 def relative(model: nn.Module) -> str | None:
     """What a model is whose layers are torchaudio's, and whose attention is no WavLM's."""
     for module in model.modules():
