@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from transformers import WavLMForXVector, WavLMModel
 from original_cases import both_forms, double, pair
+from transformers import WavLMForXVector, WavLMModel
 from wavlm_cases import FORMS, SAMPLES, small_config
 
 from wavlm_fast import accelerate, truncate
