@@ -8,8 +8,7 @@ by name.
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +16,8 @@ from torch import Tensor
 from transformers import WavLMConfig
 
 from .errors import UserError, first_line
-
-State = Mapping[str, Tensor]
+from .original.config import DEFAULTS, conv_layers
+from .weight_names import NORMS, PROJECTION, Name, State, check, names, spelt
 
 
 class Converted(NamedTuple):
@@ -26,17 +25,7 @@ class Converted(NamedTuple):
 
     config: Any  # transformers' WavLMConfig, Microsoft's cfg or the arguments of torchaudio.models.wavlm_model
     state: dict[str, Tensor]
-    said: list[str]  # what has no counterpart and stays behind, or was assumed: none of it changes an output
-
-
-class Name(NamedTuple):
-    """What the three houses call one weight."""
-
-    transformers: str
-    microsoft: str
-    torchaudio: str
-    shape: tuple[int, ...]
-    third: int | None = None  # torchaudio keeps query, key and value in one: which third of its rows this is
+    said: list[str]  # what has no counterpart and stays behind, or was assumed
 
 
 # transformers', Microsoft's, torchaudio's; of masking torchaudio knows nothing.
@@ -61,55 +50,6 @@ _FIELDS = (
     ("mask_feature_prob", "mask_channel_prob", None),
     ("mask_feature_length", "mask_channel_length", None),
 )
-# What Microsoft's class takes where a cfg does not say.
-MICROSOFT_DEFAULTS = {
-    "extractor_mode": "default",
-    "encoder_layers": 12,
-    "encoder_embed_dim": 768,
-    "encoder_ffn_embed_dim": 3072,
-    "encoder_attention_heads": 12,
-    "activation_fn": "gelu",
-    "layer_norm_first": False,
-    "conv_feature_layers": "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2",
-    "conv_bias": False,
-    "feature_grad_mult": 1.0,
-    "normalize": False,
-    "dropout": 0.1,
-    "attention_dropout": 0.1,
-    "activation_dropout": 0.0,
-    "encoder_layerdrop": 0.0,
-    "dropout_input": 0.0,
-    "dropout_features": 0.0,
-    "mask_length": 10,
-    "mask_prob": 0.65,
-    "mask_selection": "static",
-    "mask_other": 0,
-    "no_mask_overlap": False,
-    "mask_min_space": 1,
-    "mask_channel_length": 10,
-    "mask_channel_prob": 0.0,
-    "mask_channel_selection": "static",
-    "mask_channel_other": 0,
-    "no_mask_channel_overlap": False,
-    "mask_channel_min_space": 1,
-    "conv_pos": 128,
-    "conv_pos_groups": 16,
-    "relative_position_embedding": False,
-    "num_buckets": 320,
-    "max_distance": 1280,
-    "gru_rel_pos": False,
-}
-# These touch training only: gradients that reach the convolutions, and masks where a call asks for them.
-_MICROSOFT_ALONE = (
-    "feature_grad_mult",
-    "mask_selection",
-    "mask_other",
-    "no_mask_overlap",
-    "mask_channel_selection",
-    "mask_channel_other",
-    "no_mask_channel_overlap",
-)
-_MOST_CONVOLUTIONS = 64
 _STACK = tuple(zip((512,) * 7, (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2), strict=True))  # of every published WavLM
 # Of the feed-forward layer, by Microsoft's name; transformers has several names for a function.
 _ACTIVATIONS = {
@@ -121,82 +61,12 @@ _ACTIVATIONS = {
 }
 _EPS = 1e-5  # of every layer norm of Microsoft's and torchaudio's
 _EXTRACTOR_MODES = {"group": ("default", "group_norm"), "layer": ("layer_norm", "layer_norm")}
-
-_PROJECTION = "feature_projection.projection."
-_NORMS = ("parametrizations.weight.original0", "weight_g"), ("parametrizations.weight.original1", "weight_v")
-
-
-def names(config: WavLMConfig) -> Iterator[Name]:
-    """The weights of a model, but for the embedding of what is masked.
-
-    Raises:
-        UserError: there is no such model.
-    """
-    channels, heads, wide = config.hidden_size, config.num_attention_heads, config.intermediate_size
-    if heads < 1 or channels % heads:
-        raise UserError(f"a number of heads that divides the {channels} channels is wanted, got {heads}")
-    yield from _convolutions(config)
-    last = config.conv_dim[-1]
-    norm = ("layer_norm", "layer_norm", "encoder.feature_projection.layer_norm")
-    yield from _with_bias(("feature_projection.layer_norm", *norm[1:]), (last,))
-    projection = (_PROJECTION[:-1], "post_extract_proj", "encoder.feature_projection.projection")
-    yield from _with_bias(projection, (channels, last))
-    conv = ("encoder.pos_conv_embed.conv", "encoder.pos_conv.0", "encoder.transformer.pos_conv_embed.conv")
-    kernel = config.num_conv_pos_embeddings
-    yield _named(conv, ("bias",) * 3, (channels,))
-    shapes = (1, 1, kernel), (channels, channels // max(1, config.num_conv_pos_embedding_groups), kernel)
-    for (ours, theirs), shape in zip(_NORMS, shapes, strict=True):
-        yield _named(conv, (ours, theirs, ours), shape)
-    yield from _with_bias(("encoder.layer_norm", "encoder.layer_norm", "encoder.transformer.layer_norm"), (channels,))
-    for index in range(config.num_hidden_layers):
-        yield from _layer(index, channels, heads, wide, config.num_buckets)
-
-
-def _convolutions(config: WavLMConfig) -> Iterator[Name]:
-    before = 1
-    for index, (channels, kernel) in enumerate(zip(config.conv_dim, config.conv_kernel, strict=True)):
-        layer = f"feature_extractor.conv_layers.{index}"
-        conv = (f"{layer}.conv", f"{layer}.0", f"{layer}.conv")
-        yield _named(conv, ("weight",) * 3, (channels, before, kernel))
-        if config.conv_bias:
-            yield _named(conv, ("bias",) * 3, (channels,))
-        if config.feat_extract_norm == "layer" or index == 0:
-            place = "2.1" if config.feat_extract_norm == "layer" else "2"
-            norm = (f"{layer}.layer_norm", f"{layer}.{place}", f"{layer}.layer_norm")
-            yield from _with_bias(norm, (channels,))
-        before = channels
-
-
-def _layer(index: int, channels: int, heads: int, wide: int, buckets: int) -> Iterator[Name]:
-    layer = f"encoder.layers.{index}", f"encoder.layers.{index}", f"encoder.transformer.layers.{index}"
-    for third, part in enumerate("qkv"):
-        for ending, shape in (("weight", (channels, channels)), ("bias", (channels,))):
-            own = f"attention.{part}_proj.{ending}", f"self_attn.{part}_proj.{ending}"
-            yield _named(layer, (*own, f"attention.attention.in_proj_{ending}"), shape)._replace(third=third)
-    for own, theirs, elsewhere, shape in (
-        ("attention.out_proj", "self_attn.out_proj", "attention.attention.out_proj", (channels, channels)),
-        ("attention.gru_rel_pos_linear", "self_attn.grep_linear", None, (8, channels // heads)),
-        ("layer_norm", "self_attn_layer_norm", None, (channels,)),
-        ("feed_forward.intermediate_dense", "fc1", None, (wide, channels)),
-        ("feed_forward.output_dense", "fc2", None, (channels, wide)),
-        ("final_layer_norm", "final_layer_norm", None, (channels,)),
-    ):
-        places = zip(layer, (own, theirs, elsewhere or own), strict=True)
-        yield from _with_bias(tuple(f"{place}.{name}" for place, name in places), shape)
-    constant = "attention.gru_rel_pos_const"
-    yield _named(layer, (constant, "self_attn.grep_a", constant), (1, heads, 1, 1))
-    if index == 0:
-        table = "attention.rel_attn_embed.weight"
-        yield _named(layer, (table, "self_attn.relative_attention_bias.weight", table), (buckets, heads))
-
-
-def _named(places: tuple[str, ...], endings: tuple[str, ...], shape: tuple[int, ...]) -> Name:
-    return Name(*(f"{place}.{ending}" for place, ending in zip(places, endings, strict=True)), shape)
-
-
-def _with_bias(places: tuple[str, ...], shape: tuple[int, ...]) -> Iterator[Name]:
-    yield _named(places, ("weight",) * 3, shape)
-    yield _named(places, ("bias",) * 3, shape[:1])
+_OTHERWISE = ("extractor_mode", "activation_fn", "conv_feature_layers", "normalize")
+_SWITCHES = ("relative_position_embedding", "gru_rel_pos")
+# These touch training only: gradients that reach the convolutions, and how masks are drawn where a call asks for them.
+_MICROSOFT_ALONE = [k for k in DEFAULTS if k not in (*_OTHERWISE, *_SWITCHES, *(theirs for _, theirs, _ in _FIELDS))]
+# These change outputs, and the weights of torchaudio's model do not say them.
+_UNSAID = ("extractor_conv_layer_config", "encoder_max_distance", "encoder_layer_norm_first")
 
 
 def to_microsoft(config: WavLMConfig, state: State, normalise: bool) -> Converted:
@@ -220,8 +90,7 @@ def to_microsoft(config: WavLMConfig, state: State, normalise: bool) -> Converte
         "activation_fn": activation,
         "conv_feature_layers": str(list(zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True))),
         "normalize": normalise,
-        "relative_position_embedding": True,
-        "gru_rel_pos": True,
+        **dict.fromkeys(_SWITCHES, True),
     }
     state, said = _of_transformers(config, state), []
     found = {name.microsoft: state[name.transformers] for name in names(config)}
@@ -232,7 +101,7 @@ def to_microsoft(config: WavLMConfig, state: State, normalise: bool) -> Converte
     found["mask_emb"] = state.get("masked_spec_embed", torch.zeros_like(found["encoder.layer_norm.bias"]))
     if config.apply_spec_augment and _masks(config):
         said.append("apply_spec_augment stays behind: Microsoft's class masks in extract_features(mask=True)")
-    return Converted(MICROSOFT_DEFAULTS | cfg, found, said)
+    return Converted(DEFAULTS | cfg, found, said)
 
 
 def from_microsoft(cfg: Mapping[str, Any], state: State) -> Converted:
@@ -242,14 +111,21 @@ def from_microsoft(cfg: Mapping[str, Any], state: State) -> Converted:
         UserError: cfg is none of a WavLM, has something that transformers lacks, or the weights are not those of it.
     """
     cfg = _whole(cfg)
-    for switch in ("relative_position_embedding", "gru_rel_pos"):
+    for switch in _SWITCHES:
         if not cfg[switch]:
             raise UserError(f"a cfg of a WavLM has {switch} true, got {cfg[switch]}: it is of another model")
+    if cfg["encoder_layers"] > len(state):
+        raise UserError(
+            f"weights of {cfg['encoder_layers']} layers are wanted, as cfg says, but there are {len(state)} weights"
+        )
     if cfg["activation_fn"] == "gelu_fast":  # as Microsoft's class has it
         cfg["activation_fn"] = "gelu_accurate"
     if cfg["activation_fn"] not in _ACTIVATIONS:
         raise UserError(f"transformers has no feed-forward layer with the activation_fn {cfg['activation_fn']!r}")
-    dims, kernels, strides = zip(*conv_layers(cfg["conv_feature_layers"]), strict=True)
+    try:
+        dims, kernels, strides = zip(*conv_layers(cfg["conv_feature_layers"]), strict=True)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     config = _config(
         feat_extract_norm=_extractor(cfg["extractor_mode"], 0),
         hidden_act=cfg["activation_fn"],
@@ -260,18 +136,19 @@ def from_microsoft(cfg: Mapping[str, Any], state: State) -> Converted:
         **{ours: cfg[theirs] for ours, theirs, _ in _FIELDS},
     )
     said = ["apply_spec_augment is false: Microsoft's class masks only where a call says so"]
-    alone = [key for key in _MICROSOFT_ALONE if cfg[key] != MICROSOFT_DEFAULTS[key]]
+    alone = [key for key in _MICROSOFT_ALONE if cfg[key] != DEFAULTS[key]]
     said += [f"{key}={cfg[key]!r} stays behind: it is of training, and transformers lacks it" for key in alone]
+    said += [f"{key} of the cfg stays behind: Microsoft's class does not read it" for key in cfg if key not in DEFAULTS]
     projects = dims[-1] != config.hidden_size
-    wanted = [n for n in names(config) if projects or not n.transformers.startswith(_PROJECTION)]
+    wanted = [n for n in names(config) if projects or not n.transformers.startswith(PROJECTION)]
     wanted.append(Name("masked_spec_embed", "mask_emb", "", (config.hidden_size,)))
-    state = _spelt(state, new=False)
-    _check(state, ((name.microsoft, name.shape) for name in wanted))
+    state = spelt(state, new=False)
+    check(state, ((name.microsoft, name.shape) for name in wanted))
     found = {name.transformers: state[name.microsoft] for name in wanted}
     if not projects:  # what is not projected is projected by the identity in transformers
         like = found["encoder.layer_norm.bias"]
-        found[f"{_PROJECTION}weight"] = torch.eye(config.hidden_size, dtype=like.dtype)
-        found[f"{_PROJECTION}bias"] = torch.zeros_like(like)
+        found[f"{PROJECTION}weight"] = torch.eye(config.hidden_size, dtype=like.dtype)
+        found[f"{PROJECTION}bias"] = torch.zeros_like(like)
     if not _masks(config):
         said.append("mask_emb stays behind: with mask_prob 0 transformers has no place for it")
         del found["masked_spec_embed"]
@@ -303,6 +180,11 @@ def to_torchaudio(config: WavLMConfig, state: State) -> Converted:
             found.setdefault(name.torchaudio, []).append(state[name.transformers])
     found = {key: torch.cat(value) if isinstance(value, list) else value for key, value in found.items()}
     said = ["masked_spec_embed stays behind: torchaudio's class does not mask"] if "masked_spec_embed" in state else []
+    assumed, _ = torchaudio_arguments(found)
+    if unsaid := [f"{key}={arguments[key]}" for key in _UNSAID if arguments[key] != assumed[key]]:
+        said.append(
+            f"the weights do not say {', '.join(unsaid)}: whoever builds the model has to, it is as in none published"
+        )
     return Converted(arguments, found, said)
 
 
@@ -324,11 +206,11 @@ def from_torchaudio(arguments: Mapping[str, Any], state: State) -> Converted:
         **{ours: arguments[theirs] for ours, _, theirs in _FIELDS if theirs is not None},
     )
     said = ["nothing is masked in training (mask_time_prob 0): torchaudio's class does not mask"]
-    state = _spelt(state, new=True)
+    state = spelt(state, new=True)
     if aux := [key for key in state if key.startswith("aux.")]:
         said.append(f"the linear layer on top (aux, {len(state[aux[0]])} outputs) stays behind")
         state = {key: value for key, value in state.items() if key not in aux}
-    _check(state, ((n.torchaudio, _times(n.shape, 1 if n.third is None else 3)) for n in names(config)))
+    check(state, ((n.torchaudio, _times(n.shape, 1 if n.third is None else 3)) for n in names(config)))
     found = {}
     for name in names(config):
         value = state[name.torchaudio]
@@ -342,7 +224,7 @@ def torchaudio_arguments(state: State) -> tuple[dict[str, Any], list[str]]:
     Raises:
         UserError: there is too little to go by.
     """
-    state = _spelt(state, new=True)
+    state = spelt(state, new=True)
     front, transformer = "feature_extractor.conv_layers", "encoder.transformer"
     count = next(i for i in range(len(state) + 1) if f"{front}.{i}.conv.weight" not in state)
     sizes = [_sizes(state, f"{front}.{i}.conv.weight", 3) for i in range(max(1, count))]
@@ -350,7 +232,7 @@ def torchaudio_arguments(state: State) -> tuple[dict[str, Any], list[str]]:
     published = kernels == tuple(kernel for _, kernel, _ in _STACK)
     strides = [stride for _, _, stride in _STACK] if published else [5] + [2] * (len(kernels) - 1)
     large = f"{front}.{len(kernels) - 1}.layer_norm.weight" in state and len(kernels) > 1
-    channels, grouped, kernel = _sizes(state, f"{transformer}.pos_conv_embed.conv.{_NORMS[1][0]}", 3)
+    channels, grouped, kernel = _sizes(state, f"{transformer}.pos_conv_embed.conv.{NORMS[1][0]}", 3)
     buckets, heads = _sizes(state, f"{transformer}.layers.0.attention.rel_attn_embed.weight", 2)
     arguments = {
         "extractor_mode": "layer_norm" if large else "group_norm",
@@ -384,38 +266,6 @@ def torchaudio_arguments(state: State) -> tuple[dict[str, Any], list[str]]:
     return arguments, said
 
 
-def conv_layers(text: str) -> list[tuple[int, int, int]]:
-    """The convolutions (channels, kernel, stride) of Microsoft's `conv_feature_layers`, a Python expression of lists,
-    sums and multiples, without running it.
-
-    Raises:
-        UserError: it is something else.
-    """
-    try:
-        layers = _value(ast.parse(text, mode="eval").body)
-        good = [tuple(layer) for layer in layers if len(layer) == 3 and all(type(n) is int and n > 0 for n in layer)]
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-        layers, good = None, []
-    if not good or len(good) != len(layers):
-        raise UserError(f"conv_feature_layers like [(512,10,5)] + [(512,3,2)] * 4 are wanted, got {text[:80]!r}")
-    return good
-
-
-def _value(node: ast.expr) -> Any:
-    if isinstance(node, ast.Constant) and type(node.value) is int:
-        return node.value
-    if isinstance(node, ast.List | ast.Tuple):
-        return [_value(item) for item in node.elts]
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mult):
-        left, right = _value(node.left), _value(node.right)
-        if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
-            return left + right
-        repeated = isinstance(node.op, ast.Mult) and isinstance(left, list) and type(right) is int
-        if repeated and right * len(left) <= _MOST_CONVOLUTIONS:
-            return left * right
-    raise ValueError(ast.dump(node)[:80])
-
-
 def _config(**fields: Any) -> WavLMConfig:
     try:
         return WavLMConfig(**fields)
@@ -425,13 +275,13 @@ def _config(**fields: Any) -> WavLMConfig:
 
 def _whole(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """A cfg with Microsoft's defaults, each entry of its kind."""
-    for key, default in MICROSOFT_DEFAULTS.items():
+    for key, default in DEFAULTS.items():
         value = cfg.get(key, default)
         number = isinstance(default, float) or key in ("mask_other", "mask_channel_other")
         kinds = (int, float) if number else (type(default),)
         if type(value) not in kinds:
             raise UserError(f"{key} of a cfg is {' or '.join(kind.__name__ for kind in kinds)}, got {value!r}")
-    return MICROSOFT_DEFAULTS | dict(cfg)
+    return DEFAULTS | dict(cfg)
 
 
 def _extractor(mode: str, house: int) -> str:
@@ -469,38 +319,12 @@ def _masks(config: WavLMConfig) -> bool:
 
 
 def _of_transformers(config: WavLMConfig, state: State) -> dict[str, Tensor]:
-    state = _spelt(state, new=True)
+    state = spelt(state, new=True)
     wanted = [(name.transformers, name.shape) for name in names(config)]
     if "masked_spec_embed" in state:
         wanted.append(("masked_spec_embed", (config.hidden_size,)))
-    _check(state, wanted)
+    check(state, wanted)
     return state
-
-
-def _spelt(state: State, new: bool) -> dict[str, Tensor]:
-    """The weights with weight norm in torch's new or old spelling."""
-    found = {}
-    for key, value in state.items():
-        for spellings in _NORMS:
-            given, kept = reversed(spellings) if new else spellings
-            if key.endswith(f".{given}"):
-                key = key.removesuffix(given) + kept
-        found[key] = value
-    return found
-
-
-def _check(state: State, wanted: Iterable[tuple[str, tuple[int, ...]]]) -> None:
-    """Refuse weights that are not exactly those wanted: (name, shape) each."""
-    wanted = dict(wanted)
-    for key, shape in wanted.items():
-        if key not in state:
-            raise UserError(f"{key} is missing from the weights")
-        if tuple(state[key].shape) != shape:
-            raise UserError(f"{key} of shape {list(shape)} is wanted, got {list(state[key].shape)}")
-        if not state[key].is_floating_point():
-            raise UserError(f"floating-point weights are wanted, but {key} is {state[key].dtype}")
-    if other := [key for key in state if key not in wanted]:
-        raise UserError(f"{other[0]} among the weights is none of WavLM's")
 
 
 def _sizes(state: State, key: str, dims: int) -> tuple[int, ...]:

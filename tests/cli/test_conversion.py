@@ -161,9 +161,16 @@ def test_a_cfg_that_is_none_of_a_wavlm(base):
         ({"encoder_layers": "12"}, "encoder_layers of a cfg is int, got '12'"),
         ({"activation_fn": "glu"}, "transformers has no feed-forward layer with the activation_fn 'glu'"),
         ({"extractor_mode": "group"}, "an extractor_mode of default or layer_norm is wanted, got 'group'"),
+        (
+            {"encoder_layers": 10**9},
+            f"weights of 1000000000 layers are wanted, as cfg says, but there are {len(state)} weights",
+        ),
+        ({"encoder_attention_heads": 0}, "a number of heads that divides the 32 channels is wanted, got 0"),
         ({"encoder_attention_heads": 3}, "a number of heads that divides the 32 channels is wanted, got 3"),
     ):
         assert refused(conversion.from_microsoft, {**cfg, **change}, state) == said
+    for change in ({"max_distance": 80}, {"max_distance": 0}, {"num_buckets": 3}):
+        assert "are wanted for the position bias, got" in refused(conversion.from_microsoft, {**cfg, **change}, state)
 
 
 def test_what_a_cfg_leaves_out_is_as_microsofts_class_has_it(base):
@@ -184,14 +191,23 @@ def test_what_stays_behind_is_said(base):
     assert not back.state["mask_emb"].any()
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "[]", "3", "[(1, 2)]", "[(1, 2, 0)]", "[(1, 2, 3)] * 99", "[(1, 2, 3)] * 9**9", "exit()", "[" * 10_000, "[1"],
-)
-def test_convolutions_are_read_without_running_them(text):
-    assert "conv_feature_layers like" in refused(conversion.conv_layers, text)
+def test_what_torchaudios_weights_do_not_say_is_said(base):
+    config, state = base
+    assert len(conversion.to_torchaudio(config, state).said) == 1
+    config.max_bucket_distance = 1280
+    config.do_stable_layer_norm = True
+    said = conversion.to_torchaudio(config, state).said[-1]
+    assert said.startswith("the weights do not say encoder_max_distance=1280, encoder_layer_norm_first=True: ")
 
 
-def test_convolutions_as_microsoft_writes_them():
-    published = conversion.conv_layers(conversion.MICROSOFT_DEFAULTS["conv_feature_layers"])
-    assert published == [(512, 10, 5), *[(512, 3, 2)] * 4, *[(512, 2, 2)] * 2]
+def test_entries_that_nobody_reads_are_said(base):
+    cfg, state, _ = conversion.to_microsoft(*base, False)
+    said = conversion.from_microsoft({**cfg, "dropout_features": 0.1, "label_rate": 50}, state).said
+    assert "dropout_features=0.1 stays behind: it is of training, and transformers lacks it" in said
+    assert "label_rate of the cfg stays behind: Microsoft's class does not read it" in said
+
+
+def test_convolutions_that_are_no_list(base):
+    cfg, state, _ = conversion.to_microsoft(*base, False)
+    said = refused(conversion.from_microsoft, {**cfg, "conv_feature_layers": "exit()"}, state)
+    assert said.startswith("conv_feature_layers is a list of (channels, kernel, stride) such as ")
