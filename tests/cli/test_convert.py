@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_checkpoints import tiny_config
 from transformers import WavLMForCTC, WavLMModel
 
-from wavlm_fast import conversion, convert
+from wavlm_fast import conversion, convert, measure
 from wavlm_fast._signals import Terminated
 from wavlm_fast.sensitive import make_sensitive
 
@@ -118,6 +118,23 @@ def test_of_a_model_with_a_head_the_base_is_taken_as_it_is(command, large, tmp_p
     assert json.loads((tmp_path / "back" / "preprocessor_config.json").read_text())["do_normalize"] is True
     base = {key.removeprefix("wavlm."): value for key, value in weights(large).items() if key.startswith("wavlm.")}
     same(base, weights(tmp_path / "back"))
+
+
+@pytest.mark.parametrize("source", ["tiny", "large"])
+def test_what_is_written_is_read_by_a_copy_of_microsofts_class(command, source, request, tmp_path):
+    theirs = pytest.importorskip("s3prl.upstream.wavlm.WavLM", reason="s3prl, which ships one, is not installed")
+    folder = request.getfixturevalue(source)
+    assert command("convert", folder, tmp_path / "x.pt", "--no-check").status == 0
+    content = torch.load(tmp_path / "x.pt", weights_only=True)
+    model = theirs.WavLM(theirs.WavLMConfig(content["cfg"])).eval()
+    model.load_state_dict(content["model"])
+    ours = WavLMModel.from_pretrained(folder).float().eval()
+    waveform = torch.randn(1, 48_000, generator=torch.Generator().manual_seed(0))
+    rows = measure.compare(
+        *(convert.states(m, waveform) for m in (ours, model)), convert.states(ours.double(), waveform)
+    )
+    assert len(rows) == 3
+    assert all(row.ok for row in rows), rows
 
 
 @needs_torchaudio
