@@ -239,7 +239,8 @@ class TransformerEncoder(nn.Module):
         weights = pos_bias = None
         layer_results = [] if tgt_layer is None else [(x, weights)]
         for i, layer in enumerate(self.layers):
-            drawn = np.random.random()  # in eval mode too: what else is drawn does not depend on the mode
+            if self.training or not torch.compiler.is_compiling():
+                drawn = np.random.random()  # in eval mode too, so that what others draw does not depend on the mode
             if not self.training or drawn > self.layerdrop:
                 x, weights, pos_bias = layer(
                     x,
