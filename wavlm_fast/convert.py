@@ -26,6 +26,7 @@ HOUSES = {
     "torchaudio": "torchaudio's state dict",
 }
 _SUFFIXES = {".pt": "microsoft", ".pth": "torchaudio"}
+_OTHER_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".onnx")  # whoever gives one does not mean a folder
 # What a folder that --overwrite may replace can hold, by the ends of names.
 _OF_A_MODEL = ("config.json", ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
@@ -68,6 +69,8 @@ class Model:
 def run(args: argparse.Namespace) -> int:
     """Convert; 0 when the result is there and equal, 1 when it came out different and is not left there."""
     out, dest = console(), args.dest
+    if args.to is None and dest.suffix in _OTHER_SUFFIXES:
+        raise UserError(f"a folder, a .pt or a .pth is wanted, or any name and --to, got {dest}")
     house = args.to or _SUFFIXES.get(dest.suffix, "transformers")
     _refuse_dest(dest, args.overwrite)
     checkpoint.quieten()

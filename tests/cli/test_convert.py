@@ -238,12 +238,33 @@ def test_what_is_there_stays_unless_it_may_be_overwritten(command, tiny, pt, tmp
     assert names(tmp_path) == ["x", "x.pt"]
 
 
+def test_what_comes_there_meanwhile_stays(command, tiny, tmp_path, monkeypatch):
+    write = convert._write
+
+    def slow(target, model):
+        write(target, model)
+        (tmp_path / "x.pt").write_bytes(b"another's")
+
+    monkeypatch.setattr(convert, "_write", slow)
+    said = command("convert", tiny, tmp_path / "x.pt", "--no-check").sentence()
+    assert said.endswith("is there already; --overwrite replaces it")
+    assert (tmp_path / "x.pt").read_bytes() == b"another's"
+    assert names(tmp_path) == ["x.pt"]
+
+
 def test_a_folder_of_other_things_is_never_replaced(command, pt, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("mine")
     said = command("convert", pt, tmp_path / "mine", "--overwrite").sentence()
     assert said.endswith(f"with a model and nothing else can be replaced, but {tmp_path / 'mine'} holds thesis.tex")
     assert names(tmp_path / "mine") == ["thesis.tex"]
+
+
+def test_a_file_of_another_kind_is_not_taken_for_a_folder(command, pt, tmp_path):
+    dest = tmp_path / "model.safetensors"
+    said = command("convert", pt, dest).sentence()
+    assert said == f"wavlm-fast convert: a folder, a .pt or a .pth is wanted, or any name and --to, got {dest}"
+    assert command("convert", pt, dest, "--to", "transformers", "--no-check").status == 0
 
 
 def test_a_place_that_is_not_there(command, pt, tmp_path):
