@@ -19,6 +19,7 @@ from . import audio, checkpoint, conversion, measure, original, torch_files
 from .console import console
 from .errors import UserError, first_line
 from .files import remove_unfinished, settle, unfinished_folder
+from .swap import restore
 
 HOUSES = {
     "transformers": "transformers' folder",
@@ -166,7 +167,7 @@ def _blank(model: Model) -> nn.Module:
     if model.house == "transformers":
         return checkpoint.blank(model.config.to_dict(), "WavLMModel")
     if model.house == "microsoft":
-        return original.WavLM(original.WavLMConfig(model.config))
+        return restore(original.WavLM(original.WavLMConfig(model.config)))
     return importlib.import_module("torchaudio.models").wavlm_model(**model.config)
 
 
