@@ -10,22 +10,28 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from types import ModuleType
 
 from torch import nn
 
 from ._copies import make_fast, recognisers, stand_ins
 
-COPIED = tuple(
-    module
-    for found in pkgutil.iter_modules(__path__)
-    if not found.name.startswith("_")
-    and hasattr(module := importlib.import_module(f"{__name__}.{found.name}"), "recognised")
-)
-recognisers.extend(module.recognised for module in COPIED)
-
+COPIED: tuple[ModuleType, ...] = ()
 __all__ = ["COPIED", "has_norm_behind", "make_fast", "recognises", "stand_ins", "transformer_of", "why_none"]
 
 _RELATIVES = ("data2vec", "hubert", "sew", "unispeech", "wav2vec2")
+
+
+def find() -> None:
+    """Look for the families' files, once more."""
+    global COPIED
+    names = [found.name for found in pkgutil.iter_modules(__path__) if not found.name.startswith("_")]
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
+    COPIED = tuple(module for module in modules if hasattr(module, "recognised"))
+    recognisers[:] = [module.recognised for module in COPIED]
+
+
+find()
 
 
 def recognises(model: nn.Module) -> bool:
