@@ -57,7 +57,7 @@ def assert_theirs(models, call):
     assert_close_to_truth(ours, theirs, exact)
 
 
-def assert_their_gradients(models, states, name=lambda n: n):
+def assert_their_gradients(models, states, name=lambda n: n, to_waveform=True):
     """By the harness's rule, of all parameters and of the waveform.
 
     `states` makes hidden states of a model and a waveform; `name` is a parameter's in transformers' model, from which
@@ -66,7 +66,7 @@ def assert_their_gradients(models, states, name=lambda n: n):
     found = []
     for model in models:
         model.zero_grad(set_to_none=True)
-        x = heard(model).requires_grad_()
+        x = heard(model).requires_grad_(to_waveform)
         hidden = states(model, x)
         generator = torch.Generator().manual_seed(1)
         weights = torch.randn(hidden.shape, generator=generator, dtype=torch.float64).to(hidden.dtype)

@@ -65,15 +65,13 @@ def test_restore(form, upstream):
 @both_forms
 def test_a_weighted_sum_of_layers_is_trained(form, upstream):
     # The upstream trains too, but for its front end, through which it lets no gradient.
+    featurizer = Featurizer(upstream(form), upstream_device="cpu")
+    featurizer.downsample_rate = 20
+    torch.nn.init.normal_(featurizer.weights)
+
     def summed(model, x):
-        model.train()
-        states = model([*x])
-        featurizer = Featurizer(model, upstream_device="cpu").to(x.dtype)
-        featurizer.downsample_rate = 20
-        with torch.no_grad():
-            featurizer.weights.copy_(torch.linspace(-1, 1, LAYERS + 1))
-        model.train()
-        return torch.nn.utils.rnn.pad_sequence(featurizer([*x], states), batch_first=True)
+        rows = featurizer.to(x.dtype)([*x], model.train()([*x]))
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     whole = plain_model("WavLMModel", config(form))
     names = {f"model.{microsoft_name(n, form)}": n for n, _ in whole.named_parameters()}
