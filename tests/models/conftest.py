@@ -9,7 +9,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-pytest.register_assert_rewrite("leaving_cases", "wavlm_cases", "test_losses")
+pytest.register_assert_rewrite("leaving_cases", "original_cases", "wavlm_cases", "test_losses")
 
 
 @pytest.fixture(autouse=True)
