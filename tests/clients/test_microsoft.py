@@ -183,7 +183,6 @@ def test_every_activation(form, activation):
         {"conv_bias": True},
         {"encoder_embed_dim": 24, "conv_pos_groups": 3},  # as wide as the front end: no projection between
         {"conv_pos": 15},
-        {"gru_rel_pos": False},
         {"num_buckets": 8, "max_distance": 4},
         {"encoder_attention_heads": 1},
     ],

@@ -8,9 +8,10 @@ import sys
 
 import pytest
 import torch
-from held_to_truth import assert_theirs, heard, three
-from houses import LAYERS, MICROSOFT, microsoft_model
+from held_to_truth import assert_their_gradients, assert_theirs, heard, three
+from houses import LAYERS, MICROSOFT, config, microsoft_model, microsoft_name
 from s3prl.upstream.wavlm import modules as microsoft_modules
+from wavlm_cases import plain_model
 
 import wavlm_fast
 
@@ -90,6 +91,41 @@ def test_a_changed_copy_gives_its_own_numbers(form, change, copied):
         unchanged, own = call(plain.exact)[0][0], call(changed.exact)[0][0]
     assert not torch.allclose(unchanged, own), "the change is none"
     assert_theirs(changed, call)
+
+
+@both_forms
+def test_a_change_that_shows_at_a_distance_alone(form, copied):
+    # Beyond 80 frames, with the buckets that published models have.
+    old = "* (num_buckets - max_exact)"
+    sizes = {"num_buckets": 320, "max_distance": 800}
+    houses = MICROSOFT, copied((old, f"{old} / 2"))
+    plain, changed = (three(lambda h=house: microsoft_model(form, h, **sizes)) for house in houses)
+
+    def long(model):
+        return model.extract_features(heard(model, 1, 6000), output_layer=LAYERS, ret_layer_results=True)
+
+    with torch.no_grad():
+        assert not torch.allclose(long(plain.exact)[0][0], long(changed.exact)[0][0])
+    assert_theirs(changed, long)
+
+
+@both_forms
+def test_a_change_that_shows_in_training_alone(form, copied):
+    house = copied(("x = self.dropout1(x)", "x = self.dropout1(x) * (0.5 if self.training else 1.0)"))
+    models = three(lambda: microsoft_model(form, house))
+    for train in (False, True):
+        for model in models:
+            model.train(train)
+        assert_theirs(models, call)
+
+
+@both_forms
+def test_a_change_that_shows_in_gradients_alone(form, copied):
+    house = copied(("x = self.dropout1(x)", "x = self.dropout1(x).detach()"))
+    names = {microsoft_name(n, form): n for n, _ in plain_model("WavLMModel", config(form)).named_parameters()}
+    models = three(lambda: microsoft_model(form, house))
+    assert_their_gradients(models, lambda m, x: m.extract_features(x)[0], names.get)
+    assert models.theirs.encoder.layers[0].self_attn.v_proj.weight.grad is None
 
 
 @both_forms

@@ -90,7 +90,8 @@ def of_the_same_house(cls, conf, *others):
 RELATIVES = {
     "HuBERT": lambda: of_the_same_house(HubertModel, HubertConfig(label_rate=50), HubertPretrainingConfig(), [None]),
     "wav2vec 2.0": lambda: of_the_same_house(Wav2Vec2Model, Wav2Vec2Config()),
-    "Microsoft's class": lambda: microsoft_model("base", relative_position_embedding=False, gru_rel_pos=False),
+    "no relative positions": lambda: microsoft_model("base", relative_position_embedding=False, gru_rel_pos=False),
+    "no gate": lambda: microsoft_model("base", gru_rel_pos=False),
 }
 
 
