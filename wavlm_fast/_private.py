@@ -203,6 +203,9 @@ def unaliased(output: Tensor) -> Tensor:
     return output.clone() if _unsafe_view is None else _unsafe_view(output, output.shape)
 
 
+_lost = "layers of other houses than transformers' hand on the dense position bias"
+make_wrapper_subclass = fetch("torch.Tensor", "_make_wrapper_subclass", _lost)
+
 # Fake tensors, which torch.compile and torch.export trace with.
 
 FakeTensor = fetch("torch._subclasses.fake_tensor", "FakeTensor", "modules traced with fakes are called", Nothing)

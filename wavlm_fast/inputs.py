@@ -23,35 +23,35 @@ def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> int:
     return samples
 
 
-def check_waveform(waveform: Tensor, convs: Sequence[nn.Module]) -> None:
-    """Check the input of the feature encoder, whose convolutions are `convs`.
+def check_waveform(waveform: Tensor, convs: Sequence[nn.Module], name: str = "input_values") -> None:
+    """Check the input of the feature encoder, whose convolutions are `convs`, under the name that callers know.
 
     Raises:
         TypeError: not a tensor, not floating point, or not the dtype of the weights outside of autocast.
         ValueError: not `[B, S]`, an empty batch, or too short for one frame.
     """
     if not isinstance(waveform, Tensor):
-        raise TypeError(f"input_values must be a tensor of shape [batch, samples], got {type(waveform).__name__}")
+        raise TypeError(f"{name} must be a tensor of shape [batch, samples], got {type(waveform).__name__}")
     if not waveform.is_floating_point():
         raise TypeError(
-            f"input_values must be floating-point samples in -1..1, got {waveform.dtype}; divide integer audio by its "
+            f"{name} must be floating-point samples in -1..1, got {waveform.dtype}; divide integer audio by its "
             "full scale"
         )
     if waveform.dim() != 2:
-        raise ValueError(f"input_values must be of shape [batch, samples], got {list(waveform.shape)}")
+        raise ValueError(f"{name} must be of shape [batch, samples], got {list(waveform.shape)}")
     if waveform.shape[0] == 0:
-        raise ValueError(f"input_values must hold at least one utterance, got shape {list(waveform.shape)}")
+        raise ValueError(f"{name} must hold at least one utterance, got shape {list(waveform.shape)}")
     if not all(isinstance(conv, nn.Conv1d) for conv in convs):
         return
     needed = receptive_field([c.kernel_size[0] for c in convs], [c.stride[0] for c in convs])
     if waveform.shape[1] < needed:
         raise ValueError(
-            f"input_values must hold at least {needed} samples, the receptive field of one frame, got "
+            f"{name} must hold at least {needed} samples, the receptive field of one frame, got "
             f"{waveform.shape[1]}"
         )
     wanted = convs[0].weight.dtype
     if waveform.dtype != wanted and not torch.is_autocast_enabled(waveform.device.type):
-        raise TypeError(f"input_values must have the dtype of the model, {wanted}, got {waveform.dtype}")
+        raise TypeError(f"{name} must have the dtype of the model, {wanted}, got {waveform.dtype}")
 
 
 def check_mask(attention_mask: Tensor, input_values: Tensor) -> None:
@@ -78,6 +78,31 @@ def check_mask(attention_mask: Tensor, input_values: Tensor) -> None:
         raise ValueError(
             f"attention_mask must mark at least one sample of every utterance, got all zeros in rows {rows}"
         )
+
+
+def valid_lengths(valid: Tensor, needed: int, wanted: str) -> list[int]:
+    """The valid samples of every row of an exact batch.
+
+    Args:
+        valid: `[B, S]` bool.
+        needed: how many samples a row must have.
+        wanted: what `valid` was made of, as the caller knows it.
+
+    Raises:
+        ValueError: a row whose valid samples are not its first, or too few.
+    """
+    lengths = valid.sum(-1)
+    broken = (valid != (torch.arange(valid.shape[1], device=valid.device) < lengths[:, None])).any(-1)
+    found, holes = torch.stack([lengths, broken.to(lengths.dtype)]).tolist()  # waits for the device, once
+    for row, (length, hole) in enumerate(zip(found, holes, strict=True)):
+        if hole:
+            raise ValueError(f"padding 'exact' wants {wanted}, row {row} is none")
+        if length < needed:
+            raise ValueError(
+                f"padding 'exact' wants at least {needed} samples in every row, what the model needs, row {row} has "
+                f"{length}"
+            )
+    return found
 
 
 def check_labels(labels: Tensor, classes: int, utterances: int | None = None) -> None:

@@ -28,6 +28,13 @@ def leaving() -> str | None:
     return _transformed()
 
 
+def in_graph(waveforms: torch.Tensor) -> bool:
+    """Whether what is computed now becomes a graph, which cannot depend on the lengths of utterances."""
+    if torch.compiler.is_compiling() or leaving() is not None:
+        return True
+    return waveforms.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _transformed() -> str | None:
     if _private.transform() is not None:
         return "a torch.func transform is active"

@@ -23,7 +23,7 @@ from ._private import FRAME_MASK, compute_mask_indices, frame_lengths, tdnn_leng
 from .freed import MayBeFreed
 from .inputs import check_checkpoint, check_ctc_labels, check_labels, check_lengths, check_mask
 from .leaving import leaving
-from .modules import FastWavLMFeatureEncoder, Signal, Step, pool_statistics, steps_of_children
+from .modules import FeatureEncoder, Signal, Step, pool_statistics, steps_of_children
 from .modules._masks import forget_made, made
 from .modules._originals import StandIn, or_original, own_methods, stands_in_for
 from .modules._packing import Packing, in_front_end, packings, valid_samples
@@ -132,7 +132,7 @@ class WavLMModel(_FastModel, hf.WavLMModel):
             with in_front_end(attention_mask.stages):
                 return super().forward(input_values, attention_mask, *args, **kwargs)
         # Somebody's own front end has inputs and masks of its own shapes.
-        if attention_mask is not None and isinstance(self.feature_extractor, FastWavLMFeatureEncoder):
+        if attention_mask is not None and isinstance(self.feature_extractor, FeatureEncoder):
             check_mask(attention_mask, input_values)
         try:
             return super().forward(input_values, attention_mask, *args, **kwargs)

@@ -11,24 +11,19 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.wavlm import modeling_wavlm as hf
 
+from .families.transformers import FastWavLMEncoder, FastWavLMEncoderStableLayerNorm
 from .inputs import receptive_field
-from .modules import (
-    FastTDNNLayer,
-    FastWavLMEncoder,
-    FastWavLMEncoderStableLayerNorm,
-    FastWavLMFeatureEncoder,
-    FastWavLMFeatureProjection,
-)
+from .modules import FeatureEncoder, FeatureProjection, TimeDelayLayer
 from .modules._originals import StandIn, why_original
-from .modules._packing import Packing, packings
+from .modules._packing import Packing, packings, padded_rows
 
 Forward = Callable[..., Any]
 
 # Outputs whose second dimension is frames; logits are of frames in two of the classes.
 _OF_FRAMES = ("last_hidden_state", "extract_features", "hidden_states")
 _PARTS = {
-    "feature_extractor": FastWavLMFeatureEncoder,
-    "feature_projection": FastWavLMFeatureProjection,
+    "feature_extractor": FeatureEncoder,
+    "feature_projection": FeatureProjection,
     "encoder": (FastWavLMEncoder, FastWavLMEncoderStableLayerNorm),
 }
 _LOGITS_OF_FRAMES = (hf.WavLMForCTC, hf.WavLMForAudioFrameClassification)
@@ -57,11 +52,11 @@ def wavlm_of(model: nn.Module) -> nn.Module:
 def samples_needed(model: nn.Module) -> int:
     """The fewest samples of an utterance of which the model, alone with it, makes anything."""
     front_end = wavlm_of(model).feature_extractor
-    if not isinstance(front_end, FastWavLMFeatureEncoder):
+    if not isinstance(front_end, FeatureEncoder):
         return 1  # somebody's own: it says itself
     convs = [layer.conv for layer in front_end.conv_layers]
     stages = [(c.kernel_size[0], c.stride[0]) for c in convs if isinstance(c, nn.Conv1d)]
-    stages += [(layer.span, 1) for layer in getattr(model, "tdnn", ()) if isinstance(layer, FastTDNNLayer)]
+    stages += [(layer.span, 1) for layer in getattr(model, "tdnn", ()) if isinstance(layer, TimeDelayLayer)]
     return receptive_field([width for width, _ in stages], [stride for _, stride in stages])
 
 
@@ -81,7 +76,7 @@ def _why_not_packed(model: nn.Module) -> str | None:
         if not isinstance(getattr(wavlm, name), cls):
             return f"{name} is called: it is a {type(getattr(wavlm, name)).__name__}"
     for index, layer in enumerate(getattr(model, "tdnn", ())):
-        if not isinstance(layer, FastTDNNLayer):
+        if not isinstance(layer, TimeDelayLayer):
             return f"tdnn layer {index} is called: it is a {type(layer).__name__}"
     return wavlm.feature_extractor.why_not_packed() or wavlm.encoder.why_not_packed()
 
@@ -156,20 +151,13 @@ def stacked(model: nn.Module, outputs: Sequence[ModelOutput], frames: Callable[[
     joined = {}
     for name, first, of_frames in _parts(model, outputs[0]):
         values = [first, *(own[name] for own in outputs[1:])]
-        join = _square if name == "attentions" else _rows if of_frames else _joined
+        join = _square if name == "attentions" else padded_rows if of_frames else _joined
         joined[name] = _mapped(functools.partial(join, frames(name)), *values)
     return type(outputs[0])(**joined)
 
 
 def _joined(frames: int, *own: Tensor) -> Tensor:
     return torch.cat(own)
-
-
-def _rows(frames: int, *own: Tensor) -> Tensor:
-    """`[1, T, ...]` of each utterance as `[B, frames, ...]`."""
-    rows = nn.utils.rnn.pad_sequence([x[0] for x in own], batch_first=True)
-    short = frames - rows.shape[1]
-    return torch.cat([rows, rows.new_zeros(rows.shape[0], short, *rows.shape[2:])], 1) if short else rows
 
 
 def _square(frames: int, *own: Tensor) -> Tensor:

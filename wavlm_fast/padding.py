@@ -20,10 +20,11 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.models.wavlm import modeling_wavlm as hf
 
 from ._private import frame_lengths
-from .inputs import check_mask
-from .leaving import leaving
+from .families.models import MODE, Model
+from .inputs import check_mask, valid_lengths
+from .leaving import in_graph
 from .losses import with_loss
-from .modules import FastWavLMFeatureEncoder
+from .modules import FeatureEncoder
 from .modules._packing import with_valid_samples
 from .packed_batch import (
     PackedBatch,
@@ -38,7 +39,6 @@ from .packed_batch import (
 )
 
 MODES = ("transformers", "exact")
-_MODE = "_wavlm_fast_padding"
 
 
 def check_mode(padding: object) -> None:
@@ -49,16 +49,16 @@ def check_mode(padding: object) -> None:
 
 def mode_of(model: nn.Module) -> str:
     """What padding means to a WavLM."""
-    return model.__dict__.get(_MODE, "transformers")
+    return model.__dict__.get(MODE, "transformers")
 
 
 def set_mode(model: nn.Module, padding: str) -> None:
     """Say what padding means to every WavLM in a module. It is kept on them, and so copied and pickled with them."""
     for module in model.modules():
-        if isinstance(module, hf.WavLMPreTrainedModel):
-            module.__dict__.pop(_MODE, None)
+        if isinstance(module, (hf.WavLMPreTrainedModel, Model)):
+            module.__dict__.pop(MODE, None)
             if padding != "transformers":
-                module.__dict__[_MODE] = padding
+                module.__dict__[MODE] = padding
 
 
 def by_name(names: tuple[str, ...], args: tuple) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def with_padding(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def chosen(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _MODE not in self.__dict__:
+        if MODE not in self.__dict__:
             return forward(self, *args, **kwargs)
         given = by_name(names, args) | kwargs
         if given.get("attention_mask") is None or isinstance(given["attention_mask"], PackedBatch):
@@ -97,18 +97,12 @@ def _exact(forward: Callable[..., Any], model: PreTrainedModel, given: dict[str,
     waveforms, mask = given["input_values"], given["attention_mask"]
     if labels is not None:
         model.check_labels(labels, len(waveforms))
-    if _in_graph(waveforms):
+    if in_graph(waveforms):
         outputs, lengths = _masked(forward, model, given)
     else:
         outputs, lengths = _unpadded(forward, model, given, _lengths_of(model, mask, waveforms))
     outputs = with_loss(model, outputs, labels, lengths)
     return outputs if (model.config.return_dict if in_dict is None else in_dict) else outputs.to_tuple()
-
-
-def _in_graph(waveforms: Tensor) -> bool:
-    if torch.compiler.is_compiling() or leaving() is not None:
-        return True
-    return waveforms.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _unpadded(
@@ -160,23 +154,11 @@ def _lengths_of(model: PreTrainedModel, mask: Tensor, waveforms: Tensor) -> list
         ValueError: a row that is not ones followed by zeros, or holds too few samples for a frame.
     """
     needed = samples_needed(model)
-    if isinstance(wavlm_of(model).feature_extractor, FastWavLMFeatureEncoder):
+    if isinstance(wavlm_of(model).feature_extractor, FeatureEncoder):
         check_mask(mask, waveforms)
     elif mask.shape != waveforms.shape[:2]:
         raise ValueError(
             f"padding 'exact' wants a mask over the second dimension of input_values, {list(waveforms.shape[:2])}, got "
             f"{list(mask.shape)}"
         )
-    valid = mask.ne(0)
-    lengths = valid.sum(-1)
-    broken = (valid != (torch.arange(mask.shape[1], device=mask.device) < lengths[:, None])).any(-1)
-    found, holes = torch.stack([lengths, broken.to(lengths.dtype)]).tolist()  # waits for the device, once
-    for row, (length, hole) in enumerate(zip(found, holes, strict=True)):
-        if hole:
-            raise ValueError(f"padding 'exact' wants an attention_mask of ones followed by zeros, row {row} is none")
-        if length < needed:
-            raise ValueError(
-                f"padding 'exact' wants at least {needed} samples in every row, what the model needs, row {row} has "
-                f"{length}"
-            )
-    return found
+    return valid_lengths(mask.ne(0), needed, "an attention_mask of ones followed by zeros")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
+from .families.models import Model
 from .inputs import check_waveform
 from .losses import with_loss
-from .modules import FastWavLMFeatureEncoder
+from .modules import FeatureEncoder
 from .modules._originals import StandIn
 from .packed_batch import PackedBatch, run_alone, run_packed, samples_needed, split, wavlm_of, why_alone
 from .padding import asks_for_attentions, frames_after
@@ -25,13 +27,15 @@ def forward_ragged(model: nn.Module, waveforms: Sequence[Tensor], **kwargs: Any)
     why), one at a time. The model's padding mode does not matter.
 
     Args:
-        model: a WavLM of ours: one of the classes, or what `accelerate` has made fast.
+        model: a WavLM of ours: one of the classes, or what `accelerate` has made fast. Of a Microsoft WavLM
+            `extract_features` runs, without its padding mask.
         waveforms: `[S]` each, on one device and of one dtype, as `input_values` of the model are.
         kwargs: as the model takes them. `labels` is a list, one entry for each waveform without a batch dimension, or a
             tensor of such entries; losses are those of each waveform alone.
 
     Returns:
-        One ModelOutput for each waveform, in order, with a batch dimension of one. Their tensors may share memory.
+        For each waveform, in order, what the model returns for a batch of one; a ModelOutput of transformers' classes.
+        Tensors may share memory.
 
     Raises:
         TypeError: `model` is none of ours, or a waveform is no tensor, holds integers, or has another dtype or device
@@ -40,6 +44,8 @@ def forward_ragged(model: nn.Module, waveforms: Sequence[Tensor], **kwargs: Any)
             attention mask; another number of labels.
     """
     _check(model, waveforms, kwargs)
+    if isinstance(model, Model):
+        return model.run_each(waveforms, functools.partial(model.run, model, **kwargs))
     labels = kwargs.pop("labels", None)
     in_dict = kwargs.pop("return_dict", None)
     labels = None if labels is None else _labels(model, labels, len(waveforms))
@@ -57,7 +63,7 @@ def forward_ragged(model: nn.Module, waveforms: Sequence[Tensor], **kwargs: Any)
 
 
 def _check(model: nn.Module, waveforms: Sequence[Tensor], kwargs: dict[str, Any]) -> None:
-    if not isinstance(model, StandIn) or not isinstance(model, PreTrainedModel):
+    if not isinstance(model, StandIn) or not isinstance(model, (PreTrainedModel, Model)):
         raise TypeError(
             f"forward_ragged wants a WavLM that accelerate has made fast, got a {type(model).__module__}."
             f"{type(model).__qualname__}"
@@ -69,8 +75,9 @@ def _check(model: nn.Module, waveforms: Sequence[Tensor], kwargs: dict[str, Any]
     if not waveforms:
         raise ValueError("forward_ragged wants at least one waveform, got an empty list")
     front_end = wavlm_of(model).feature_extractor
-    first, needed = waveforms[0], samples_needed(model)
-    convs = [layer.conv for layer in front_end.conv_layers] if isinstance(front_end, FastWavLMFeatureEncoder) else None
+    first = waveforms[0]
+    needed = model.samples_needed() if isinstance(model, Model) else samples_needed(model)
+    convs = [layer.conv for layer in front_end.layers] if isinstance(front_end, FeatureEncoder) else None
     for index, waveform in enumerate(waveforms):
         if not isinstance(waveform, Tensor):
             raise TypeError(f"forward_ragged wants tensors, waveform {index} is a {type(waveform).__name__}")

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers.models.wavlm import modeling_wavlm as hf
 
-from . import _private, backends, derived
+from . import _private, backends, derived, families
+from .families.models import Model
 from .modules import Signal, Step, steps_of
 from .modules._originals import StandIn
 from .packed_batch import why_alone
@@ -80,8 +81,12 @@ def report(model: nn.Module) -> Report:
         for step in steps_of(model, Signal()):
             counts.update(_rows(step))
     slow = Counter(type(m).__name__ for m in model.modules() if isinstance(m, tuple(FAST_CLASSES)) and not _is_fast(m))
+    for module, _, reason in families.stand_ins(model):
+        slow[type(module).__name__] += 1
+        if reason is not None:
+            counts[type(module).__name__, "modules", (reason,)] += 1
     first = next(model.parameters(), torch.empty(0))
-    wavlm = next((m for m in model.modules() if isinstance(m, hf.WavLMPreTrainedModel)), None)
+    wavlm = next((m for m in model.modules() if isinstance(m, (hf.WavLMPreTrainedModel, Model))), None)
     padding = "transformers" if wavlm is None else mode_of(wavlm)
     return Report(
         rows=tuple(Row(op, backend, count, reasons) for (op, backend, reasons), count in counts.items()),
@@ -92,8 +97,12 @@ def report(model: nn.Module) -> Report:
         slow_modules=dict(slow),
         missing=_private.missing(),
         padding=padding,
-        alone=why_alone(wavlm, asks_for_attentions(wavlm, {})) if isinstance(wavlm, StandIn) else None,
+        alone=_why_alone(wavlm) if isinstance(wavlm, StandIn) else None,
     )
+
+
+def _why_alone(wavlm: nn.Module) -> str | None:
+    return wavlm.why_alone() if isinstance(wavlm, Model) else why_alone(wavlm, asks_for_attentions(wavlm, {}))
 
 
 def _is_fast(module: nn.Module) -> bool:

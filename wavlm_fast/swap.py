@@ -11,12 +11,15 @@ import torch
 from torch import nn
 from transformers.models.wavlm import modeling_wavlm as hf
 
+from . import families
 from ._private import let_record
 from .derived import forget, releasing
+from .families.models import Model
+from .families.transformers import MODULES
 from .freed import refuse
 from .inputs import SAMPLE_RATE
 from .models import MODELS
-from .modules import MODULES
+from .modules._originals import StandIn
 from .padding import check_mode, set_mode
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -32,23 +35,25 @@ _NAMESPACES = ("transformers", "transformers.models.wavlm", "transformers.models
 
 
 def accelerate(model: Module, keep_originals: bool = True, padding: str | None = None) -> Module:
-    """Make a live transformers WavLM fast, in place.
+    """Make a live WavLM fast, in place: transformers', Microsoft's own or a copy of it, torchaudio's.
 
-    Every module of transformers' WavLM in `model` becomes the fast class that stands in for it. Parameters, buffers,
-    names, hooks and modes stay as they are, and so does everything around: adapters, DDP, user classes. On a model that
-    is fast already it does nothing.
+    Every module of a WavLM in `model` becomes the fast class that stands in for it. Parameters, buffers, names, hooks
+    and modes stay as they are, and so does everything around: adapters, DDP, user classes. On a model that is fast
+    already it does nothing. A class of Microsoft's or torchaudio's code is tried first, once: where a copy computes
+    something else than the published one, its own code runs, and `report` says so.
 
     Args:
-        model: a transformers WavLM model, or any module that contains one.
+        model: a WavLM, or any module that contains one.
         keep_originals: with False, weights that the CPU kernels use in packed form are packed now and their originals
             freed, which halves the memory of the model. What is left does inference without gradients, on the CPU, in
             the present dtype; whatever needs an original (`train`, `state_dict`, saving, copying, other dtypes or
             devices, attention weights as outputs) raises a RuntimeError that says so. The model must be in `eval` mode.
             Where nothing is packed (GPUs, the reference backend) nothing is freed.
-        padding: what a batch with an `attention_mask` means. "transformers", which is the default: transformers' own
-            numbers, which depend on how much padding there is. "exact": every row as if it were alone and unpadded,
-            zeros past its end in every output that has frames, and nothing computed on padding. Masks must be ones
-            followed by zeros. None leaves a model that is fast already in the mode that it is in.
+        padding: what a padded batch means, one with an `attention_mask`, `padding_mask` or `lengths`. "transformers",
+            which is the default: the model's own numbers, which depend on how much padding there is. "exact": every row
+            as if it were alone and unpadded, zeros past its end in every output that has frames, and nothing computed
+            on padding, which must be at the end of a row. None leaves a model that is fast already in the mode that it
+            is in.
 
     Returns:
         `model`.
@@ -60,11 +65,12 @@ def accelerate(model: Module, keep_originals: bool = True, padding: str | None =
     if padding is not None:
         check_mode(padding)
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    if not any(isinstance(m, tuple(FAST_CLASSES)) for m in modules):
-        raise TypeError(f"accelerate wants a transformers WavLM model, got {_describe(model)}, which contains none")
+    if not any(isinstance(m, tuple(FAST_CLASSES)) for m in modules) and not families.recognises(model):
+        raise TypeError(f"accelerate wants a WavLM, got {_describe(model)}{families.why_none(model)}")
     if not keep_originals and any(m.training for m in modules):
         raise ValueError("accelerate frees the originals of a model that is in eval mode, this one trains: call eval()")
     _swap(modules, FAST_CLASSES)
+    families.make_fast(model)
     if padding is not None:
         set_mode(model, padding)
     if not keep_originals:
@@ -74,18 +80,19 @@ def accelerate(model: Module, keep_originals: bool = True, padding: str | None =
 
 def _free_originals(model: nn.Module) -> None:
     """Have every WavLM in the model pack what it uses, and free what was packed, weight by weight."""
-    inside = [m for m in model.modules() if isinstance(m, hf.WavLMPreTrainedModel)]
+    inside = [m for m in model.modules() if isinstance(m, (hf.WavLMPreTrainedModel, Model))]
     parts = {part for m in inside for part in m.modules() if part is not m}
     for wavlm in inside:
         if wavlm not in parts:  # a head runs what it contains
             wavlm.requires_grad_(False)
             like = next(p for p in wavlm.parameters() if p.is_floating_point())
             with torch.no_grad(), releasing():
-                wavlm(torch.zeros((1, SAMPLE_RATE), dtype=like.dtype, device=like.device))
+                waveforms = torch.zeros((1, SAMPLE_RATE), dtype=like.dtype, device=like.device)
+                wavlm.run(wavlm, waveforms) if isinstance(wavlm, Model) else wavlm(waveforms)
 
 
 def restore(model: Module) -> Module:
-    """Undo `accelerate`: transformers' own modules, bit for bit, in place.
+    """Undo `accelerate`: the modules' own classes, bit for bit, in place.
 
     Args:
         model: any module; what is not fast in it stays as it is.
@@ -100,7 +107,8 @@ def restore(model: Module) -> Module:
         raise TypeError(f"restore wants a torch module, got {_describe(model)}")
     refuse("restore()", model.parameters())
     set_mode(model, "transformers")
-    _swap(list(model.modules()), {fast: plain for plain, fast in FAST_CLASSES.items()})
+    modules = list(model.modules())
+    _swap(modules, {type(m): m.original for m in modules if isinstance(m, StandIn) and m.is_twin()})
     forget(model.parameters())
     return model
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wavlm_fast import measure
-from wavlm_fast.modules import FastWavLMFeatureEncoder, FastWavLMFeedForward
+from wavlm_fast.modules import FeatureEncoder, FeedForward
 
 from .flops import STAGES
 
@@ -161,8 +161,8 @@ def breakdown(module: nn.Module, call: Call, brief: Call, operations: Mapping[st
 def in_steps(module: nn.Module) -> Iterator[None]:
     """Have every layer run as ops of its own: a hook on a part wants to see the part."""
     # One part of each is enough; on an attention module a hook would cost the fused attention as well.
-    feed_forward = [m for m in module.modules() if isinstance(m, FastWavLMFeedForward)]
-    last_conv = [m.conv_layers[-1] for m in module.modules() if isinstance(m, FastWavLMFeatureEncoder)]
+    feed_forward = [m for m in module.modules() if isinstance(m, FeedForward)]
+    last_conv = [m.conv_layers[-1] for m in module.modules() if isinstance(m, FeatureEncoder)]
     parts = feed_forward + last_conv
     hooks = [part.register_forward_hook(lambda *args: None) for part in parts]
     try:

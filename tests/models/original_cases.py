@@ -7,6 +7,7 @@ import re
 import torch
 from wavlm_cases import plain_model, small_config
 
+from wavlm_fast import restore
 from wavlm_fast.original import WavLM, WavLMConfig
 
 _NAMES = (
@@ -71,7 +72,7 @@ def original_config(config, **changes) -> WavLMConfig:
 
 def original_like(plain: torch.nn.Module, **changes) -> WavLM:
     """The original's class with a transformers model's weights, dtype and mode; changes are to its configuration."""
-    model = WavLM(original_config(plain.config, **changes))
+    model = restore(WavLM(original_config(plain.config, **changes)))
     layer_norms = plain.config.feat_extract_norm == "layer"
     state = {original_name(name, layer_norms): value for name, value in plain.state_dict().items()}
     model.load_state_dict({"mask_emb": model.mask_emb, **state})  # transformers has none where nothing is masked

@@ -24,6 +24,7 @@ from wavlm_cases import (
     waveforms,
 )
 
+from wavlm_fast import restore
 from wavlm_fast.original import (
     Fp32GroupNorm,
     Fp32LayerNorm,
@@ -110,7 +111,7 @@ def test_gelu_fast_is_the_old_name_of_gelu_accurate():
 
 
 def test_glu_gates_its_first_half_by_its_second():
-    layer = WavLM(original_config(small_config(), activation_fn="glu")).encoder.layers[0].eval()
+    layer = restore(WavLM(original_config(small_config(), activation_fn="glu"))).encoder.layers[0].eval()
     assert isinstance(layer.fc1, GLU_Linear) and layer.fc1.linear.weight.shape == (96, 32)
     x = torch.randn(4, 2, 32)
     attended = layer.self_attn_layer_norm(x + layer.self_attn(x, x, x)[0])
@@ -481,7 +482,7 @@ def test_the_config_has_the_published_defaults_and_keeps_what_it_is_given():
 )
 def test_conv_feature_layers(text, dims):
     cfg = original_config(small_config(), conv_feature_layers=text)
-    model = WavLM(cfg)
+    model = restore(WavLM(cfg))
     assert [conv[0].out_channels for conv in model.feature_extractor.conv_layers] == dims
     assert model.embed == dims[-1]
     assert model.feature_extractor.conv_layers[1][0].stride == (2,)

@@ -1,56 +1,32 @@
-"""Fast twins of transformers' WavLM modules: subclasses that add no parameters, one file per stage of the signal."""
+"""The stages of WavLM, one file each, in the order in which the signal meets them.
+
+A stage is a class that does the work with submodules under the names of transformers' modules. Whose modules it works
+with, and how they are called, a family says (`families/`).
+"""
 
 from __future__ import annotations
 
-from ._steps import FastModule, Signal, Step, steps_of, steps_of_children
-from .attention import FastWavLMAttention
-from .encoder import FastWavLMEncoder, FastWavLMEncoderStableLayerNorm
-from .encoder_layer import FastWavLMEncoderLayer, FastWavLMEncoderLayerStableLayerNorm, FastWavLMFeedForward
-from .feature_encoder import (
-    FastWavLMFeatureEncoder,
-    FastWavLMGroupNormConvLayer,
-    FastWavLMLayerNormConvLayer,
-    FastWavLMNoLayerNormConvLayer,
-)
-from .feature_projection import FastWavLMFeatureProjection
-from .positional_conv import FastWavLMPositionalConvEmbedding
-from .xvector import FastTDNNLayer, pool_statistics
-
-# Each stands in for a class of transformers'.
-MODULES = (
-    FastWavLMFeatureEncoder,
-    FastWavLMGroupNormConvLayer,
-    FastWavLMLayerNormConvLayer,
-    FastWavLMNoLayerNormConvLayer,
-    FastWavLMFeatureProjection,
-    FastWavLMPositionalConvEmbedding,
-    FastWavLMEncoder,
-    FastWavLMEncoderStableLayerNorm,
-    FastWavLMEncoderLayer,
-    FastWavLMEncoderLayerStableLayerNorm,
-    FastWavLMAttention,
-    FastWavLMFeedForward,
-    FastTDNNLayer,
-)
+from ._steps import FastModule, Inline, Signal, Step, steps_of, steps_of_children
+from .attention import Attention
+from .encoder_layer import EncoderLayer, FeedForward
+from .feature_encoder import ConvLayer, FeatureEncoder
+from .feature_projection import FeatureProjection
+from .positional_conv import PositionalConv
+from .xvector import TimeDelayLayer, pool_statistics
 
 __all__ = [
-    "MODULES",
+    "Attention",
+    "ConvLayer",
+    "EncoderLayer",
     "FastModule",
-    "FastTDNNLayer",
-    "FastWavLMAttention",
-    "FastWavLMEncoder",
-    "FastWavLMEncoderLayer",
-    "FastWavLMEncoderLayerStableLayerNorm",
-    "FastWavLMEncoderStableLayerNorm",
-    "FastWavLMFeatureEncoder",
-    "FastWavLMFeatureProjection",
-    "FastWavLMFeedForward",
-    "FastWavLMGroupNormConvLayer",
-    "FastWavLMLayerNormConvLayer",
-    "FastWavLMNoLayerNormConvLayer",
-    "FastWavLMPositionalConvEmbedding",
+    "FeatureEncoder",
+    "FeatureProjection",
+    "FeedForward",
+    "Inline",
+    "PositionalConv",
     "Signal",
     "Step",
+    "TimeDelayLayer",
     "pool_statistics",
     "steps_of",
     "steps_of_children",

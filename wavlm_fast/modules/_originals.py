@@ -35,13 +35,14 @@ class StandIn:
         return self.original.forward(self, *args, **kwargs)
 
     @classmethod
-    def _is_twin(cls) -> bool:
-        return cls is cls.twin  # and not a subclass of somebody else's
+    def is_twin(cls) -> bool:
+        """Whether this is the class that takes the original's place, and not a subclass of somebody else's."""
+        return cls is cls.twin
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # By its name and module pickle would find the original.
         reduced = super().__reduce_ex__(protocol)
-        return (_new, (self.original.__name__,), *reduced[2:]) if self._is_twin() else reduced
+        return (_new, (self.original.__name__,), *reduced[2:]) if self.is_twin() else reduced
 
 
 def _new(name: str) -> nn.Module:

@@ -59,6 +59,13 @@ class Packing:
         return pad
 
 
+def padded_rows(frames: int, *own: Tensor) -> Tensor:
+    """`[1, T, ...]` of each utterance as rows of so many frames or more, `[B, frames, ...]`, zeros past the ends."""
+    rows = torch.nn.utils.rnn.pad_sequence([x[0] for x in own], batch_first=True)
+    short = frames - rows.shape[1]
+    return torch.cat([rows, rows.new_zeros(rows.shape[0], short, *rows.shape[2:])], 1) if short > 0 else rows
+
+
 def upload(values: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on the device, without waiting for what the device is doing."""
     return values.to(device) if device.type != "cuda" else values.pin_memory().to(device, non_blocking=True)
@@ -89,7 +96,7 @@ _present = _Present()
 
 @contextmanager
 def in_front_end(stages: list[Packing]) -> Iterator[None]:
-    """Within, the front end of this thread's model gets packed samples."""
+    """Within, this thread's model gets packed samples: for its front end, and what else has no other way to know."""
     _present.stages = stages
     try:
         yield
@@ -101,6 +108,12 @@ def stages_of(samples: Tensor) -> list[Packing] | None:
     """The packing of the samples that come into the front end, and of the frames after each of its convolutions."""
     stages = _present.stages
     return stages if stages is not None and samples.shape[1] == stages[0].frames else None
+
+
+def frames_of(hidden_states: Tensor) -> Packing | None:
+    """The packing of the frames `[1, N, C]` behind the front end; None of frames that are not packed."""
+    stages = _present.stages
+    return stages[-1] if stages is not None and hidden_states.shape[:2] == (1, stages[-1].frames) else None
 
 
 @contextmanager

@@ -6,7 +6,11 @@ adapter, a quantized or sharded weight makes it not plain: it is then called, an
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Hashable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.wavlm import modeling_wavlm as hf
 
@@ -25,6 +29,19 @@ _ARITHMETIC = {
         *_FUSED_ACTIVATIONS,
     )
 }
+
+
+# Other classes of the same arithmetic: the class above that each stands for.
+_ALIKE: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def take_for(cls: type[nn.Module], known: type[nn.Module] | None) -> None:
+    """Let modules of a class be plain ones of a known class from now on; with None no more."""
+    if known is None:
+        _ALIKE.pop(cls, None)
+    elif cls is not known:
+        _ARITHMETIC[cls] = tuple((name, getattr(cls, name)) for name, _ in _ARITHMETIC[known])
+        _ALIKE[cls] = known
 
 
 def why_changed(module: nn.Module, cls: type[nn.Module]) -> str | None:
@@ -52,11 +69,16 @@ def is_capture(hook: object) -> bool:
 
 def why_not_plain(module: nn.Module, expected: type[nn.Module]) -> str | None:
     """A sentence saying why the module must be called, or None when its parameters may be read."""
-    if type(module) is not expected:
+    if not is_one(module, expected):
         return f"it is a {_full_name(type(module))}, not a plain {_full_name(expected)}"
     if has_hooks(module):
         return "it has hooks"
-    return why_changed(module, expected) or why_not_plain_parameters(module)
+    return why_changed(module, type(module)) or why_not_plain_parameters(module)
+
+
+def is_one(module: nn.Module, expected: type[nn.Module]) -> bool:
+    """Whether the module's class is the expected one, or taken for it."""
+    return type(module) is expected or _ALIKE.get(type(module)) is expected
 
 
 def _full_name(cls: type) -> str:
@@ -65,16 +87,17 @@ def _full_name(cls: type) -> str:
 
 def why_not_plain_parameters(module: nn.Module) -> str | None:
     """A sentence naming the module's first parameter that is no ordinary tensor, or None."""
-    for name, parameter in parameters_of(module).items():
-        if parameter is None:
-            continue
-        if type(parameter) not in _ORDINARY and not _is_fake(parameter):
-            return f"its {name} is a {type(parameter).__name__}"
-        if hasattr(parameter, "ds_id"):
-            return f"its {name} is sharded by DeepSpeed"
-        if not parameter.is_floating_point():
-            return f"its {name} is quantized to {parameter.dtype}"
-    return None
+    reasons = (why_not_ordinary(name, p) for name, p in parameters_of(module).items() if p is not None)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def why_not_ordinary(name: str, parameter: Tensor) -> str | None:
+    """A sentence saying why the values of a parameter cannot be read, or None when they can."""
+    if type(parameter) not in _ORDINARY and not _is_fake(parameter):
+        return f"its {name} is a {type(parameter).__name__}"
+    if hasattr(parameter, "ds_id"):
+        return f"its {name} is sharded by DeepSpeed"
+    return None if parameter.is_floating_point() else f"its {name} is quantized to {parameter.dtype}"
 
 
 def _is_fake(tensor: Tensor) -> bool:
@@ -82,9 +105,28 @@ def _is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor) or torch.compiler.is_compiling()
 
 
+# Functions that are activations which ops know.
+_functions: dict[Callable[[Tensor], Tensor], str] = {}
+
+
+def learn_activation(function: Callable[[Tensor], Tensor]) -> None:
+    """Find out by trying whether a function is an activation that ops know: copies of a house have their own."""
+    if function in _functions:
+        return
+    x = torch.linspace(-6, 6, 193, dtype=torch.float64)
+    known = {"relu": x.relu(), "gelu": F.gelu(x), "gelu_tanh": F.gelu(x, approximate="tanh")}
+    with torch.no_grad(), contextlib.suppress(Exception):  # what cannot be tried is called
+        found = function(x.clone())
+        for name, values in known.items():
+            if torch.allclose(found, values, rtol=0, atol=1e-6):  # some compute in float32
+                _functions[function] = name
+
+
 def fused_activation(activation: object) -> str | None:
-    """The name under which ops know an activation module, or None when it must be called."""
-    if not isinstance(activation, nn.Module) or has_hooks(activation):
+    """The name under which ops know an activation, a module or a function; None when it must be called."""
+    if not isinstance(activation, nn.Module):
+        return _functions.get(activation) if isinstance(activation, Hashable) else None
+    if has_hooks(activation):
         return None
     if type(activation) in _ARITHMETIC and why_changed(activation, type(activation)) is not None:
         return None

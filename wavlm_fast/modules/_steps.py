@@ -60,24 +60,24 @@ class Signal:
         shape = (heads, EXAMPLE_FRAMES, EXAMPLE_FRAMES) if self.dense_bias else (heads, 2 * EXAMPLE_FRAMES - 1)
         return like.new_empty(shape).requires_grad_(self.learns)
 
-    def passes(self, module: nn.Module) -> None:
+    def passes(self, module: nn.Module | Inline) -> None:
         """The module has made of it what comes next."""
         self.learns = self.learns or (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()))
 
 
-def _matrix_of(module: nn.Module) -> Tensor:
+def _matrix_of(module: nn.Module | Inline) -> Tensor:
     """The first weight of a module that frames are multiplied by; norms and vectors may have other dtypes."""
     found = [p for p in module.parameters() if p.is_floating_point()]
     return next((p for p in found if p.dim() > 1), found[0] if found else torch.empty(0))
 
 
-def steps_of(module: nn.Module, signal: Signal) -> Iterator[Step]:
-    """The steps of a forward of any module, and of what is in it."""
+def steps_of(module: nn.Module | Inline, signal: Signal) -> Iterator[Step]:
+    """The steps of a forward of any module or stage, and of what is in it."""
     reason = why_original(module) if isinstance(module, StandIn) else None
     if reason is not None:
-        yield Step(module.original.__name__, f"transformers' forward runs: {reason}")
+        yield Step(module.original.__name__, f"the original's forward runs: {reason}")
         signal.dense_bias = signal.dense_bias or module.original_makes_dense_bias
-    if isinstance(module, StandIn) and reason is None:
+    if isinstance(module, Inline) or (isinstance(module, StandIn) and reason is None):
         yield from module.steps(signal)
     else:
         yield from steps_of_children(module, signal)
@@ -90,11 +90,24 @@ def steps_of_children(module: nn.Module, signal: Signal) -> Iterator[Step]:
         yield from steps_of(child, signal)
 
 
+class Inline:
+    """Mixed into a stage that is no module of its own: what a family's module does with some of its submodules."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        self.parts = parts
+
+    def parameters(self) -> Iterator[Tensor]:
+        return (parameter for part in self.parts for parameter in part.parameters())
+
+    def why_called(self, but_captures: bool = False) -> None:
+        """Nobody can call it, nor hook it."""
+
+
 class FastModule(StandIn, MayBeFreed):
-    """Mixed into every fast module."""
+    """Mixed into every fast module, behind its stage."""
 
     def _get_name(self) -> str:
-        return f"Fast{type(self).__name__}" if self._is_twin() else type(self).__name__
+        return f"Fast{type(self).__name__}" if self.is_twin() else type(self).__name__
 
     def why_called(self, but_captures: bool = False) -> str | None:
         """Why who contains this module must call it instead of doing its work: it has hooks, or a method of somebody

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.wavlm import modeling_wavlm as hf
 
 from .. import ops
 from .._private import hooks_of, relative_positions_bucket
@@ -15,18 +14,14 @@ from ..derived import concatenated
 from ..ops._define import accumulation_dtype
 from ..ops.gated_attention import bias_rows
 from ._masks import Keys, keys_of
-from ._originals import or_original, stands_in_for
 from ._packing import Packing
 from ._plain import is_capture, why_mixed, why_not_plain
-from ._steps import FastModule, Signal, Step, linear_step, named, why_not_linear
-from ._versions import RETURNS_WEIGHTS_UNASKED
+from ._steps import Signal, Step, linear_step, named, why_not_linear
 
 
 def understands_rel_bias(module: nn.Module) -> bool:
     """Whether the attention in `module` takes the compact bias."""
-    if isinstance(module, FastWavLMAttention):
-        return True
-    return any(isinstance(m, FastWavLMAttention) for m in module.modules())
+    return isinstance(module, Attention) or any(isinstance(m, Attention) for m in module.modules())
 
 
 def dense_bias(rel_bias: Tensor, batch: int) -> Tensor:
@@ -52,15 +47,23 @@ def why_dense(position_bias: Tensor | None, keys: Keys | None) -> str | None:
     return None if keys is not None else "the mask is not ones followed by zeros"
 
 
-@stands_in_for(hf.WavLMAttention)
-class FastWavLMAttention(FastModule, hf.WavLMAttention):
+class Attention:
     """Multi-head attention whose bias stays one vector per head.
 
-    The bias goes from layer to layer as `rel_bias` `[H, 2T - 1]`, entry `j - i + T - 1`, where transformers hands on a
+    The bias goes from layer to layer as `rel_bias` `[H, 2T - 1]`, entry `j - i + T - 1`, where the families hand on a
     dense `[B·H, T, T]`; a dense one is taken as well.
+
+    Made of `q_proj`, `k_proj`, `v_proj`, `out_proj`, `gru_rel_pos_linear`, `gru_rel_pos_const`, in the first layer
+    `rel_attn_embed`; `num_heads`, `head_dim`, `scaling`, `attention_dropout`, the rate.
     """
 
     original_makes_dense_bias = True
+    # Whether forward returns attention weights that nobody asked for, to whoever hooks the module.
+    returns_weights_unasked = False
+
+    @property
+    def attention_dropout(self) -> float:
+        return self.dropout
 
     def _why_not_qkv(self) -> str | None:
         for name in _PROJECTIONS:
@@ -72,8 +75,16 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
     def _why_not_gate(self) -> str | None:
         return why_not_linear("gru_rel_pos_linear", self.gru_rel_pos_linear)
 
+    def parameters_of_op(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and biases of the projections, as `ops.encoder_layer` takes them."""
+        linears = (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
+        return [linear.weight for linear in linears], [linear.bias for linear in linears]
+
+    def _why_not_out(self) -> str | None:
+        return why_not_linear("out_proj", self.out_proj)
+
     def _why_not_fused(self) -> str | None:
-        if RETURNS_WEIGHTS_UNASKED and any(not is_capture(hook) for hook in hooks_of(self)[0].values()):
+        if self.returns_weights_unasked and any(not is_capture(hook) for hook in hooks_of(self)[0].values()):
             return "a forward hook may read the attention weights"
         return self.why_not_rel_bias()
 
@@ -83,10 +94,10 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
 
     def why_not_fused(self) -> str | None:
         """Why the attention cannot be a part of its layer's op; None when it can."""
-        if self.training and self.dropout > 0:
+        if self.training and self.attention_dropout > 0:
             return "its dropout is on"
         reason = self.why_called(but_captures=True) or self._why_not_qkv() or self._why_not_gate()
-        return reason or self._why_not_fused() or why_not_linear("out_proj", self.out_proj)
+        return reason or self._why_not_fused() or self._why_not_out()
 
     def steps(self, signal: Signal) -> Iterator[Step]:
         signal.dense_bias = signal.dense_bias or self.why_not_rel_bias() is not None
@@ -99,49 +110,32 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
         yield self._attend(q, q, q, gate, position_bias, None, signal.output_attentions)
         yield self._leave(x)
 
-    @or_original
-    def forward(
+    def attend(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | Packing | None = None,
-        position_bias: Tensor | None = None,
+        mask: Tensor | Packing | None,
+        position_bias: Tensor | None,
         output_attentions: bool = False,
-        index: int = 0,
-        **kwargs: object,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Attention over the frames.
 
         Args:
             hidden_states: `[B, T, C]`.
-            attention_mask: `[B, T]`, 1 or True where a frame counts as a key, or None; of packed frames their packing.
+            mask: `[B, T]`, 1 or True where a frame counts as a key, or None; of packed frames their packing.
             position_bias: what an earlier layer returned, or None to build it from `rel_attn_embed`.
             output_attentions: whether to return weights.
-            index: the layer's number, unused, as in transformers.
 
         Returns:
             The output `[B, T, C]`; the weights `[B, H, T, T]` averaged over heads (transformers does so), or None; the
             position bias for the next layer.
         """
         if position_bias is None:
-            position_bias = self.position_bias(hidden_states, attention_mask)
+            position_bias = self.position_bias(hidden_states, mask)
         q, k, v = self._project(hidden_states)
         gate = self._gate(hidden_states).run().to(accumulation_dtype(q.dtype))
-        out, weights = self._attend(q, k, v, gate, position_bias, attention_mask, output_attentions).run()
-        weights = weights if output_attentions or RETURNS_WEIGHTS_UNASKED else None
+        out, weights = self._attend(q, k, v, gate, position_bias, mask, output_attentions).run()
+        weights = weights if output_attentions or self.returns_weights_unasked else None
         return self._leave(out.flatten(2)).run(), weights, position_bias
-
-    def run_original(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_bias: Tensor | None = None,
-        *args: object,
-        **kwargs: object,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """transformers' forward, which takes and hands on the dense bias."""
-        if position_bias is not None and position_bias.dim() == 2:
-            position_bias = dense_bias(position_bias, hidden_states.shape[0])
-        return super().run_original(hidden_states, attention_mask, position_bias, *args, **kwargs)
 
     def why_not_rel_bias(self) -> str | None:
         embedding = getattr(self, "rel_attn_embed", None)  # the first layer alone has one
@@ -219,7 +213,7 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
         refusal = refusal or self._why_not_fused() or why_dense(position_bias, keys)
 
         def fused() -> tuple[Tensor, None]:
-            options = (self.dropout if self.training else 0.0, self.scaling, keys.offsets)
+            options = (self.attention_dropout if self.training else 0.0, self.scaling, keys.offsets)
             rel_bias = position_bias.to(gate.dtype)
             return ops.gated_attention(q, k, v, gate, rel_bias, keys.lengths, *options), None
 
@@ -244,7 +238,7 @@ class FastWavLMAttention(FastModule, hf.WavLMAttention):
         scores = (queries * self.scaling) @ keys.mT + gate[..., None] * bias
         if attention_mask is not None:
             scores = scores.masked_fill(attention_mask.ne(1)[:, None, None], float("-inf"))
-        weights = F.dropout(scores.softmax(-1), self.dropout, self.training)
+        weights = F.dropout(scores.softmax(-1), self.attention_dropout, self.training)
         out = (weights @ values).transpose(1, 2).to(q.dtype)
         mean = weights.mean(1, keepdim=True).to(q.dtype)
         return out, mean.expand(-1, self.num_heads, -1, -1)

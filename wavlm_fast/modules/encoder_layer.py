@@ -1,4 +1,4 @@
-"""One transformer layer, with the layer norms after (`WavLMEncoderLayer`) or before (stable) its two halves."""
+"""One transformer layer, with the layer norms after its two halves, or before them (stable)."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.models.wavlm import modeling_wavlm as hf
 
 from .. import ops
 from ..ops._define import accumulation_dtype, needs_grad
 from ._masks import keys_of
-from ._originals import or_original, stands_in_for
 from ._packing import Packing
 from ._plain import fused_activation, why_mixed
 from ._steps import (
-    FastModule,
     Signal,
     Step,
     add_norm_step,
@@ -26,22 +23,23 @@ from ._steps import (
     why_not_linear,
     why_not_norm,
 )
-from ._versions import LAYERS_RETURN_ATTENTIONS
-from .attention import FastWavLMAttention, bias_for, dense_bias, understands_rel_bias, why_dense
+from .attention import Attention, bias_for, understands_rel_bias, why_dense
 
 
-@stands_in_for(hf.WavLMFeedForward)
-class FastWavLMFeedForward(FastModule, hf.WavLMFeedForward):
-    """Linear layer, activation, linear layer."""
+class FeedForward:
+    """Linear layer, activation, linear layer.
+
+    Made of `intermediate_dense`, `intermediate_act_fn`, `intermediate_dropout`, `output_dense`, `output_dropout`.
+    """
 
     def steps(self, signal: Signal) -> Iterator[Step]:
-        first = self._expand(signal.frames(self, getattr(self.intermediate_dense, "in_features", 0)))
+        first = self._expand(signal.frames(self.intermediate_dense, getattr(self.intermediate_dense, "in_features", 0)))
         yield first
         if first.refusal is None and fused_activation(self.intermediate_act_fn) is None:
             name = getattr(self.intermediate_act_fn, "__name__", type(self.intermediate_act_fn).__name__)
             yield Step("linear_act epilogue", f"intermediate_act_fn is called: {name} is not fused")
         signal.passes(self.intermediate_dense)
-        yield self._contract(signal.frames(self, getattr(self.output_dense, "in_features", 0)))
+        yield self._contract(signal.frames(self.output_dense, getattr(self.output_dense, "in_features", 0)))
 
     def _expand(self, x: Tensor) -> Step:
         """The first linear layer, with the activation where that can be fused."""
@@ -64,8 +62,7 @@ class FastWavLMFeedForward(FastModule, hf.WavLMFeedForward):
                 return reason
         return None if fused_activation(self.intermediate_act_fn) else "its activation is not fused"
 
-    @or_original
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def feed(self, hidden_states: Tensor) -> Tensor:
         """`[B, T, C]` to `[B, T, C]`."""
         first = self._expand(hidden_states)
         hidden_states = first.run()
@@ -75,55 +72,47 @@ class FastWavLMFeedForward(FastModule, hf.WavLMFeedForward):
         return self.output_dropout(self._contract(hidden_states).run())
 
 
-class _FastLayer(FastModule):
-    """What both kinds of layer share: as one op while no gradient is wanted and no dropout is on, else step by step."""
+class EncoderLayer:
+    """As one op while no gradient is wanted and no dropout is on, else step by step.
+
+    Made of `attention`, `attention_half_dropout`, `layer_norm`, `feed_forward`, `final_layer_norm`. With `norm_first`
+    each half's input is normed and its sum goes on as it is; else each half's sum is normed.
+    """
 
     norm_first: bool
     original_makes_dense_bias = True
 
-    def run_original(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_bias: Tensor | None = None,
-        *args: object,
-        **kwargs: object,
-    ) -> tuple:
-        """transformers' forward, or what somebody put there. Its bias is the dense one, layer by layer."""
-        attention, (batch, frames) = self.attention, hidden_states.shape[:2]
-        if position_bias is not None and position_bias.dim() == 2:
-            position_bias = dense_bias(position_bias, batch)
-        elif position_bias is None and isinstance(attention, FastWavLMAttention):
-            position_bias = attention.dense_position_bias(batch, frames)
-        return super().run_original(hidden_states, attention_mask, position_bias, *args, **kwargs)
+    @property
+    def attention_half_dropout(self) -> nn.Module:
+        return self.dropout
 
     def why_not_packed(self) -> str | None:
         """Why packed frames cannot come in; None when they can."""
-        for name, cls in (("attention", FastWavLMAttention), ("feed_forward", FastWavLMFeedForward)):
+        for name, cls in (("attention", Attention), ("feed_forward", FeedForward)):
             if not isinstance(getattr(self, name), cls):
                 return f"{name} is called: it is a {type(getattr(self, name)).__name__}"
         return named("attention", self.attention.why_not_packed())
 
     def _why_not_whole(self) -> str | None:
-        for name, cls in (("attention", FastWavLMAttention), ("feed_forward", FastWavLMFeedForward)):
+        for name, cls in (("attention", Attention), ("feed_forward", FeedForward)):
             part = getattr(self, name)
             reason = part.why_not_fused() if isinstance(part, cls) else f"it is a {type(part).__name__}"
             if reason is not None:
                 return f"{name} is called: {reason}"
         reason = named("layer_norm", why_not_norm(self.layer_norm))
         reason = reason or named("final_layer_norm", why_not_norm(self.final_layer_norm))
-        return reason or named("dropout", why_not_dropout(self.dropout))
+        return reason or named("dropout", why_not_dropout(self.attention_half_dropout))
 
     def _parameters_of_op(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
         """Weights, biases, gate and norms as `ops.encoder_layer` takes them."""
         attention, feed_forward = self.attention, self.feed_forward
-        linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)
-        linears += (feed_forward.intermediate_dense, feed_forward.output_dense)
+        weights, biases = attention.parameters_of_op()
+        linears = (feed_forward.intermediate_dense, feed_forward.output_dense)
         gate = attention.gru_rel_pos_linear
         norms = (self.layer_norm, self.final_layer_norm)
         return (
-            [linear.weight for linear in linears],
-            [linear.bias for linear in linears],
+            weights + [linear.weight for linear in linears],
+            biases + [linear.bias for linear in linears],
             [gate.weight, gate.bias, attention.gru_rel_pos_const.view(-1)],
             [parameter for norm in norms for parameter in (norm.weight, norm.bias)],
         )
@@ -197,82 +186,38 @@ class _FastLayer(FastModule):
         """What the feed-forward's half gives; in a stable layer a plain sum."""
         return add_norm_step("final_layer_norm", fed, hidden_states, self.final_layer_norm, keep_sum=False)
 
-    def _attend(
+    def run(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | Packing | None,
+        mask: Tensor | Packing | None,
         position_bias: Tensor | None,
+        output_attentions: bool = False,
         **kwargs: object,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The layer's output `[B, T, C]`, the position bias, attention weights or None; arguments as of `attend`."""
+        whole = self._whole(hidden_states, mask, position_bias, output_attentions)
+        if whole.refusal is None:
+            return *whole.fused(), None
+        normed = self.layer_norm(hidden_states) if self.norm_first else hidden_states
+        position_bias = bias_for(self.attention, position_bias, hidden_states.shape[0])
+        attended, weights, position_bias = self.call_attention(
+            normed, mask, position_bias, output_attentions=output_attentions, **kwargs
+        )
+        attended = self.attention_half_dropout(attended)
+        hidden_states, normed = self._first_sum(attended, hidden_states).run()
+        if self.norm_first:
+            return hidden_states + self.feed_forward(normed), position_bias, weights
+        _, hidden_states = self._second_sum(self.feed_forward(normed), normed).run()
+        return hidden_states, position_bias, weights
+
+    def call_attention(
+        self, hidden_states: Tensor, mask: Tensor | Packing | None, position_bias: Tensor | None, **kwargs: object
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The attention module's output, weights or None, and position bias."""
-        position_bias = bias_for(self.attention, position_bias, hidden_states.shape[0])
-        out, weights, position_bias = self.attention(
-            hidden_states, attention_mask=attention_mask, position_bias=position_bias, **kwargs
-        )
-        return self.dropout(out), weights, position_bias
+        raise NotImplementedError
 
 
 def why_layer_not_packed(layer: nn.Module) -> str | None:
     """Why a layer, perhaps inside of what shards or wraps it, cannot take packed frames; None when it can."""
-    inside = next((module for module in layer.modules() if isinstance(module, _FastLayer)), None)
+    inside = next((module for module in layer.modules() if isinstance(module, EncoderLayer)), None)
     return f"it is a {type(layer).__name__}" if inside is None else inside.why_not_packed()
-
-
-def _outputs(hidden_states: Tensor, position_bias: Tensor, weights: Tensor | None, wanted: bool) -> tuple:
-    outputs = (hidden_states, position_bias)
-    return (*outputs, weights) if wanted and LAYERS_RETURN_ATTENTIONS else outputs
-
-
-@stands_in_for(hf.WavLMEncoderLayer)
-class FastWavLMEncoderLayer(_FastLayer, hf.WavLMEncoderLayer):
-    """Post-norm layer: each half's sum is normed."""
-
-    norm_first = False
-
-    @or_original
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | Packing | None = None,
-        position_bias: Tensor | None = None,
-        output_attentions: bool = False,
-        index: int = 0,
-        **kwargs: object,
-    ) -> tuple:
-        """`[B, T, C]` frames, and the position bias for the next layer. Arguments as of the attention module."""
-        whole = self._whole(hidden_states, attention_mask, position_bias, output_attentions)
-        if whole.refusal is None:
-            return whole.fused()
-        attended, weights, position_bias = self._attend(
-            hidden_states, attention_mask, position_bias, output_attentions=output_attentions, index=index
-        )
-        _, hidden_states = self._first_sum(attended, hidden_states).run()
-        _, hidden_states = self._second_sum(self.feed_forward(hidden_states), hidden_states).run()
-        return _outputs(hidden_states, position_bias, weights, output_attentions)
-
-
-@stands_in_for(hf.WavLMEncoderLayerStableLayerNorm)
-class FastWavLMEncoderLayerStableLayerNorm(_FastLayer, hf.WavLMEncoderLayerStableLayerNorm):
-    """Pre-norm layer: each half's input is normed, its sum goes on as it is."""
-
-    norm_first = True
-
-    @or_original
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | Packing | None = None,
-        position_bias: Tensor | None = None,
-        output_attentions: bool = False,
-        **kwargs: object,
-    ) -> tuple:
-        """`[B, T, C]` frames, and the position bias for the next layer. Arguments as of the attention module."""
-        whole = self._whole(hidden_states, attention_mask, position_bias, output_attentions)
-        if whole.refusal is None:
-            return whole.fused()
-        attended, weights, position_bias = self._attend(
-            self.layer_norm(hidden_states), attention_mask, position_bias, output_attentions=output_attentions
-        )
-        hidden_states, normed = self._first_sum(attended, hidden_states).run()
-        hidden_states = hidden_states + self.feed_forward(normed)
-        return _outputs(hidden_states, position_bias, weights, output_attentions)

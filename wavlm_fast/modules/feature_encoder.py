@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.wavlm import modeling_wavlm as hf
 
 from .. import ops
-from .._private import is_frozen
 from ..inputs import check_waveform
 from ..ops._define import accumulation_dtype, needs_grad
-from ._originals import or_original, stands_in_for
 from ._packing import Packing, resized, stages_of, valid_samples
 from ._plain import fused_activation, why_mixed, why_not_plain
-from ._steps import FastModule, Signal, Step, named, steps_of, why_not_norm
+from ._steps import Signal, Step, named, steps_of, why_not_norm
 
 
 def _why_not_conv(conv: nn.Module) -> str | None:
@@ -26,16 +23,39 @@ def _why_not_conv(conv: nn.Module) -> str | None:
     return reason
 
 
-class _FastConvLayer(FastModule):
-    """What the three kinds of convolution layer share. Channel-major `[B, C, T]` outside, time-major memory inside."""
+class ConvLayer:
+    """Convolution, norm, activation. Channel-major `[B, C, T]` outside, time-major memory inside.
+
+    Made of `conv`, `activation` and, unless `norm` is "none", `layer_norm`: with "layer" a layer norm over channels,
+    with "group" a norm of every channel over time.
+    """
 
     norm = "none"
 
+    @property
+    def in_channels(self) -> int:
+        return self.conv.in_channels
+
+    def own_forward(self, hidden_states: Tensor) -> Tensor:
+        """What the family's own module does."""
+        raise NotImplementedError
+
     def _why_not_norm(self) -> str | None:
-        return None
+        if self.norm == "none":
+            return None
+        if self.norm == "layer":
+            return why_not_norm(self.layer_norm)
+        norm = self.layer_norm
+        reason = why_not_plain(norm, nn.GroupNorm)
+        if reason is None and not norm.affine:
+            return "it has no weight or no bias"
+        if reason is None and norm.num_groups != norm.num_channels:
+            return f"it has {norm.num_groups} groups for {norm.num_channels} channels"
+        return reason
 
     def _apply_norm(self, frames: Tensor) -> Tensor:
-        return frames
+        """The norm's module, called on time-major frames."""
+        return self.layer_norm(frames) if self.norm == "layer" else self.layer_norm(frames.mT).mT
 
     def _why_not_epilogue(self) -> str | None:
         reason = named("layer_norm", self._why_not_norm())
@@ -52,7 +72,7 @@ class _FastConvLayer(FastModule):
         return (None, None) if self.norm == "none" else (self.layer_norm.weight, self.layer_norm.bias)
 
     def steps(self, signal: Signal) -> Iterator[Step]:
-        frames = signal.frames(self, self.in_conv_dim, count=signal.samples).transpose(1, 2)
+        frames = signal.frames(self.conv, self.in_channels, count=signal.samples).transpose(1, 2)
         step, epilogue = self._convolve(frames, {}), self._why_not_epilogue()
         yield step
         if step.refusal is None and epilogue is not None:
@@ -60,8 +80,7 @@ class _FastConvLayer(FastModule):
         if isinstance(self.conv, nn.Conv1d):
             signal.samples = (signal.samples - self.conv.kernel_size[0]) // self.conv.stride[0] + 1
 
-    @or_original
-    def forward(
+    def convolve(
         self, hidden_states: Tensor, packing: Packing | None = None, after: Packing | None = None
     ) -> Tensor:
         """Convolution, norm and activation, `[B, C, T]` to `[B, C', T']`; packed frames `[1, C, N]` with their packing
@@ -70,8 +89,8 @@ class _FastConvLayer(FastModule):
         step = self._convolve(hidden_states, {} if packing is None else resized(packing, after))
         if step.refusal is not None:
             if packing is None:
-                return super().forward(hidden_states)
-            return torch.cat([super().forward(own) for own in packing.utterances(hidden_states, 2)], 2)
+                return self.own_forward(hidden_states)
+            return torch.cat([self.own_forward(own) for own in packing.utterances(hidden_states, 2)], 2)
         frames, epilogue = step.fused(), self._why_not_epilogue()
         if epilogue is not None and self._why_not_norm() is not None:
             frames = self._apply_norm(frames) if after is None else after.each(self._apply_norm, frames)
@@ -90,48 +109,21 @@ class _FastConvLayer(FastModule):
             if fuse_norm and self.norm != "none":
                 norm = self.layer_norm
                 options |= {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
-            if self.in_conv_dim > 1:
+            if self.in_channels > 1:
                 return ops.strided_conv(hidden_states.transpose(1, 2), conv.weight, conv.bias, **options)
             norm = self.norm if fuse_norm else "none"
             return ops.waveform_conv(hidden_states[:, 0], conv.weight, conv.bias, norm=norm, **options)
 
-        op = "waveform_conv" if self.in_conv_dim == 1 else "strided_conv"
+        op = "waveform_conv" if self.in_channels == 1 else "strided_conv"
         return Step(op, named("conv", refusal), fused)
 
+    def counts_valid(self) -> bool:
+        """Whether statistics over time are of valid samples only: in a graph of padded rows, to be as if alone."""
+        return self.norm == "group" and valid_samples() is not None and self._why_not_norm() is None
 
-@stands_in_for(hf.WavLMNoLayerNormConvLayer)
-class FastWavLMNoLayerNormConvLayer(_FastConvLayer, hf.WavLMNoLayerNormConvLayer):
-    """Convolution and activation."""
-
-
-@stands_in_for(hf.WavLMLayerNormConvLayer)
-class FastWavLMLayerNormConvLayer(_FastConvLayer, hf.WavLMLayerNormConvLayer):
-    """Convolution, layer norm over channels, activation."""
-
-    norm = "layer"
-
-    def _why_not_norm(self) -> str | None:
-        return why_not_norm(self.layer_norm)
-
-    def _apply_norm(self, frames: Tensor) -> Tensor:
-        return self.layer_norm(frames)
-
-
-@stands_in_for(hf.WavLMGroupNormConvLayer)
-class FastWavLMGroupNormConvLayer(_FastConvLayer, hf.WavLMGroupNormConvLayer):
-    """Convolution, norm of every channel over time, activation."""
-
-    norm = "group"
-
-    def forward(self, hidden_states: Tensor, *packed: Packing) -> Tensor:
-        """As its base class's; in a graph of padded rows that are to be as if alone, statistics are of valid frames."""
-        valid = valid_samples()
-        if valid is None or self._why_not_norm() is not None:
-            return super().forward(hidden_states, *packed)
-        return self._forward_over(hidden_states, valid)
-
-    def _forward_over(self, hidden_states: Tensor, samples: Tensor) -> Tensor:
-        """The layer in plain torch on padded rows `[B, 1, S]` with so many valid samples each, `[B]`."""
+    def convolve_valid(self, hidden_states: Tensor) -> Tensor:
+        """The layer in plain torch on padded rows `[B, 1, S]`, where `counts_valid`."""
+        samples = valid_samples()
         frames = self.conv(hidden_states)
         lengths = torch.div(samples - self.conv.kernel_size[0], self.conv.stride[0], rounding_mode="floor") + 1
         valid = (torch.arange(frames.shape[2], device=frames.device) < lengths[:, None])[:, None]
@@ -142,28 +134,21 @@ class FastWavLMGroupNormConvLayer(_FastConvLayer, hf.WavLMGroupNormConvLayer):
         normed = centred / deviation * self.layer_norm.weight[:, None] + self.layer_norm.bias[:, None]
         return self.activation(normed.to(frames.dtype))
 
-    def _why_not_norm(self) -> str | None:
-        norm = self.layer_norm
-        reason = why_not_plain(norm, nn.GroupNorm)
-        if reason is None and not norm.affine:
-            return "it has no weight or no bias"
-        if reason is None and norm.num_groups != norm.num_channels:
-            return f"it has {norm.num_groups} groups for {norm.num_channels} channels"
-        return reason
 
-    def _apply_norm(self, frames: Tensor) -> Tensor:
-        return self.layer_norm(frames.transpose(1, 2)).transpose(1, 2)
+class FeatureEncoder:
+    """The convolution layers, `layers`: as one op while no gradient is wanted, else in turn."""
 
+    waveform_name = "input_values"  # as callers know it
 
-@stands_in_for(hf.WavLMFeatureEncoder)
-class FastWavLMFeatureEncoder(FastModule, hf.WavLMFeatureEncoder):
-    """The convolution layers: as one op while no gradient is wanted, else in turn."""
+    @property
+    def layers(self) -> Sequence[nn.Module | ConvLayer]:
+        return self.conv_layers
 
     def _why_not_whole(self) -> str | None:
-        layers = self.conv_layers
+        layers = self.layers
         for index, layer in enumerate(layers):
             reason = f"it is a {type(layer).__name__}"
-            if isinstance(layer, _FastConvLayer):
+            if isinstance(layer, ConvLayer):
                 reason = layer.why_called() or layer.why_not_fused()
             if reason is not None:
                 return f"layer {index} is called: {reason}"
@@ -176,14 +161,14 @@ class FastWavLMFeatureEncoder(FastModule, hf.WavLMFeatureEncoder):
 
     def why_not_packed(self) -> str | None:
         """Why packed samples cannot come in; None when they can."""
-        for index, layer in enumerate(self.conv_layers):
-            if not isinstance(layer, _FastConvLayer):
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, ConvLayer):
                 return f"feature_extractor layer {index} is called: it is a {type(layer).__name__}"
         return None
 
     def _options(self) -> dict[str, Any]:
         """What `ops.feature_encoder` takes besides the waveform."""
-        layers = self.conv_layers
+        layers = self.layers
         norms = [layer.layer_norm for layer in layers if layer.norm != "none"]
         return {
             "weights": [layer.conv.weight for layer in layers],
@@ -201,13 +186,13 @@ class FastWavLMFeatureEncoder(FastModule, hf.WavLMFeatureEncoder):
         if whole.refusal is None:
             yield whole
             return
-        for layer in self.conv_layers:
+        for layer in self.layers:
             yield from steps_of(layer, signal)
 
     def _whole(self, waveform: Tensor, stages: list[Packing] | None) -> Step:
         """All layers as one op, to time-major `[B, T, C]`."""
         refusal, packed = None, {} if stages is None else resized(stages[0], stages[-1])
-        parameters = [p for layer in self.conv_layers for p in layer.parameters()]
+        parameters = [p for layer in self.layers for p in layer.parameters()]
         if needs_grad(waveform, *parameters):
             refusal = "a gradient is wanted"
         elif valid_samples() is not None:
@@ -221,25 +206,24 @@ class FastWavLMFeatureEncoder(FastModule, hf.WavLMFeatureEncoder):
 
         return Step("feature_encoder", refusal or self._why_not_whole() or why_mixed(waveform, *parameters), fused)
 
-    @or_original
-    def forward(self, input_values: Tensor) -> Tensor:
+    def encode(self, waveform: Tensor) -> Tensor:
         """Waveform `[B, S]`, or packed ones `[1, S]`, to channel-major frames `[B, C, T]`, whose memory is time-major.
 
         Raises:
             ValueError, TypeError: the waveform's shape, length or dtype does not fit.
         """
-        convs = [layer.conv for layer in self.conv_layers]
-        check_waveform(input_values, convs)
-        stages = stages_of(input_values)
-        whole = self._whole(input_values, stages)
+        layers = self.layers
+        check_waveform(waveform, [layer.conv for layer in layers], self.waveform_name)
+        stages = stages_of(waveform)
+        whole = self._whole(waveform, stages)
         if whole.refusal is None:
             return whole.fused().transpose(1, 2)
-        hidden_states = input_values[:, None]
-        checkpointed = any(getattr(layer, "gradient_checkpointing", False) for layer in self.conv_layers)
-        if not is_frozen(self) and self.training and checkpointed and torch.is_grad_enabled():
-            # Reentrant checkpointing records nothing unless an input needs a gradient.
-            hidden_states = hidden_states.detach().requires_grad_() if not input_values.requires_grad else hidden_states
-        for index, conv_layer in enumerate(self.conv_layers):
+        hidden_states = self.entering(waveform)
+        for index, layer in enumerate(layers):
             packed = () if stages is None else stages[index : index + 2]
-            hidden_states = conv_layer(hidden_states, *packed)
+            hidden_states = layer(hidden_states, *packed)
         return hidden_states
+
+    def entering(self, waveform: Tensor) -> Tensor:
+        """What the first layer gets, `[B, 1, S]`."""
+        return waveform[:, None]

@@ -6,23 +6,22 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from transformers.models.wavlm import modeling_wavlm as hf
 
 from .. import ops
 from .._private import WeightNormHook, WeightNormParametrization, hooks_of, weight_norm
 from ..derived import derived, linked
 from ..ops._define import accumulation_dtype, needs_grad
-from ._originals import or_original, stands_in_for
 from ._packing import Packing
 from ._plain import (
     fused_activation,
     has_hooks,
+    is_one,
     why_changed,
     why_mixed,
     why_not_plain,
     why_not_plain_parameters,
 )
-from ._steps import FastModule, Signal, Step, named
+from ._steps import Signal, Step, named
 
 
 def _weight_norm_hook(conv: nn.Module) -> WeightNormHook | None:
@@ -43,8 +42,8 @@ def _why_not_conv(conv: nn.Module) -> str | None:
     if _is_parametrized(conv):
         reason = "it has hooks" if has_hooks(conv) else why_changed(conv, nn.Conv1d)
         reason = reason or why_not_plain_parameters(conv.parametrizations["weight"])
-    elif type(conv) is nn.Conv1d and _weight_norm_hook(conv) is not None:
-        reason = "it has hooks" if hooks_of(conv)[0] else why_changed(conv, nn.Conv1d)
+    elif is_one(conv, nn.Conv1d) and _weight_norm_hook(conv) is not None:
+        reason = "it has hooks" if hooks_of(conv)[0] else why_changed(conv, type(conv))
         reason = reason or why_not_plain_parameters(conv)
     else:
         reason = why_not_plain(conv, nn.Conv1d)
@@ -91,13 +90,19 @@ def _normed_by_taps(g: Tensor, v: Tensor, dim: int) -> Tensor:
     return torch.mul(v, scale, out=weight)
 
 
-@stands_in_for(hf.WavLMPositionalConvEmbedding)
-class FastWavLMPositionalConvEmbedding(FastModule, hf.WavLMPositionalConvEmbedding):
-    """Grouped convolution with weight norm in either spelling, activation."""
+class PositionalConv:
+    """Grouped convolution with weight norm in either spelling, activation. Made of `conv` and `activation`."""
+
+    def why_not_same(self) -> str | None:
+        """Why there may not come out as many frames as go in: one more is to be cut off; None when it surely is."""
+        raise NotImplementedError
+
+    def own_forward(self, hidden_states: Tensor) -> Tensor:
+        """What the family's own module does, on `[B, T, C]`."""
+        raise NotImplementedError
 
     def _why_not_fused(self) -> str | None:
-        reason = named("conv", _why_not_conv(self.conv))
-        return reason or named("padding", why_not_plain(self.padding, hf.WavLMSamePadLayer))
+        return named("conv", _why_not_conv(self.conv)) or self.why_not_same()
 
     def steps(self, signal: Signal) -> Iterator[Step]:
         x = signal.frames(self, getattr(self.conv, "in_channels", 0))
@@ -125,12 +130,11 @@ class FastWavLMPositionalConvEmbedding(FastModule, hf.WavLMPositionalConvEmbeddi
 
         return Step("positional_conv", refusal, fused)
 
-    @or_original
-    def forward(self, hidden_states: Tensor, packing: Packing | None = None) -> Tensor:
+    def embed(self, hidden_states: Tensor, packing: Packing | None = None) -> Tensor:
         """`[B, T, C]` frames, or packed ones `[1, N, C]`, to their positional embedding, the same shape."""
         step = self._convolve(hidden_states, packing, residual=False)
         if step.refusal is not None:
-            return super().forward(hidden_states) if packing is None else packing.each(super().forward, hidden_states)
+            return self.own_forward(hidden_states) if packing is None else packing.each(self.own_forward, hidden_states)
         out = step.fused()
         return out if fused_activation(self.activation) else self.activation(out.transpose(1, 2)).transpose(1, 2)
 

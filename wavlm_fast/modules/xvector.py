@@ -6,19 +6,19 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from transformers.models.wavlm import modeling_wavlm as hf
 
 from .. import ops
 from ..leaving import leaving
-from ._originals import or_original, stands_in_for
 from ._packing import Packing, resized
 from ._plain import fused_activation, why_mixed, why_not_plain
-from ._steps import FastModule, Signal, Step, named
+from ._steps import Signal, Step, named
 
 
-@stands_in_for(hf.TDNNLayer)
-class FastTDNNLayer(FastModule, hf.TDNNLayer):
-    """Dilated convolution with its weight stored as a linear layer's, ReLU."""
+class TimeDelayLayer:
+    """Dilated convolution with its weight stored as a linear layer's, ReLU.
+
+    Made of `kernel`, `activation`; `in_conv_dim`, `kernel_size`, `dilation`.
+    """
 
     def steps(self, signal: Signal) -> Iterator[Step]:
         step = self._convolve(signal.frames(self, self.in_conv_dim))
@@ -46,8 +46,7 @@ class FastTDNNLayer(FastModule, hf.TDNNLayer):
 
         return Step("tdnn", named("kernel", refusal), fused, called)
 
-    @or_original
-    def forward(
+    def convolve(
         self, hidden_states: Tensor, packing: Packing | None = None, after: Packing | None = None
     ) -> Tensor:
         """`[B, T, C]` to `[B, T', C']` with T' = T - (K - 1)·dilation; packed frames with their packing before and

@@ -70,7 +70,7 @@ class MultiheadAttention(nn.Module):
         table = self.relative_attention_bias
         return table(self._relative_positions_bucket(distance).to(table.weight.device)).permute(2, 0, 1)
 
-    def _gate(self, query: Tensor) -> Tensor:
+    def _gates(self, query: Tensor) -> Tensor:
         """`[B, H, T, 1]` from frames `[T, B, H, D]`."""
         gates = self.grep_linear(query.permute(1, 2, 0, 3)).unflatten(-1, (2, 4)).sum(-1).sigmoid()
         a, b = gates.chunk(2, dim=-1)
@@ -106,7 +106,7 @@ class MultiheadAttention(nn.Module):
         if position_bias is None:  # in training, where layer drop took the layer that makes it
             bias = query.new_zeros(query.size(1), 1, 1, len(key))
         else:
-            bias = self._gate(query.unflatten(-1, heads)) * position_bias.unflatten(0, (-1, self.num_heads))
+            bias = self._gates(query.unflatten(-1, heads)) * position_bias.unflatten(0, (-1, self.num_heads))
         if key_padding_mask is not None:
             bias = bias.masked_fill(key_padding_mask[:, None, None], -math.inf)
         q, k, v = (
@@ -116,7 +116,9 @@ class MultiheadAttention(nn.Module):
         dropout = self.dropout_module.p if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, bias, dropout)
         weights = (q @ k.mT * self.scaling + bias).softmax(-1).mean(1) if need_weights else None
-        return self.out_proj(x.permute(2, 0, 1, 3).flatten(2)), weights, position_bias
+        # Copied in any case: how the product lies in memory may change between a trace and its use.
+        x = x.permute(2, 0, 1, 3).clone(memory_format=torch.contiguous_format).flatten(2)  # [T, B, C]
+        return self.out_proj(x), weights, position_bias
 
 
 class WeightNormConv1d(nn.Conv1d):

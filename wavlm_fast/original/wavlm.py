@@ -25,7 +25,7 @@ from .modules import (
 
 
 class WavLM(nn.Module):
-    """The model.
+    """The model, fast from the start; `wavlm_fast.restore` makes it plain torch.
 
     Args:
         cfg: the configuration, `WavLMConfig(checkpoint["cfg"])`.
@@ -55,6 +55,9 @@ class WavLM(nn.Module):
         self.mask_emb = nn.Parameter(torch.empty(dim).uniform_())
         self.encoder = TransformerEncoder(cfg)
         self.layer_norm = nn.LayerNorm(self.embed)
+        from ..swap import accelerate_new  # which puts fast classes in the place of any house's
+
+        accelerate_new(self)
 
     def apply_mask(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Frames `[B, T, C]` with spans of frames replaced by `mask_emb` and spans of channels by 0.
@@ -239,7 +242,8 @@ class TransformerEncoder(nn.Module):
         weights = pos_bias = None
         layer_results = [] if tgt_layer is None else [(x, weights)]
         for i, layer in enumerate(self.layers):
-            drawn = np.random.random()  # in eval mode too: what else is drawn does not depend on the mode
+            if self.training or not torch.compiler.is_compiling():
+                drawn = np.random.random()  # in eval mode too, so that what others draw does not depend on the mode
             if not self.training or drawn > self.layerdrop:
                 x, weights, pos_bias = layer(
                     x,

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .. import backends, derived
-from ..modules import _packing, encoder
+from ..families import transformers as family
+from ..modules import _packing
 from ..ops._define import arguments_of, schemas
 
 _BACKEND = "reference"
@@ -371,7 +372,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     _on("stats_pool_backward", "lengths ignored", _with(lengths=None)),
     Mutation("gate from the projected queries", None, _gate_after_projection),
     Mutation("stale derived weights", None, lambda: _patched(derived, "_state", _stale)),
-    Mutation("padding not zeroed", None, lambda: _patched(encoder, "zero_padding", lambda right: lambda x, mask: x)),
+    Mutation("padding not zeroed", None, lambda: _patched(family, "zero_padding", lambda right: lambda x, mask: x)),
     Mutation("mask ignored in attention", None, lambda: replaced(_ATTENTION, _with(key_lengths=None)(_ATTENTION))),
     Mutation("bias of one frame further in all layers", None, lambda: replaced(
         _ATTENTION, _with(rel_bias=lambda v: v["rel_bias"].roll(1, 1))(_ATTENTION))),
@@ -380,6 +381,6 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("utterances of a packed batch in another order", None, lambda: _patched(
         _packing.Packing, "padding", lambda right: lambda self, t: lambda x: right(self, t)(x).roll(1, 0))),
     Mutation("packed frames embedded as one utterance", None, lambda: _patched(
-        encoder.FastWavLMPositionalConvEmbedding, "added_to", lambda right: lambda self, x, _=None: right(self, x))),
+        family.FastWavLMPositionalConvEmbedding, "added_to", lambda right: lambda self, x, _=None: right(self, x))),
     Mutation("pooling over all frames", None, lambda: replaced("stats_pool", _with(lengths=None)("stats_pool"))),
 )  # fmt: skip

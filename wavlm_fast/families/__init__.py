@@ -1,0 +1,46 @@
+"""The houses in which WavLM lives: transformers', Microsoft's, torchaudio's. A family is one file here.
+
+It says how its modules map onto the stages (`modules/`) and what its boundary looks like: fast classes, each a stage
+and a subclass of theirs. transformers' classes are known by name; those of the others are copied, so each of their
+files has `recognised(model)`, which finds in any module what its fast classes can stand in for, and `relative(model)`,
+which names a model of the same house that is no WavLM.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from torch import nn
+
+from ._copies import make_fast, recognisers, stand_ins
+
+COPIED = tuple(
+    module
+    for found in pkgutil.iter_modules(__path__)
+    if not found.name.startswith("_")
+    and hasattr(module := importlib.import_module(f"{__name__}.{found.name}"), "recognised")
+)
+recognisers.extend(module.recognised for module in COPIED)
+
+__all__ = ["COPIED", "make_fast", "recognises", "stand_ins", "why_none"]
+
+_RELATIVES = ("data2vec", "hubert", "sew", "unispeech", "wav2vec2")
+
+
+def recognises(model: nn.Module) -> bool:
+    """Whether there is a WavLM of a copied house in a module, or parts of one."""
+    return isinstance(model, nn.Module) and any(any(True for _ in family.recognised(model)) for family in COPIED)
+
+
+def why_none(model: object) -> str:
+    """The end of a sentence that says what a model is in which no WavLM was found."""
+    if not isinstance(model, nn.Module):
+        return ", which contains none"
+    relative = next((found for family in COPIED if (found := family.relative(model)) is not None), None)
+    for module in type(model).__module__.split("."):
+        if relative is None and module.startswith(_RELATIVES) and type(model).__module__.startswith("transformers."):
+            relative = f"a {module} model of transformers' code"
+    if relative is None:
+        return ", which contains none"
+    return f": this is {relative}: no gated relative position bias in its attention, nothing of it is WavLM"
