@@ -116,8 +116,9 @@ def restore(model: Module) -> Module:
 def install(padding: str = "transformers") -> None:
     """Make transformers build fast WavLMs: its classes, and so its Auto classes, pipelines and Trainers.
 
-    While installed, `transformers.WavLMModel` is `wavlm_fast.WavLMModel`, a subclass of the class that it replaces.
-    Models that exist already stay as they are; `accelerate` them.
+    While installed, `transformers.WavLMModel` is `wavlm_fast.WavLMModel`, a subclass of the class that it replaces. So
+    do torchaudio's factories and bundles, where it is installed. Copies of Microsoft's class have no name by which they
+    could be found. Models that exist already stay as they are; `accelerate` them.
 
     Args:
         padding: of the models that are built while installed, as `accelerate` takes it.
@@ -129,6 +130,9 @@ def install(padding: str = "transformers") -> None:
     global _padding
     _padding = padding
     _offer({fast.__name__: fast for fast in MODELS})
+    for family in families.COPIED:
+        if hasattr(family, "install"):
+            family.install(accelerate_new)
 
 
 def accelerate_new(model: nn.Module) -> None:
@@ -141,6 +145,9 @@ def uninstall() -> None:
     global _padding
     _padding = "transformers"
     _offer({fast.__name__: fast.original for fast in MODELS})
+    for family in families.COPIED:
+        if hasattr(family, "uninstall"):
+            family.uninstall()
 
 
 def _offer(classes: dict[str, type]) -> None:

@@ -36,7 +36,6 @@ from ..modules._steps import named, why_not_dropout
 from ._copies import Call, Copy, calls
 from .models import MODE, Model
 
-NAME = "Microsoft's"
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 

@@ -54,7 +54,8 @@ class Attention:
     dense `[B·H, T, T]`; a dense one is taken as well.
 
     Made of `q_proj`, `k_proj`, `v_proj`, `out_proj`, `gru_rel_pos_linear`, `gru_rel_pos_const`, in the first layer
-    `rel_attn_embed`; `num_heads`, `head_dim`, `scaling`, `attention_dropout`, the rate.
+    `rel_attn_embed`; `num_heads`, `head_dim`, `scaling`, `attention_dropout`, the rate; `gate_heads`, of
+    gate and bias.
     """
 
     original_makes_dense_bias = True
@@ -64,6 +65,10 @@ class Attention:
     @property
     def attention_dropout(self) -> float:
         return self.dropout
+
+    @property
+    def gate_heads(self) -> int:
+        return self.num_heads
 
     def _why_not_qkv(self) -> str | None:
         for name in _PROJECTIONS:
@@ -104,11 +109,11 @@ class Attention:
         x = signal.frames(self, self.embed_dim)
         yield from self._projections(x)
         yield self._gate(x)
-        q = x.unflatten(-1, (self.num_heads, self.head_dim))
+        q = signal.frames(self, self.num_heads, self.head_dim)
         gate = q[..., 0].mT.to(accumulation_dtype(q.dtype))
-        position_bias = signal.position_bias(self.num_heads, gate)
+        position_bias = signal.position_bias(self.gate_heads, gate)
         yield self._attend(q, q, q, gate, position_bias, None, signal.output_attentions)
-        yield self._leave(x)
+        yield self._leave(q.flatten(2))
 
     def attend(
         self,
@@ -187,7 +192,7 @@ class Attention:
         projection = self.gru_rel_pos_linear
 
         def called() -> Tensor:
-            heads = x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
+            heads = x.unflatten(-1, (self.gate_heads, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
             projected = projection(heads).unflatten(-1, (2, 4)).sum(-1)
             a, b = projected.sigmoid().unbind(-1)
             return a * (b * const[:, None] - 1.0) + 2.0

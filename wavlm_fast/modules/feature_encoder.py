@@ -221,8 +221,14 @@ class FeatureEncoder:
         hidden_states = self.entering(waveform)
         for index, layer in enumerate(layers):
             packed = () if stages is None else stages[index : index + 2]
-            hidden_states = layer(hidden_states, *packed)
+            hidden_states = self.call_layer(layer, hidden_states, packed)
         return hidden_states
+
+    def call_layer(
+        self, layer: nn.Module | ConvLayer, hidden_states: Tensor, packed: Sequence[Packing]
+    ) -> Tensor:
+        """What a layer makes of frames `[B, C, T]`; of packed ones come their packing before and after."""
+        return layer(hidden_states, *packed)
 
     def entering(self, waveform: Tensor) -> Tensor:
         """What the first layer gets, `[B, 1, S]`."""

@@ -25,6 +25,7 @@ from .position_gate import reference as position_gate_reference
 
 NAME = "encoder_layer"
 LINEARS = ("q", "k", "v", "out", "intermediate", "output")
+MERGED = 4  # weights, where those of queries, keys and values are one
 
 
 def encoder_layer(
@@ -51,8 +52,8 @@ def encoder_layer(
         x: `[B, T, C]` frames.
         rel_bias: `[H, 2T - 1]` float32 (float64 for float64 frames), as `gated_attention` takes it.
         key_lengths: `[B]` integers, the number of valid frames, or None for all.
-        weights, biases: of the projections to queries, keys and values `[C, C]`, of the attention's output `[C, C]`, of
-            the feed-forward's two layers `[C', C]` and `[C, C']`; the dtype of `x`.
+        weights, biases: of the projections to queries, keys and values `[C, C]`, or one of all three `[3C, C]`, of the
+            attention's output `[C, C]`, of the feed-forward's two layers `[C', C]` and `[C, C']`; the dtype of `x`.
         gate: weight `[8, D]`, bias `[8]` and const `[H]` of `position_gate`.
         norms: weight and bias `[C]` of the attention's norm, then of the final one.
         eps: of these two.
@@ -96,15 +97,17 @@ def _layer(
     linear, position, attention, add_norm = ops
     heads = gate[2].numel()
     normed = F.layer_norm(x, x.shape[-1:], norms[0], norms[1], eps[0]) if norm_first else x
-    weight = concatenated("qkv weight", weights[:3])
-    bias = concatenated("qkv bias", biases[:3])
+    weight, bias = weights[0], biases[0]
+    if len(weights) > MERGED:
+        weight, bias = concatenated("qkv weight", weights[:3]), concatenated("qkv bias", biases[:3])
+    out, intermediate, output = zip(weights[-3:], biases[-3:], strict=True)
     q, k, v = linear(normed, weight, bias, "none").unflatten(-1, (3, heads, -1)).unbind(2)
     attended = attention(q, k, v, position(normed, *gate), rel_bias, key_lengths, scale, offsets).flatten(2)
-    attended = linear(attended, weights[3], biases[3], "none")
+    attended = linear(attended, *out, "none")
     first, second = (norms[:2], eps[0]), (norms[2:], eps[1])
     (norm_weight, norm_bias), norm_eps = second if norm_first else first
     total, normed = add_norm(attended, x, norm_weight, norm_bias, norm_eps)
-    fed = linear(linear(normed, weights[4], biases[4], activation), weights[5], biases[5], "none")
+    fed = linear(linear(normed, *intermediate, activation), *output, "none")
     if norm_first:
         return total + fed
     return add_norm(fed, normed, *second[0], second[1])[1]
@@ -150,14 +153,18 @@ def _check(
     check.floating(NAME, "x", x)
     check.shape(NAME, "x", x, ("B", "T", "C"))
     check.activation(NAME, activation)
-    counts = {"weights": (weights, 6), "biases": (biases, 6), "gate": (gate, 3), "norms": (norms, 4), "eps": (eps, 2)}
+    linears = MERGED if len(weights) == MERGED else len(LINEARS)
+    counts = {"weights": (weights, linears), "biases": (biases, linears)}
+    counts |= {"gate": (gate, 3), "norms": (norms, 4), "eps": (eps, 2)}
     for name, (given, wanted) in counts.items():
         if len(given) != wanted:
             raise ValueError(f"{NAME} wants {wanted} {name}, got {len(given)}")
-    check.shape(NAME, "the intermediate weight", weights[4], ("C'", x.shape[2]))
-    channels, inner = x.shape[2], weights[4].shape[0]
-    shapes = [(channels, channels)] * 4 + [(inner, channels), (channels, inner)]
-    for name, weight, bias, shape in zip(LINEARS, weights, biases, shapes, strict=True):
+    check.shape(NAME, "the intermediate weight", weights[-2], ("C'", x.shape[2]))
+    channels, inner = x.shape[2], weights[-2].shape[0]
+    shapes = [(channels, channels), (inner, channels), (channels, inner)]
+    shapes = [(3 * channels, channels), *shapes] if linears == MERGED else [(channels, channels)] * 3 + shapes
+    names = ("merged q, k and v", *LINEARS[3:]) if linears == MERGED else LINEARS
+    for name, weight, bias, shape in zip(names, weights, biases, shapes, strict=True):
         check.shape(NAME, f"the {name} weight", weight, shape)
         check.shape(NAME, f"the {name} bias", bias, shape[:1])
         check.same(NAME, "x", x, **{f"the {name} weight": weight, f"the {name} bias": bias})

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...derived import concatenated
+from ...ops.encoder_layer import MERGED
 from .. import Implementation
 from . import extension, packed_conv
 
@@ -24,10 +25,16 @@ def encoder_layer(
     *rest: object,
 ) -> Tensor:
     """The op of that name."""
-    qkv = packed_conv.pack_together("packed qkv", weights[:3])
-    others = [packed_conv.pack(weight, lambda weight=weight: weight[:, None], 1) for weight in weights[3:]]
-    biases = [concatenated("qkv bias", biases[:3]), *biases[3:]]
-    return _encoder_layer(x, rel_bias, key_lengths, [qkv, *others], biases, *rest)
+    if len(weights) == MERGED:
+        qkv, qkv_bias = _pack(weights[0]), biases[0]
+    else:
+        qkv, qkv_bias = packed_conv.pack_together("packed qkv", weights[:3]), concatenated("qkv bias", biases[:3])
+    packed = [qkv, *map(_pack, weights[-3:])]
+    return _encoder_layer(x, rel_bias, key_lengths, packed, [qkv_bias, *biases[-3:]], *rest)
+
+
+def _pack(weight: Tensor) -> Tensor:
+    return packed_conv.pack(weight, lambda: weight[:, None], 1)
 
 
 def why_not(
