@@ -116,14 +116,17 @@ class WavLMSelfAttention(nn.Module):
         self.gru_rel_pos_const = nn.Parameter(torch.ones(1, total_num_heads, 1, 1))
         self.has_position_bias = True
 
+    def _relative_positions_bucket(self, relative_positions, bidirectional=True):
+        distance, half = relative_positions.abs(), self.num_buckets // 2
+        near = half // 2
+        far = torch.log(distance.float() / near) / math.log(self.max_distance / near) * (half - near)
+        far = (near + far.clamp(min=0).long()).clamp(max=half - 1)
+        return torch.where(distance < near, distance, far) + half * (relative_positions > 0)
+
     def compute_bias(self, query_length, key_length):
         distance = torch.arange(key_length)[None] - torch.arange(query_length)[:, None]
-        half = self.num_buckets // 2
-        near = half // 2
-        far = torch.log(distance.abs().float() / near) / math.log(self.max_distance / near) * (half - near)
-        far = (near + far.clamp(min=0).long()).clamp(max=half - 1)
-        bucket = torch.where(distance.abs() < near, distance.abs(), far) + half * (distance > 0)
-        return self.rel_attn_embed(bucket.to(self.rel_attn_embed.weight.device)).permute(2, 0, 1)  # [H, T, T]
+        bucket = self._relative_positions_bucket(distance).to(self.rel_attn_embed.weight.device)
+        return self.rel_attn_embed(bucket).permute(2, 0, 1)  # [H, T, T]
 
     def forward(self, query, attention_mask=None, position_bias=None, key_padding_mask=None):
         assert key_padding_mask is None
