@@ -40,6 +40,8 @@ CHANGES = {
     "the padding mask": ("padding_mask = padding_mask.all(-1)", "padding_mask = padding_mask.any(-1)"),
 }
 
+NOT_STOOD_IN_FOR = ("a layer's forward", "attention's gate", "attention's bias", "the front end's forward")
+
 
 @pytest.fixture
 def copied(tmp_path, monkeypatch):
@@ -91,6 +93,15 @@ def test_a_changed_copy_gives_its_own_numbers(form, change, copied):
         unchanged, own = call(plain.exact)[0][0], call(changed.exact)[0][0]
     assert not torch.allclose(unchanged, own), "the change is none"
     assert_theirs(changed, call)
+
+
+@both_forms
+@pytest.mark.parametrize("change", NOT_STOOD_IN_FOR)
+def test_report_says_what_has_been_changed(form, change, copied):
+    house = copied(CHANGES[change])
+    said = wavlm_fast.report(wavlm_fast.accelerate(microsoft_model(form, house)))
+    assert said.slow_modules
+    assert any("something else than the published one" in why for row in said.rows for why in row.reasons), str(said)
 
 
 @both_forms
