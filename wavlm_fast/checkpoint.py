@@ -68,7 +68,10 @@ def load(
     if layers is not None:
         found.num_hidden_layers = layers
     try:
-        model, problems = _plain_class(architecture).from_pretrained(name, config=found, output_loading_info=True)
+        as_stored = {"dtype": "auto"} if dtype is None else {}  # the default of transformers 5
+        model, problems = _plain_class(architecture).from_pretrained(
+            name, config=found, output_loading_info=True, **as_stored
+        )
     except Exception as error:  # whatever a broken file makes safetensors, pickle or transformers raise
         raise UserError(f"the WavLM checkpoint {name} cannot be loaded: {_first_line(error)}") from error
     missing = sorted(set(problems["missing_keys"]) - {"masked_spec_embed"})  # only training reads that one

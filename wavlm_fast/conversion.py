@@ -267,6 +267,9 @@ def torchaudio_arguments(state: State) -> tuple[dict[str, Any], list[str]]:
 
 
 def _config(**fields: Any) -> WavLMConfig:
+    for key, value in fields.items():
+        if key.endswith(("dropout", "layerdrop", "_prob")) and not 0.0 <= value <= 1.0:
+            raise UserError(f"a probability is wanted for what transformers calls {key}, got {value}")
     try:
         return WavLMConfig(**fields)
     except Exception as error:  # whatever this version of transformers checks

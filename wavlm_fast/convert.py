@@ -15,10 +15,11 @@ from rich.console import Console
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from . import audio, checkpoint, conversion, measure, torch_files
+from . import audio, checkpoint, conversion, measure, original, torch_files
 from .console import console
 from .errors import UserError, first_line
 from .files import remove_unfinished, settle, unfinished_folder
+from .swap import restore
 
 HOUSES = {
     "transformers": "transformers' folder",
@@ -26,6 +27,7 @@ HOUSES = {
     "torchaudio": "torchaudio's state dict",
 }
 _SUFFIXES = {".pt": "microsoft", ".pth": "torchaudio"}
+_OTHER_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".onnx")  # whoever gives one does not mean a folder
 # What a folder that --overwrite may replace can hold, by the ends of names.
 _OF_A_MODEL = ("config.json", ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
@@ -68,6 +70,8 @@ class Model:
 def run(args: argparse.Namespace) -> int:
     """Convert; 0 when the result is there and equal, 1 when it came out different and is not left there."""
     out, dest = console(), args.dest
+    if args.to is None and dest.suffix in _OTHER_SUFFIXES:
+        raise UserError(f"a folder, a .pt or a .pth is wanted, or any name and --to, got {dest}")
     house = args.to or _SUFFIXES.get(dest.suffix, "transformers")
     _refuse_dest(dest, args.overwrite)
     checkpoint.quieten()
@@ -145,27 +149,25 @@ def convert(source: Model, house: str) -> Model:
 
 
 def build(model: Model) -> nn.Module:
-    """The house's own class with the weights, in float32 and eval mode.
+    """The house's own class with the weights as they are, in eval mode.
 
     Raises:
         UserError: the class takes no such configuration.
     """
     try:
         with torch.random.fork_rng(devices=[]):
-            built = _class_of(model)
+            built = _blank(model)
     except Exception as error:  # whatever a class says of sizes that it cannot have
         raise UserError(f"{HOUSES[model.house]} cannot be a model: {first_line(error)}") from error
     built.load_state_dict(model.state, assign=True)
-    return built.float().eval()
+    return built.eval()
 
 
-def _class_of(model: Model) -> nn.Module:
+def _blank(model: Model) -> nn.Module:
     if model.house == "transformers":
         return checkpoint.blank(model.config.to_dict(), "WavLMModel")
     if model.house == "microsoft":
-        from . import original
-
-        return original.WavLM(original.WavLMConfig(model.config))
+        return restore(original.WavLM(original.WavLMConfig(model.config)))
     return importlib.import_module("torchaudio.models").wavlm_model(**model.config)
 
 
@@ -210,9 +212,7 @@ def _write(target: Path, model: Model) -> None:
 
 
 def _write_transformers(target: Path, model: Model) -> None:
-    built = checkpoint.blank(model.config.to_dict(), "WavLMModel")
-    built.load_state_dict(model.state, assign=True)
-    built.save_pretrained(target)
+    build(model).save_pretrained(target)
     transformers.Wav2Vec2FeatureExtractor(
         do_normalize=model.normalise,
         return_attention_mask=model.config.feat_extract_norm == "layer",  # as in the published ones
@@ -251,14 +251,14 @@ def compared(source: Model, waveform: Tensor, written: Path, converted: Model) -
     """The errors of the source and of what was written, each in its house's own class in float32, against the source
     in float64, on a waveform [S]. The source's weights are gone after it, for there to be one model at a time."""
     prepared = checkpoint.prepare(waveform, source.normalise)
-    model = build(source)
+    model = build(source).float()
     source.state = {}
     theirs, exact = states(model, prepared), states(model.double(), prepared)
     del model
     found = load(str(written))
     if found.house == "torchaudio":  # the file does not say all of it
         found.config, found.normalise = converted.config, converted.normalise
-    ours = states(build(found), checkpoint.prepare(waveform, found.normalise))
+    ours = states(build(found).float(), checkpoint.prepare(waveform, found.normalise))
     return measure.compare(theirs, ours, exact)
 
 

@@ -160,6 +160,8 @@ def test_a_cfg_that_is_none_of_a_wavlm(base):
         ({"gru_rel_pos": False}, "a cfg of a WavLM has gru_rel_pos true, got False: it is of another model"),
         ({"encoder_layers": "12"}, "encoder_layers of a cfg is int, got '12'"),
         ({"activation_fn": "glu"}, "transformers has no feed-forward layer with the activation_fn 'glu'"),
+        ({"dropout": 1.5}, "a probability is wanted for what transformers calls hidden_dropout, got 1.5"),
+        ({"mask_prob": float("nan")}, "a probability is wanted for what transformers calls mask_time_prob, got nan"),
         ({"extractor_mode": "group"}, "an extractor_mode of default or layer_norm is wanted, got 'group'"),
         (
             {"encoder_layers": 10**9},

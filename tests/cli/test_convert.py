@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_checkpoints import tiny_config
 from transformers import WavLMForCTC, WavLMModel
 
-from wavlm_fast import conversion, convert
+from wavlm_fast import conversion, convert, measure
 from wavlm_fast._signals import Terminated
 from wavlm_fast.sensitive import make_sensitive
 
@@ -118,6 +118,23 @@ def test_of_a_model_with_a_head_the_base_is_taken_as_it_is(command, large, tmp_p
     assert json.loads((tmp_path / "back" / "preprocessor_config.json").read_text())["do_normalize"] is True
     base = {key.removeprefix("wavlm."): value for key, value in weights(large).items() if key.startswith("wavlm.")}
     same(base, weights(tmp_path / "back"))
+
+
+@pytest.mark.parametrize("source", ["tiny", "large"])
+def test_what_is_written_is_read_by_a_copy_of_microsofts_class(command, source, request, tmp_path):
+    theirs = pytest.importorskip("s3prl.upstream.wavlm.WavLM", reason="s3prl, which ships one, is not installed")
+    folder = request.getfixturevalue(source)
+    assert command("convert", folder, tmp_path / "x.pt", "--no-check").status == 0
+    content = torch.load(tmp_path / "x.pt", weights_only=True)
+    model = theirs.WavLM(theirs.WavLMConfig(content["cfg"])).eval()
+    model.load_state_dict(content["model"])
+    ours = WavLMModel.from_pretrained(folder).float().eval()
+    waveform = torch.randn(1, 48_000, generator=torch.Generator().manual_seed(0))
+    rows = measure.compare(
+        *(convert.states(m, waveform) for m in (ours, model)), convert.states(ours.double(), waveform)
+    )
+    assert len(rows) == 3
+    assert all(row.ok for row in rows), rows
 
 
 @needs_torchaudio
@@ -221,12 +238,33 @@ def test_what_is_there_stays_unless_it_may_be_overwritten(command, tiny, pt, tmp
     assert names(tmp_path) == ["x", "x.pt"]
 
 
+def test_what_comes_there_meanwhile_stays(command, tiny, tmp_path, monkeypatch):
+    write = convert._write
+
+    def slow(target, model):
+        write(target, model)
+        (tmp_path / "x.pt").write_bytes(b"another's")
+
+    monkeypatch.setattr(convert, "_write", slow)
+    said = command("convert", tiny, tmp_path / "x.pt", "--no-check").sentence()
+    assert said.endswith("is there already; --overwrite replaces it")
+    assert (tmp_path / "x.pt").read_bytes() == b"another's"
+    assert names(tmp_path) == ["x.pt"]
+
+
 def test_a_folder_of_other_things_is_never_replaced(command, pt, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("mine")
     said = command("convert", pt, tmp_path / "mine", "--overwrite").sentence()
     assert said.endswith(f"with a model and nothing else can be replaced, but {tmp_path / 'mine'} holds thesis.tex")
     assert names(tmp_path / "mine") == ["thesis.tex"]
+
+
+def test_a_file_of_another_kind_is_not_taken_for_a_folder(command, pt, tmp_path):
+    dest = tmp_path / "model.safetensors"
+    said = command("convert", pt, dest).sentence()
+    assert said == f"wavlm-fast convert: a folder, a .pt or a .pth is wanted, or any name and --to, got {dest}"
+    assert command("convert", pt, dest, "--to", "transformers", "--no-check").status == 0
 
 
 def test_a_place_that_is_not_there(command, pt, tmp_path):

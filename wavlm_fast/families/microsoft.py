@@ -365,7 +365,7 @@ class Whole(Model):
 
     @staticmethod
     def recognises(module: nn.Module) -> bool:
-        extract = getattr(module, "extract_features", None)
+        extract = getattr(getattr(module, "original", type(module)), "extract_features", None)
         if not _is_encoder(getattr(module, "encoder", None)) or not hasattr(module, "feature_extractor"):
             return False
         return callable(extract) and {"source", "padding_mask"} <= set(inspect.signature(extract).parameters)
@@ -466,6 +466,14 @@ def _calls_projections(attention: nn.Module) -> bool:
 def _is_encoder(module: nn.Module | None) -> bool:
     layers = getattr(module, "layers", None)
     return isinstance(layers, nn.ModuleList) and hasattr(module, "pos_conv") and any(map(Layer.recognises, layers))
+
+
+def transformer_of(model: nn.Module) -> nn.Module | None:
+    return model.encoder if Whole.recognises(model) else None
+
+
+def has_norm_behind(transformer: nn.Module) -> bool:
+    return _is_encoder(transformer) and transformer.layer_norm_first
 
 
 def relative(model: nn.Module) -> str | None:

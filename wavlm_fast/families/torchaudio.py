@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import ops
 from ..inputs import valid_lengths
@@ -261,7 +260,8 @@ class SelfAttention(_AnyAttention):
 
     @classmethod
     def alike(cls, module: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
-        return {NonDynamicallyQuantizableLinear: nn.Linear}
+        out = module.attention.out_proj
+        return {type(out): nn.Linear} if isinstance(out, nn.Linear) else {}
 
     def _why_not_qkv(self) -> str | None:
         inner = self.attention
@@ -575,6 +575,14 @@ def _is_transformer(module: nn.Module | None) -> bool:
     if not isinstance(layers, nn.ModuleList) or not hasattr(module, "pos_conv_embed"):
         return False
     return any(Layer.recognises(layer) and layer.attention is not None for layer in layers)
+
+
+def transformer_of(model: nn.Module) -> nn.Module | None:
+    return model.encoder.transformer if Whole.recognises(model) else None
+
+
+def has_norm_behind(transformer: nn.Module) -> bool:
+    return _is_transformer(transformer) and not transformer.layer_norm_first  # here it tells of this norm
 
 
 def relative(model: nn.Module) -> str | None:
