@@ -40,7 +40,7 @@ CHANGES = {
     "the padding mask": ("padding_mask = padding_mask.all(-1)", "padding_mask = padding_mask.any(-1)"),
 }
 
-NOT_STOOD_IN_FOR = ("a layer's forward", "attention's gate", "attention's bias", "the front end's forward")
+NOT_STOOD_IN_FOR = ("a layer's forward", "attention's gate", "the front end's forward")
 
 
 @pytest.fixture
