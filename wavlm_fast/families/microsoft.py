@@ -33,10 +33,11 @@ from ..modules._packing import Packing, frames_of, valid_samples, with_valid_sam
 from ..modules._plain import has_hooks, learn_activation, why_mixed, why_not_ordinary
 from ..modules._position_bias import handed_on, taken
 from ..modules._steps import named, why_not_dropout
-from ._copies import Call, Copy, calls
+from ._copies import Call, Copy, calls, own_has
 from .models import MODE, Model
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+_FRAMES = 11  # of trials
 
 
 class _Block(ConvLayer, Inline):
@@ -51,7 +52,8 @@ class _Block(ConvLayer, Inline):
             self.layer_norm = norms[0][1] if self.norm == "layer" else norms[0]
 
     def why_called(self, but_captures: bool = False) -> str | None:
-        if any(has_hooks(m) for m in self.block.modules() if isinstance(m, nn.Sequential)):
+        parts = (self.conv, self.dropout, self.activation, *(() if self.norm == "none" else (self.layer_norm,)))
+        if any(has_hooks(m) for m in self.block.modules() if m not in parts):
             return "it has hooks"
         return named("dropout", why_not_dropout(self.dropout))
 
@@ -78,7 +80,7 @@ class FrontEnd(FeatureEncoder, Copy):
 
     @staticmethod
     def recognises(module: nn.Module) -> bool:
-        blocks = getattr(module, "conv_layers", ())
+        blocks = getattr(module, "conv_layers", None) or (None,)
         return all(isinstance(b, nn.Sequential) and len(b) in (3, 4) and isinstance(b[0], nn.Conv1d) for b in blocks)
 
     @classmethod
@@ -92,7 +94,7 @@ class FrontEnd(FeatureEncoder, Copy):
 
     @staticmethod
     def trials(module: nn.Module) -> Iterator[Call]:
-        waveform = torch.randn(2, 1200, dtype=torch.float64)
+        waveform = torch.randn(2, 800, dtype=torch.float64)
         yield lambda own: own(waveform)
 
     @or_original
@@ -132,7 +134,7 @@ class Positions(PositionalConv, Copy):
 
     @staticmethod
     def trials(module: nn.Module) -> Iterator[Call]:
-        frames = torch.randn(2, module[0].in_channels, 40, dtype=torch.float64)
+        frames = torch.randn(2, module[0].in_channels, _FRAMES, dtype=torch.float64)
         yield lambda own: own(frames)
 
     def own_forward(self, hidden_states: Tensor) -> Tensor:
@@ -167,7 +169,7 @@ class SelfAttention(Attention, Copy):
     @staticmethod
     def recognises(module: nn.Module) -> bool:
         names = (*_PROJECTIONS, "grep_linear", "grep_a", "dropout_module", "num_heads", "head_dim", "scaling")
-        return all(hasattr(module, name) for name in names)
+        return own_has(module, *names)
 
     @classmethod
     def variant(cls, module: nn.Module) -> tuple:
@@ -175,7 +177,7 @@ class SelfAttention(Attention, Copy):
 
     @staticmethod
     def trials(module: nn.Module) -> Iterator[Call]:
-        x, bias = _frames(module.embed_dim), torch.randn(2 * module.num_heads, 23, 23, dtype=torch.float64)
+        x, bias = _frames(module.embed_dim), torch.randn(2 * module.num_heads, _FRAMES, _FRAMES, dtype=torch.float64)
         own_bias = None if hasattr(module, "relative_attention_bias") else bias
         padded = _padding()
         yield lambda own: own(x, x, x, position_bias=own_bias, need_weights=False)
@@ -184,6 +186,18 @@ class SelfAttention(Attention, Copy):
     def why_original(self, x: Tensor) -> str | None:
         """Why its own code has to run on frames; None when ours does."""
         return None
+
+    def _projections(self, x: Tensor) -> list[Step]:
+        steps = super()._projections(x)
+        if len(steps) == 1:
+            return steps
+        return [_called_as_theirs(step, m, x) for step, m in zip(steps, self._linears()[:3], strict=True)]
+
+    def _leave(self, x: Tensor) -> Step:
+        return _called_as_theirs(super()._leave(x), self.out_proj, x)
+
+    def _linears(self) -> list[nn.Module]:
+        return [getattr(self, name) for name in _PROJECTIONS]
 
     @or_original
     def forward(
@@ -233,7 +247,7 @@ class ReadingAttention(SelfAttention):
 
     def why_original(self, x: Tensor) -> str | None:
         """Why the original reads the weights itself; None when ours does."""
-        linears = [getattr(self, name) for name in _PROJECTIONS]
+        linears = self._linears()
         return self._why_not_read(*_PROJECTIONS) or why_mixed(x, *(p for m in linears for p in (m.weight, m.bias)))
 
     def _leave(self, x: Tensor) -> Step:
@@ -246,6 +260,12 @@ class ReadingAttention(SelfAttention):
             yield from super().steps(signal)
         else:
             yield Step(self.original.__name__, f"the original's forward runs: {reason}")
+
+
+def _called_as_theirs(step: Step, module: nn.Module, x: Tensor) -> Step:
+    """A step of which the module, if it is called, gets frames as `[T, B, C]`: whoever hooks it sees those."""
+    step.called = lambda: module(x.transpose(0, 1)).transpose(0, 1)
+    return step
 
 
 def _mask(frames: Tensor, padding: Tensor | None) -> Tensor | Packing | None:
@@ -302,8 +322,7 @@ class Layer(EncoderLayer, Copy):
     def recognises(module: nn.Module) -> bool:
         names = ("fc1", "fc2", "dropout1", "dropout2", "dropout3", "activation_fn", "layer_norm_first")
         names += ("self_attn_layer_norm", "final_layer_norm")
-        attention = getattr(module, "self_attn", None)
-        return attention is not None and SelfAttention.recognises(attention) and all(hasattr(module, n) for n in names)
+        return own_has(module, "self_attn", *names) and SelfAttention.recognises(module.self_attn)
 
     @classmethod
     def variant(cls, module: nn.Module) -> tuple:
@@ -315,7 +334,8 @@ class Layer(EncoderLayer, Copy):
     @staticmethod
     def trials(module: nn.Module) -> Iterator[Call]:
         attention = module.self_attn
-        x, bias = _frames(attention.embed_dim), torch.randn(2 * attention.num_heads, 23, 23, dtype=torch.float64)
+        x = _frames(attention.embed_dim)
+        bias = torch.randn(2 * attention.num_heads, _FRAMES, _FRAMES, dtype=torch.float64)
         own_bias = None if hasattr(attention, "relative_attention_bias") else bias
         padded = _padding()
         yield lambda own: own(x, pos_bias=own_bias)
@@ -324,13 +344,11 @@ class Layer(EncoderLayer, Copy):
     def call_attention(
         self, hidden_states: Tensor, mask: Tensor | Packing | None, position_bias: Tensor | None, **kwargs: object
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        x = hidden_states.transpose(0, 1)
-        padding = ~mask if isinstance(mask, Tensor) else None
-        out, weights, bias = self.self_attn(
-            query=x, key=x, value=x, key_padding_mask=padding, need_weights=False, attn_mask=None,
+        x = hidden_states
+        return self.self_attn(
+            query=x, key=x, value=x, key_padding_mask=mask, need_weights=False, attn_mask=None,
             position_bias=position_bias,
         )  # fmt: skip
-        return out.transpose(0, 1), weights, taken(bias)
 
     @or_original
     def forward(
@@ -346,16 +364,20 @@ class Layer(EncoderLayer, Copy):
         if self_attn_mask is not None or need_weights or without_bias:
             return self.run_original(x, self_attn_mask, self_attn_padding_mask, need_weights, pos_bias)
         frames = x.transpose(0, 1)
-        out, bias, _ = self.run(frames, _mask(frames, self_attn_padding_mask), taken(pos_bias))
-        return out.transpose(0, 1), None, _handed_on(bias, pos_bias, self.self_attn, frames)
+        whole = self._whole(frames, _mask(frames, self_attn_padding_mask), taken(pos_bias), False)
+        if whole.refusal is None:
+            out, bias = whole.fused()
+            return out.transpose(0, 1), None, _handed_on(bias, pos_bias, self.self_attn, frames)
+        out, bias, weights = self.run_parts(x, self_attn_padding_mask, pos_bias)  # who hooks a part sees `[T, B, C]`
+        return out, weights, bias
 
 
 def _frames(channels: int) -> Tensor:
-    return torch.randn(23, 2, channels, dtype=torch.float64)
+    return torch.randn(_FRAMES, 2, channels, dtype=torch.float64)
 
 
 def _padding() -> Tensor:
-    return torch.arange(23) >= torch.tensor([[23], [15]])
+    return torch.arange(_FRAMES) >= torch.tensor([[_FRAMES], [_FRAMES - 4]])
 
 
 class Whole(Model):
@@ -365,9 +387,9 @@ class Whole(Model):
 
     @staticmethod
     def recognises(module: nn.Module) -> bool:
-        extract = getattr(getattr(module, "original", type(module)), "extract_features", None)
-        if not _is_encoder(getattr(module, "encoder", None)) or not hasattr(module, "feature_extractor"):
+        if not own_has(module, "encoder", "feature_extractor") or not _is_encoder(module.encoder):
             return False
+        extract = getattr(getattr(module, "original", type(module)), "extract_features", None)
         return callable(extract) and {"source", "padding_mask"} <= set(inspect.signature(extract).parameters)
 
     @staticmethod
@@ -439,7 +461,8 @@ def recognised(model: nn.Module) -> Iterator[tuple[nn.Module, type[Copy]]]:
     """Every module of a Microsoft WavLM in a module, the inner ones first, and the base of what stands in for it."""
     for module in reversed(list(model.modules())):
         if SelfAttention.recognises(module):
-            yield module, SelfAttention if _calls_projections(module) else ReadingAttention
+            ours = isinstance(module, SelfAttention)
+            yield module, SelfAttention if ours or _calls_projections(module) else ReadingAttention
         elif Layer.recognises(module):
             yield module, Layer
         elif _is_encoder(module) and Positions.recognises(module.pos_conv):
@@ -450,22 +473,14 @@ def recognised(model: nn.Module) -> Iterator[tuple[nn.Module, type[Copy]]]:
             yield module, Whole
 
 
-_calling: dict[type, bool] = {}
-
-
 def _calls_projections(attention: nn.Module) -> bool:
-    cls = getattr(attention, "original", type(attention))
-    if cls not in _calling:
-        try:
-            _calling[cls] = calls(attention, "q_proj", next(SelfAttention.trials(attention)))
-        except Exception:  # then it is not trusted either
-            _calling[cls] = False
-    return _calling[cls]
+    return calls(attention, "q_proj", lambda: next(SelfAttention.trials(attention)))
 
 
 def _is_encoder(module: nn.Module | None) -> bool:
-    layers = getattr(module, "layers", None)
-    return isinstance(layers, nn.ModuleList) and hasattr(module, "pos_conv") and any(map(Layer.recognises, layers))
+    if not own_has(module, "layers", "pos_conv"):
+        return False
+    return isinstance(module.layers, nn.ModuleList) and any(map(Layer.recognises, module.layers))
 
 
 def transformer_of(model: nn.Module) -> nn.Module | None:

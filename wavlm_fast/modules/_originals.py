@@ -53,16 +53,18 @@ def _new(name: str) -> nn.Module:
     return fast.__new__(fast)
 
 
-def stands_in_for(original: type[nn.Module], public: bool = False) -> Callable[[Class], Class]:
+def stands_in_for(original: type[nn.Module], public: bool = False, tried: bool = False) -> Callable[[Class], Class]:
     """A class decorator: the class can take the place of `original`, and does where `swap.FAST_CLASSES` has it.
 
     A `public` class keeps its own module, by which it is imported and pickled; its twin is a subclass that answers to
-    the original's name and module. Any other class is its own twin.
+    the original's name and module. Any other class is its own twin. The methods of an original that was `tried` are as
+    they were then, whoever wrote them.
     """
 
     def stand_in(fast: Class) -> Class:
         fast.original = original
-        fast.taken_over = tuple((name, getattr(fast, name), method) for name, method in own_methods(original))
+        methods = methods_when_tried(original) if tried else own_methods(original)
+        fast.taken_over = tuple((name, getattr(fast, name), method) for name, method in methods)
         fast.twin = type(original.__name__, (fast,), {"__doc__": fast.__doc__}) if public else fast
         for name in ("__name__", "__qualname__", "__module__"):
             setattr(fast.twin, name, getattr(original, name))
@@ -88,6 +90,13 @@ def own_methods(cls: type) -> tuple[tuple[str, Callable | None], ...]:
         for name, method in vars(cls).items()
         if inspect.isfunction(method) and not name.startswith("__")
     )
+
+
+def methods_when_tried(cls: type[nn.Module]) -> tuple[tuple[str, Callable], ...]:
+    """The methods of a class and of those below it, but for torch's own of every module."""
+    above = cls.__mro__[: cls.__mro__.index(nn.Module)]
+    names = {name for own in above for name, found in vars(own).items() if inspect.isfunction(found)}
+    return tuple((name, getattr(cls, name)) for name in sorted(names) if not name.startswith("__"))
 
 
 def or_original(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -78,7 +78,12 @@ def why_not_plain(module: nn.Module, expected: type[nn.Module]) -> str | None:
 
 def is_one(module: nn.Module, expected: type[nn.Module]) -> bool:
     """Whether the module's class is the expected one, or taken for it."""
-    return type(module) is expected or _ALIKE.get(type(module)) is expected
+    return is_like(type(module), expected)
+
+
+def is_like(cls: type[nn.Module], known: type[nn.Module]) -> bool:
+    """Whether a class is a known one, or taken for it."""
+    return cls is known or _ALIKE.get(cls) is known
 
 
 def _full_name(cls: type) -> str:

@@ -198,11 +198,15 @@ class EncoderLayer:
         whole = self._whole(hidden_states, mask, position_bias, output_attentions)
         if whole.refusal is None:
             return *whole.fused(), None
-        normed = self.layer_norm(hidden_states) if self.norm_first else hidden_states
         position_bias = bias_for(self.attention, position_bias, hidden_states.shape[0])
-        attended, weights, position_bias = self.call_attention(
-            normed, mask, position_bias, output_attentions=output_attentions, **kwargs
-        )
+        return self.run_parts(hidden_states, mask, position_bias, output_attentions=output_attentions, **kwargs)
+
+    def run_parts(
+        self, hidden_states: Tensor, mask: Tensor | Packing | None, position_bias: Tensor | None, **kwargs: object
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `run`, step by step, on frames in whatever order `call_attention` takes them."""
+        normed = self.layer_norm(hidden_states) if self.norm_first else hidden_states
+        attended, weights, position_bias = self.call_attention(normed, mask, position_bias, **kwargs)
         attended = self.attention_half_dropout(attended)
         hidden_states, normed = self._first_sum(attended, hidden_states).run()
         if self.norm_first:
