@@ -8,13 +8,8 @@ torchaudio's attention fails: here every row is then as if alone.
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -31,14 +26,8 @@ from ..modules._plain import why_mixed, why_not_ordinary
 from ..modules._position_bias import handed_on, taken
 from ..modules._steps import Signal, Step, named, steps_of, steps_of_children
 from ._copies import Call, Copy, own_has
+from ._factories import Factories
 from .models import MODE, Model
-
-_logger = logging.getLogger(__name__)
-
-_NAMESPACES = ("models", "models.wav2vec2", "models.wav2vec2.model", "pipelines._wav2vec2.utils")
-_FACTORIES = ("wavlm_model", "wavlm_base", "wavlm_large", "_extend_model")
-# Of what `install` has replaced: where, under what name, and what.
-_replaced: list[tuple[ModuleType, str, Callable[..., nn.Module]]] = []
 
 _GELU = nn.GELU()  # what they compute between their modules
 
@@ -589,35 +578,10 @@ def relative(model: nn.Module) -> str | None:
     return None
 
 
-def install(made: Callable[[nn.Module], object]) -> None:
-    """Have torchaudio's factories, and so its bundles, call `made` with every WavLM that they make."""
-    if _replaced or importlib.util.find_spec("torchaudio") is None:
-        return
-    try:
-        namespaces = [importlib.import_module(f"torchaudio.{name}") for name in _NAMESPACES]
-    except Exception as error:  # one for another torch, for example
-        _logger.warning("torchaudio's factories stay as they are: %s", str(error).partition("\n")[0])
-        return
-    for namespace in namespaces:
-        for name in _FACTORIES:
-            factory = getattr(namespace, name, None)
-            if factory is not None:
-                _replaced.append((namespace, name, factory))
-                setattr(namespace, name, _calling(made, factory))
-
-
-def uninstall() -> None:
-    """Undo `install`."""
-    while _replaced:
-        setattr(*_replaced.pop())
-
-
-def _calling(made: Callable[[nn.Module], object], factory: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    @functools.wraps(factory)
-    def make(*args: Any, **kwargs: Any) -> nn.Module:
-        model = factory(*args, **kwargs)
-        if any(True for _ in recognised(model)):  # _extend_model is for models of all kinds
-            made(model)
-        return model
-
-    return make
+_factories = Factories(
+    "torchaudio",
+    ("models", "models.wav2vec2", "models.wav2vec2.model", "pipelines._wav2vec2.utils"),
+    ("wavlm_model", "wavlm_base", "wavlm_large", "_extend_model"),
+    lambda model: any(True for _ in recognised(model)),  # the last is for models of all kinds
+)
+install, uninstall = _factories.install, _factories.uninstall
