@@ -2,7 +2,7 @@
 #
 #   make demo    the main job on a speech clip        make test         lint and every test
 #   make bench   the benchmarks; installs other runtimes to compare with, and leaves its report in results/
-#   make results            the same, regimes, ragged and corpus, and benchmarks/RESULTS.md and the like from them
+#   make results            the same, regimes, houses, ragged and corpus, and benchmarks/RESULTS.md and so on from them
 #   make test-compat        the tests with transformers 4.57
 #   make lint    ruff and clang-format                make clean        remove everything made here
 #   make test-asan      the C++ kernels with addresses and undefined behaviour checked, at every level of this CPU
@@ -115,9 +115,11 @@ bench: $(VENV)/peers
 	mkdir -p results
 	$(VENV)/bin/wavlm-fast bench --json results/bench.json --report results $(ARGS)
 
+# Of houses, s3prl's and torchaudio's classes are there where make test-clients has been.
 results: $(VENV)/peers
 	$(VENV)/bin/wavlm-fast bench --json benchmarks/results.json $(ARGS)
 	$(VENV)/bin/wavlm-fast bench --case regimes --json benchmarks/regimes.json $(ARGS)
+	$(firstword $(wildcard $(CLIENTS_VENV)/bin/python) $(VENV)/bin/python) -m wavlm_fast bench --case houses --json benchmarks/houses.json $(ARGS)
 	$(VENV)/bin/wavlm-fast bench --case ragged --json benchmarks/ragged.json $(ARGS)
 	$(VENV)/bin/wavlm-fast bench --case corpus --json benchmarks/corpus.json $(ARGS)
 	$(VENV)/bin/python -m benchmarks.results
