@@ -2,12 +2,13 @@
 #
 #   make demo    the main job on a speech clip        make test         lint and every test
 #   make bench   the benchmarks; installs other runtimes to compare with, and leaves its report in results/
-#   make results            the same, regimes, ragged and corpus, and benchmarks/RESULTS.md and the like from them
+#   make results            the same, regimes, houses, ragged and corpus, and benchmarks/RESULTS.md and so on from them
 #   make test-compat        the tests with transformers 4.57
 #   make lint    ruff and clang-format                make clean        remove everything made here
 #   make test-asan      the C++ kernels with addresses and undefined behaviour checked, at every level of this CPU
 #   make test-kernels   the Triton kernels emulated, with races, bounds and unwritten memory checked (Python 3.12 or 3.13)
 #   make test-gpu       the Triton kernels on this machine's GPU
+#   make test-clients   WavLM as s3prl, torchaudio, pyannote.audio and speechbrain run it, with ours and without
 #   make wheel   the wheel of this platform, in dist/     make sdist        the source distribution, in dist/
 #   make test-matrix        the wheel (WHEEL=file, or a new one) under many versions of Python, torch and transformers
 #   make wheels, release    for .github/workflows: the wheel by cibuildwheel, and dist/ to the package index
@@ -21,6 +22,7 @@ SHELL := /bin/sh
 VENV := .venv
 COMPAT_VENV := .venv-compat
 KERNELS_VENV := .venv-kernels
+CLIENTS_VENV := .venv-clients
 DIST_VENV := .venv-dist
 PYTHON ?=
 ARGS ?=
@@ -29,7 +31,7 @@ BUILT_FROM := pyproject.toml setup.py build_backend.py MANIFEST.in constraints-c
 # Tests run side by side: one thread each keeps them from waiting for each other.
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(1)/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
-.PHONY: demo test test-compat test-kernels test-gpu test-matrix bench results lint clean
+.PHONY: demo test test-compat test-kernels test-clients test-gpu test-matrix bench results lint clean
 .PHONY: wheel sdist wheels release lint-workflows
 .NOTPARALLEL:
 
@@ -89,6 +91,23 @@ test-kernels:
 	fi; \
 	PYTHONPATH=. WAVLM_FAST_TEST_DEVICE=ttsem $(call PYTEST,$(KERNELS_VENV)) tests/kernels
 
+# With the extension that is built in place. Of torchaudio's wheels those from the package index have an extension that
+# wants CUDA beside torch: no model needs it, and where the files are not there torchaudio is without.
+CLIENTS_PINS := constraints-clients.txt constraints.txt constraints-common.txt
+test-clients: $(VENV)/installed
+	@leave_out() { echo "test-clients is left out: $$1"; exit 0; }; \
+	if ! cat $(CLIENTS_PINS) | cmp -s - $(CLIENTS_VENV)/installed; then \
+	    [ $$(df -Pk . | awk 'END { print $$4 }') -gt 8000000 ] || leave_out "its environment needs 8 GB of disk"; \
+	    echo "Installing into $(CLIENTS_VENV) ($$($(VENV)/bin/python -V)); this takes some minutes."; \
+	    $(VENV)/bin/python -m venv --clear $(CLIENTS_VENV) && \
+	    $(CLIENTS_VENV)/bin/python -m pip install -q --disable-pip-version-check -r constraints-clients.txt || \
+	        leave_out "its environment could not be installed"; \
+	    $(CLIENTS_VENV)/bin/python -c 'import torchaudio' 2>/dev/null || \
+	        rm -f $(CLIENTS_VENV)/lib/python*/site-packages/torchaudio/lib/*.so; \
+	    cat $(CLIENTS_PINS) > $(CLIENTS_VENV)/installed; \
+	fi; \
+	$(call PYTEST,$(CLIENTS_VENV)) tests/clients
+
 test-gpu: $(VENV)/installed
 	WAVLM_FAST_TEST_DEVICE=cuda $(VENV)/bin/python -m pytest tests/kernels $(ARGS)
 
@@ -96,9 +115,11 @@ bench: $(VENV)/peers
 	mkdir -p results
 	$(VENV)/bin/wavlm-fast bench --json results/bench.json --report results $(ARGS)
 
+# Of houses, s3prl's and torchaudio's classes are there where make test-clients has been.
 results: $(VENV)/peers
 	$(VENV)/bin/wavlm-fast bench --json benchmarks/results.json $(ARGS)
 	$(VENV)/bin/wavlm-fast bench --case regimes --json benchmarks/regimes.json $(ARGS)
+	$(firstword $(wildcard $(CLIENTS_VENV)/bin/python) $(VENV)/bin/python) -m wavlm_fast bench --case houses --json benchmarks/houses.json $(ARGS)
 	$(VENV)/bin/wavlm-fast bench --case ragged --json benchmarks/ragged.json $(ARGS)
 	$(VENV)/bin/wavlm-fast bench --case corpus --json benchmarks/corpus.json $(ARGS)
 	$(VENV)/bin/python -m benchmarks.results
@@ -147,7 +168,7 @@ lint-workflows: $(DIST_VENV)/installed
 	fi
 
 clean:
-	rm -rf $(VENV) $(COMPAT_VENV) $(KERNELS_VENV) $(DIST_VENV) build dist *.egg-info wavlm_fast/_C*.so wavlm_fast/_build.json
+	rm -rf $(VENV) $(COMPAT_VENV) $(KERNELS_VENV) $(CLIENTS_VENV) $(DIST_VENV) build dist *.egg-info wavlm_fast/_C*.so wavlm_fast/_build.json
 	rm -rf .pytest_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -17,7 +17,7 @@ PARTS = 512
 
 @triton.jit
 def _finish_bwd_kernel(
-    grad_ptr, pre_ptr, norm_weight_ptr, norm_bias_ptr, dpre_ptr, parts_ptr,  # [3, programs, C] fp32
+    grad_ptr, pre_ptr, norm_weight_ptr, norm_bias_ptr, dpre_ptr, parts_ptr,  # [1 or 3, programs, C] fp32
     rows, rows_per_program, C, eps,
     NORM: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -85,10 +85,10 @@ def finish_backward(
     norm: tuple[torch.Tensor, torch.Tensor | None, float] | None,
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient of the product, `[..., C]` in the dtype of `grad`, and sums `[3, C]` fp32: of bias, gain and shift.
+    """Gradient of the product, `[..., C]` in the dtype of `grad`, and sums `[3, C]` fp32: of bias, gain and shift, or
+    without a norm `[1, C]`, of bias.
 
-    `grad` is contiguous, and so is `pre` unless there is neither a norm nor an activation. Without a norm only the
-    first sum means something.
+    `grad` is contiguous, and so is `pre` unless there is neither a norm nor an activation.
     """
     C = grad.shape[-1]
     rows = grad.numel() // C
@@ -98,7 +98,7 @@ def finish_backward(
     def run(config: Config) -> torch.Tensor:
         rows_per_program = triton.cdiv(triton.cdiv(rows, PARTS), config["BLOCK_T"]) * config["BLOCK_T"]
         programs = triton.cdiv(rows, rows_per_program)
-        parts = torch.empty(3, programs, C, dtype=torch.float32, device=grad.device)
+        parts = torch.empty(1 if norm is None else 3, programs, C, dtype=torch.float32, device=grad.device)
         _finish_bwd_kernel[(programs, triton.cdiv(C, config["BLOCK_C"]))](
             grad, pre, norm_weight, norm_bias, dpre, parts, rows, rows_per_program, C, eps,
             NORM=norm is not None, ACTIVATION=activation, **config,

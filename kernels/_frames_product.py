@@ -35,9 +35,10 @@ def _frames_product_kernel(
 ):  # fmt: skip
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     TAP: tl.constexpr = STEP * GROUPS * C - C  # from the end of one tap's channels to the next tap's
-    group, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
-    b = tl.program_id(2).to(tl.int64)
-    unit = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    # All in the one axis of the grid that is long: programs that read the same rows run side by side.
+    group, tile = tl.program_id(0) // TILES % GROUPS, tl.program_id(0) % TILES
+    b = tl.program_id(1).to(tl.int64)
+    unit = tl.program_id(0) // (GROUPS * TILES) * BLOCK_T + tl.arange(0, BLOCK_T)
     # Rows past the end repeat the last one, and stores leave them out.
     if offsets_ptr is None:
         frame = tl.minimum(unit, units - 1) * STRIDE + first
@@ -270,7 +271,7 @@ def frames_product(
         units = places(out.shape[1], utterances, out_stride)
 
     def run(config: Config) -> None:
-        grid = (G * triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(units, config["BLOCK_T"]), x.shape[0])
+        grid = (triton.cdiv(units, config["BLOCK_T"]) * G * triton.cdiv(N, config["BLOCK_N"]), x.shape[0])
         _frames_product_kernel[grid](
             x, weight, bias, norm_weight, norm_bias, residual, out, pre, offsets, out_offsets, utterances,
             x.shape[1], out.shape[1], units, taps * C, first, phase, eps,

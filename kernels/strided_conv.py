@@ -61,8 +61,8 @@ def strided_conv_backward(
         x, dpre, weight.shape[2], 1, stride=stride, offsets=offsets, out_offsets=out_offsets
     )[0]
     dweight = dweight.permute(2, 1, 0).to(weight.dtype, memory_format=torch.contiguous_format)
-    vectors = zip(sums, (bias, norm_weight, norm_bias), strict=True)
-    return dx, dweight, *(x.new_empty(0) if v is None else s.to(v.dtype) for s, v in vectors)
+    vectors = (bias, norm_weight, norm_bias)
+    return dx, dweight, *(x.new_empty(0) if v is None else sums[i].to(v.dtype) for i, v in enumerate(vectors))
 
 
 def input_gradient(

@@ -41,7 +41,7 @@ class Source:
 
 def load(
     name: str | None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     seed: int = 0,
     architecture: str = "WavLMModel",
     layers: int | None = None,
@@ -50,7 +50,7 @@ def load(
 
     Args:
         name: a local folder, a hub id, or None for WavLM-base with seeded sensitive weights.
-        dtype: of the parameters.
+        dtype: of the parameters; None for that of the checkpoint.
         seed: of the seeded weights.
         architecture: the class.
         layers: how many of the encoder's layers to load, the first ones; None for all.
@@ -63,12 +63,15 @@ def load(
         if layers is not None:
             model = truncate(model, layers)
         return model.to(dtype).eval(), Source(None, False)
-    _quieten()
+    quieten()
     found = config(name)
     if layers is not None:
         found.num_hidden_layers = layers
     try:
-        model, problems = _plain_class(architecture).from_pretrained(name, config=found, output_loading_info=True)
+        as_stored = {"dtype": "auto"} if dtype is None else {}  # the default of transformers 5
+        model, problems = _plain_class(architecture).from_pretrained(
+            name, config=found, output_loading_info=True, **as_stored
+        )
     except Exception as error:  # whatever a broken file makes safetensors, pickle or transformers raise
         raise UserError(f"the WavLM checkpoint {name} cannot be loaded: {_first_line(error)}") from error
     missing = sorted(set(problems["missing_keys"]) - {"masked_spec_embed"})  # only training reads that one
@@ -131,7 +134,7 @@ def accelerated(model: WavLMModel) -> WavLMModel:
     return accelerate(copy.deepcopy(model))
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """What goes wrong is told in our one sentence, not also in the loaders' warnings."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

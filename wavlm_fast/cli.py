@@ -24,6 +24,7 @@ COMMANDS = {
     "bench": "how much faster, how much memory, how equal: ours against transformers and other runtimes",
     "batches": "what becomes of an utterance that is padded into a batch: transformers, and ours in both modes",
     "extract": "write the hidden states of audio files",
+    "convert": "take a WavLM from transformers, Microsoft's code or torchaudio to another of them, checked",
 }
 _USER_ERROR = 2
 

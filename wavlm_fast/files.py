@@ -12,6 +12,7 @@ import contextlib
 import os
 import platform
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -58,8 +59,38 @@ def write_atomically(target: Path, save: Callable[[Any], None], durable: bool = 
         raise
 
 
+def settle(path: Path) -> None:
+    """Make durable what another library wrote, with the permissions of a new file.
+
+    Raises:
+        OSError: it is not on the disk.
+    """
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+    os.chmod(path, 0o666 & ~_umask())
+
+
+@contextlib.contextmanager
+def unfinished_folder(parent: Path) -> Iterator[Path]:
+    """A new folder, for what is renamed once it is whole; it goes when the block ends, with what is still in it.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    name = tempfile.mkdtemp(prefix=f"{_PREFIX}{_HOST}.", suffix=_SUFFIX, dir=parent)
+    descriptor = os.open(name, os.O_RDONLY) if fcntl is not None else None
+    try:
+        if descriptor is not None:
+            _lock(descriptor)
+        yield Path(name)
+    finally:
+        shutil.rmtree(name, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 def remove_unfinished(folder: Path) -> list[Path]:
-    """Remove from a folder what `write_atomically` was killed over; what somebody is writing now stays.
+    """Remove from a folder what a writer of this module was killed over; what somebody is writing now stays.
 
     Returns:
         What was removed.
@@ -69,7 +100,7 @@ def remove_unfinished(folder: Path) -> list[Path]:
         for entry in entries:
             named = _UNFINISHED.fullmatch(entry.name)
             with contextlib.suppress(OSError):  # renamed or removed meanwhile, or somebody else's
-                if named and entry.is_file(follow_symlinks=False) and _remove_abandoned(entry, named[1] == _HOST):
+                if named and not entry.is_symlink() and _remove_abandoned(entry, named[1] == _HOST):
                     removed.append(Path(entry.path))
     return removed
 
@@ -117,12 +148,12 @@ def _remove_abandoned(entry: os.DirEntry[str], ours: bool) -> bool:
     old = time.time() - entry.stat(follow_symlinks=False).st_mtime > _A_DAY
     if not (ours or old):
         return False
-    descriptor = os.open(entry.path, os.O_RDWR)
+    descriptor = os.open(entry.path, os.O_RDONLY if entry.is_dir() else os.O_RDWR)
     try:
         locked = _lock(descriptor)
         abandoned = locked is True or (locked is None and old)
-        if abandoned:
-            os.unlink(entry.path)  # before the lock goes: `_new` looks whether its file is still there
+        if abandoned:  # before the lock goes: `_new` looks whether its file is still there
+            shutil.rmtree(entry.path) if entry.is_dir() else os.unlink(entry.path)
         return abandoned
     finally:
         os.close(descriptor)

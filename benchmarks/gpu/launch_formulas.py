@@ -303,8 +303,9 @@ def _product(a: dict[str, Any]) -> Programs:
     x, weight, out = a["x_ptr"], a["weight_ptr"], a["out_ptr"]
     tiles = -(-N // a["BLOCK_N"])
 
-    def program(i: int, j: int, b: int) -> list[Touch]:
-        group, tile = divmod(i, tiles)
+    def program(i: int, b: int, _: int) -> list[Touch]:
+        j, rest = divmod(i, a["GROUPS"] * tiles)
+        group, tile = divmod(rest, tiles)
         n, units = _within(a["BLOCK_N"], tile, N), _within(a["BLOCK_T"], j, a["units"])
         start = j * a["BLOCK_T"]
         frames = start, units, a["STRIDE"], a["STEP"], a["first"]

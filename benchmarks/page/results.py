@@ -23,6 +23,7 @@ SOURCE = _HERE / "results.json"  # the latest full run
 RECORDS = {
     SOURCE: _HERE / "RESULTS.md",
     _HERE / "regimes.json": _HERE / "REGIMES.md",
+    _HERE / "houses.json": _HERE / "HOUSES.md",
     _HERE / "ragged.json": _HERE / "RAGGED.md",
     _HERE / "corpus.json": _HERE / "CORPUS.md",
 }

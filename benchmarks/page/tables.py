@@ -193,14 +193,15 @@ def summaries(found: Found) -> list[Table]:
     for group in split(plain, "model", "cls"):
         title = f"{group[0]['cls'].removesuffix('Model')}-{group[0]['model']}"
         tables += _summary(title, group, lambda row: title_of(f"{row['batch']}x{row['length']:g}"))
-    regimes = [row for row in rows if row["group"] == "regimes"]
+    houses, regimes = ([row for row in rows if row["group"] == group] for group in ("houses", "regimes"))
     ways = [group for group in split(rows, "case", "dtype") if any(row["family"] == _EXACT for row in group)]
     named = {row["case"] for group in ways for row in group}
     corpus = [row for row in rows if row["group"] == "corpus"]
-    others = [r for r in rows if r["group"] not in (*PLAIN, "regimes", "corpus") and r["case"] not in named]
+    others = [r for r in rows if r["group"] not in (*PLAIN, "houses", "regimes", "corpus") and r["case"] not in named]
     tables += _summary("Other classes, padded batches, training", others, lambda row: title_of(row["case"]))
     tables += [_of_ways(ways)] if ways else []
     tables += _summary("From files to files", corpus, lambda row: title_of(row["case"]))
+    tables += _summary("Classes of several houses, the same weights", houses, lambda row: title_of(row["case"]))
     return tables + _summary("Regimes", regimes, lambda row: title_of(row["case"]))
 
 

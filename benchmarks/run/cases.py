@@ -86,6 +86,7 @@ class Case:
     group: str = "latency"  # what the case tells of
     ragged: str = ""  # what to call lengths that differ
     train: bool = False  # forward, backward and optimizer
+    house: str = ""  # whose class runs it, of houses.py; empty: transformers'
     regime: str = ""  # how the model is run, of regimes.py; empty: as the provider does
     layer: int = 0  # of a corpus of files: whose output is extracted
     stages: bool = False  # where the time of ours goes is measured too
@@ -98,7 +99,7 @@ class Case:
     @property
     def name(self) -> str:
         size = self.ragged or f"{len(self.lengths)}x{self.lengths[0]:g}"
-        return " ".join(filter(None, (self.model, self.regime, size)))
+        return " ".join(filter(None, (self.house or self.model, self.regime, size)))
 
     @property
     def uniform(self) -> Case:
@@ -203,6 +204,8 @@ def _all() -> Iterator[Case]:
     yield _ragged("train-ctc", 4, 2, 12, families=_IN_ALL_WAYS, train=True)
     for batch, shortest, longest in ((8, 2, 15), (32, 1, 8)):
         yield _ragged("large", batch, shortest, longest, families=_IN_ALL_WAYS, dtypes=(torch.float32,))
+    for house in ("transformers", "original", "torchaudio"):
+        yield of("base", 1, 10, "houses", house=house)
     yield corpus("base", 300, 1, 20, layer=6)
 
 

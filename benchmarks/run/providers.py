@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from wavlm_fast import graphed, use_backend
+from wavlm_fast import accelerate, graphed, use_backend
 
 from . import peers
 from .cases import Inputs, Output, bound, placed
+from .houses import HOUSES, InHouse
 
 Call = Callable[[], Any]
 BASELINE, OURS = "transformers", "wavlm_fast"
@@ -42,10 +43,14 @@ class Subject:
     folder: Path
     threads: int
     device: str = "cpu"
+    house: str = ""  # in whose class it runs; empty: transformers'
 
     def copy(self, dtype: torch.dtype, fast: bool = False, **options: Any) -> Output:
-        """The model in `dtype` on the device."""
-        return self.module.copy(dtype, fast, **options).to(self.device)
+        """The model in `dtype` on the device, in the class of the house."""
+        if not self.house:
+            return self.module.copy(dtype, fast, **options).to(self.device)
+        made = InHouse.of(self.module, self.house).to(self.device, dtype)
+        return accelerate(made, **options) if fast else made
 
     def exported(self, suffix: str, export: Callable[[Path], None]) -> Path:
         """The exported file, with or without a mask, made at the first call."""
@@ -80,6 +85,7 @@ class Provider:
     dense: bool = True  # attention weights exist as a whole
     memory: bool = False  # only its memory differs from another provider's
     way: str = PADDED  # of utterances that differ in length
+    house: str = ""  # it runs in cases of that house alone
 
     @property
     def ours(self) -> bool:
@@ -106,6 +112,17 @@ def providers(device: str = "cpu") -> tuple[dict[str, Provider], dict[str, str]]
     if device != "cpu":
         absent |= {name: "runs on the CPU here" for name, p in _on_cpu().items() if p.packages}
     return found, absent
+
+
+def of_houses(device: str = "cpu") -> dict[str, Provider]:
+    """Who runs the classes of the houses other than transformers', in the precisions of ours."""
+    dtypes = dict.fromkeys(p.dtype for p in _every(device).values() if p.family == OURS)
+    return {
+        f"{house.family} {SHORT[d]}": Provider(house.family, d, _torch(d), note=house.note, house=name)
+        for name, house in HOUSES.items()
+        if house.family != BASELINE
+        for d in dtypes
+    }
 
 
 def _every(device: str) -> dict[str, Provider]:

@@ -16,6 +16,7 @@ from wavlm_fast.errors import first_line
 
 from . import fresh
 from .cases import MODELS, Case, bound, bound_step
+from .houses import HOUSES
 from .peaks import Peaks
 from .progress import Meter
 from .providers import BASELINE, EXACT, OURS, PADDED, SHORT, Call, Provider, Subject
@@ -60,8 +61,9 @@ class Row:
     @classmethod
     def of(cls, case: Case, name: str, provider: Provider) -> Row:
         """A row to be filled."""
+        made_of = HOUSES[case.house].cls if case.house else MODELS[case.model].cls
         return cls(
-            case.name, case.group, case.model, MODELS[case.model].cls, len(case.lengths), max(case.lengths),
+            case.name, case.group, case.model, made_of, len(case.lengths), max(case.lengths),
             name, provider.family, SHORT[provider.dtype], provider.ours,
             case.audio, sum(case.operations(provider.way == PADDED).values()) / 1e9, note=provider.note(),
         )  # fmt: skip

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 _FEWEST = 3  # points of a fit
-_UNEVEN = ("ragged", "corpus", "training", "regimes", "op")  # groups whose cases differ in more than batch and length
+# Groups whose cases differ in more than batch and length.
+_UNEVEN = ("ragged", "corpus", "training", "regimes", "houses", "op")
 
 
 def exponent(points: Iterable[tuple[float, float]]) -> float:

@@ -27,14 +27,15 @@ from ..ops.providers import OpProvider, op_providers
 from ..page import report, results, tables
 from . import corpus, fresh, scaling
 from .cases import CASES, CORPUS, MODELS, QUICK, Case, Output, Spec, grid
+from .houses import HOUSES
 from .peaks import Peaks, peaks
 from .progress import Meter, bar
-from .providers import OURS, PADDED, Provider, Subject, providers
+from .providers import OURS, PADDED, Provider, Subject, of_houses, providers
 from .rounds import RAGGED, Row, run_case, run_fresh, run_layers, run_stages
 
 _INTERRUPTED, _WRONG = 130, 1
 _STAGE_RUNS = 16
-_PEERS = ("openvino", "onnxruntime", "onnx")
+_PEERS = ("openvino", "onnxruntime", "onnx", "s3prl", "torchaudio")
 _OP_SECONDS, _OP_ROUNDS, _OP_BUDGET = 2.0, 7, 2.0  # of audio, and seconds after which no further round starts
 _OWN = "model"  # what a user's checkpoint is called in the names of cases
 
@@ -124,9 +125,12 @@ def run(args: argparse.Namespace) -> int:
     cases = selected(args)
     writable(args)
     available, absent = providers(args.device)
-    available = {n: p for n, p in available.items() if _asked(args, n, p)}
+    everybody = {**of_houses(args.device), **available}
+    available = {n: p for n, p in everybody.items() if _asked(args, n, p)}
     if not available:
-        raise UserError("no provider is left: " + ", ".join(providers(args.device)[0]) + " are there")
+        raise UserError("no provider is left: " + ", ".join(everybody) + " are there")
+    left_out = _left_out(cases)
+    cases, absent = [case for case in cases if case.name not in left_out], {**absent, **left_out}
     heard = audio.load(args.audio, allow_truncated=args.allow_truncated)[1] if args.audio else None
     found = Found(out, args, absent)
     found.say(tables.head(found.as_dict()))
@@ -160,7 +164,8 @@ def selected(args: argparse.Namespace) -> list[Case | OpCase]:
         there = dict(CASES)
     of_ops = {case.name: case for case in op_cases("base", 1, _OP_SECONDS)}
     # Groups that are measured by themselves: with them a full run would not fit in half an hour.
-    apart = {group: [n for n, case in there.items() if case.group == group] for group in ("regimes", RAGGED, CORPUS)}
+    groups_apart = ("regimes", "houses", RAGGED, CORPUS)
+    apart = {group: [n for n, case in there.items() if case.group == group] for group in groups_apart}
     groups = {"ops": list(of_ops), **apart}
     rest = [name for name in there if not any(name in names for names in apart.values())]
     asked = args.case or (there if own else QUICK if args.quick else [*rest, "ops"])
@@ -175,6 +180,12 @@ def selected(args: argparse.Namespace) -> list[Case | OpCase]:
     if args.quick:  # memory takes a process of each provider
         found = [replace(case, memory=False) if isinstance(case, Case) else case for case in found]
     return found
+
+
+def _left_out(cases: Sequence[Case | OpCase]) -> dict[str, str]:
+    """Names of the cases of houses whose class cannot be had, and the reasons."""
+    whole = (case for case in cases if isinstance(case, Case) and case.house)
+    return {case.name: reason for case in whole if (reason := HOUSES[case.house].why_not()) is not None}
 
 
 def writable(args: argparse.Namespace) -> None:
@@ -212,7 +223,7 @@ def _run(
             exports = Path(folder, model)
             exports.mkdir(exist_ok=True)
             inputs = case.inputs(args.audio, args.allow_truncated)
-            subject = Subject(module, inputs, exports, torch.get_num_threads(), args.device)
+            subject = Subject(module, inputs, exports, torch.get_num_threads(), args.device, case.house)
             _case(case, subject, _for(case, available), rounds[case.name], found, meter)
         module = None
         memory.give_back_freed()
@@ -227,11 +238,13 @@ def _run(
 def _for(case: Case, available: Mapping[str, Provider]) -> dict[str, Provider]:
     """The providers of a case."""
     there = corpus.providers() if case.group == CORPUS else available
+    families = (HOUSES[case.house].family, OURS) if case.house else case.families
     return {
         name: p
         for name, p in there.items()
         if (p.everywhere or case.everybody)
-        and (not case.families or p.family in case.families)
+        and (not families or p.family in families)
+        and p.house in ("", case.house)
         and (not case.dtypes or p.dtype in case.dtypes)
         and (not p.memory or case.memory)
         and (p.way == PADDED or case.group == RAGGED)

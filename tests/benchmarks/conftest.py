@@ -37,7 +37,7 @@ def tiny(monkeypatch):
         cases.of("train", 1, 0.5, "training", train=True),
         cases.of("base", 1, 1, "length", memory=True),
         cases.corpus("base", 12, 0.2, 1.0, layer=1),
-        *(replace(case, lengths=(0.5,)) for case in cases.CASES.values() if case.group == "regimes"),
+        *(replace(case, lengths=(0.5,)) for case in cases.CASES.values() if case.group in ("regimes", "houses")),
     ]
     for name, found in (("MODELS", models), ("CASES", {case.name: case for case in made})):
         getattr(cases, name).clear()

@@ -21,6 +21,7 @@ def test_along_length_batch_and_memory():
     rows += [row(batch=b, seconds=3 * b) for b in (2, 8)]
     rows += [row("theirs", length=t, seconds=t**2) for t in (1, 2)]  # two points make no fit
     rows += [row(length=64, seconds=1, group="ragged"), row(length=99, seconds=1, cls="WavLMForCTC")]
+    rows += [row(length=4, seconds=1, group="houses")]
     rows += [row(length=200, seconds=None)]
     rows[-1]["seconds"] = None
     memory = [

@@ -1,5 +1,6 @@
 """Files are whole or absent; what killed runs left is removed, what live ones are writing is not."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -113,7 +114,6 @@ def test_files_of_others_stay(tmp_path):
     there = [".wavlm-fast.tmp", ".target.abcd1234.tmp", "wavlm-fast.host.abcd1234.tmp", ".wavlm-fast.a.b.tmp.npz"]
     for name in there:
         (tmp_path / name).touch()
-    (tmp_path / f".wavlm-fast.{files._HOST}.folder00.tmp").mkdir()
     (tmp_path / f".wavlm-fast.{files._HOST}.link0000.tmp").symlink_to(tmp_path / there[0])
     before = names(tmp_path)
     assert files.remove_unfinished(tmp_path) == []
@@ -160,3 +160,46 @@ def test_a_pipe_is_written_to_and_stays(tmp_path):
 def test_text_with_the_name_of_a_file_that_is_no_utf_8(tmp_path):
     console.write_file(tmp_path / "page", "caf\udce9 é", "page")
     assert (tmp_path / "page").read_text(encoding="utf-8") == r"caf\udce9 é"
+
+
+FOLDER = f"""
+import runpy, sys
+from pathlib import Path
+with runpy.run_path({files.__file__!r})["unfinished_folder"](Path(sys.argv[1])) as folder:
+    (folder / "weights").write_bytes(b"half")
+    print("writing", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_an_unfinished_folder_stays_as_long_as_its_process(tmp_path, killed):
+    process = subprocess.Popen(
+        [sys.executable, "-c", FOLDER, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "writing\n"
+    (unfinished,) = tmp_path.iterdir()
+    assert files.remove_unfinished(tmp_path) == []
+    assert names(unfinished) == ["weights"]
+    if killed:
+        process.kill()
+        process.communicate()
+        assert files.remove_unfinished(tmp_path) == [unfinished]
+    else:
+        process.communicate("go on\n")
+    assert names(tmp_path) == []
+
+
+def test_an_unfinished_folder_goes_with_an_error(tmp_path):
+    with contextlib.suppress(KeyboardInterrupt), files.unfinished_folder(tmp_path) as folder:
+        (folder / "weights").touch()
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+
+
+def test_what_another_library_wrote_gets_ordinary_permissions(tmp_path):
+    path = tmp_path / "weights"
+    path.touch(0o600)
+    files.settle(path)
+    path.with_name("usual").touch()
+    assert path.stat().st_mode == path.with_name("usual").stat().st_mode

@@ -1,14 +1,22 @@
-"""WavLM of `wavlm_fast.original` from transformers' models: the same weights under the original's names."""
+"""What the tests of `wavlm_fast.original` share: its WavLM from transformers' models, the weights under its names."""
 
 from __future__ import annotations
 
 import re
 
+import pytest
 import torch
-from wavlm_cases import plain_model, small_config
+from wavlm_cases import FORMS, SAMPLES, plain_model, ragged_mask, small_config, waveforms
 
 from wavlm_fast import restore
 from wavlm_fast.original import WavLM, WavLMConfig
+
+every_form = pytest.mark.parametrize("form", FORMS)
+both_forms = pytest.mark.parametrize("form", ["base", "large"])
+
+VALID = 15  # frames of the padded utterance: with a sample in the 15th 20; transformers counts whole receptive fields
+PADDED = torch.arange(SAMPLES) >= torch.tensor([[SAMPLES], [20 * VALID - 5]])  # [B, S]
+SAME_FRAMES = ragged_mask(SAMPLES, 20 * VALID + 10)
 
 _NAMES = (
     (r"^masked_spec_embed$", "mask_emb"),
@@ -83,3 +91,18 @@ def pair(form: str = "base", dtype: torch.dtype = torch.float64, **changes) -> t
     """transformers' model with sensitive weights, and the same as the original's class."""
     plain = plain_model("WavLMModel", small_config(form)).to(dtype)
     return plain, original_like(plain, **changes)
+
+
+def double(seed=0):
+    return waveforms(seed=seed, dtype=torch.float64)
+
+
+def assert_equal_but_rounding(got, expected):
+    assert got.shape == expected.shape and got.dtype == expected.dtype == torch.float64
+    assert (got - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+def gradients(model, source, **kwargs):
+    model.zero_grad()
+    model.extract_features(source, **kwargs)[0].square().mean().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from original_cases import both_forms, double, pair
 from transformers import WavLMForXVector, WavLMModel
 from wavlm_cases import FORMS, SAMPLES, small_config
 
@@ -41,6 +42,17 @@ def test_states_stay_what_they_were(form, fast):
         assert torch.equal(last, whole[layers])
         for hook in hooks:
             hook.remove()
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
+@both_forms
+def test_microsofts_layers_stay_what_they_were(form, fast):
+    _, model = pair(form)
+    model = accelerate(model) if fast else model
+    with torch.no_grad():
+        wanted, _ = model.extract_features(double(), output_layer=2)
+        assert truncate(model, 2) is model and len(model.encoder.layers) == model.cfg.encoder_layers == 2
+        assert torch.equal(model.extract_features(double())[0], wanted)
 
 
 def test_accelerating_after_or_before_is_one():

@@ -80,6 +80,30 @@ def test_against_its_reference(norm_first):
         contract.check_equal(ops.encoder_layer(*operands(), **options(norm_first)), wanted)
 
 
+def merged(args):
+    """The same operands, with one projection to queries, keys and values."""
+    x, rel_bias, lengths, weights, biases, gate, norms = args
+    weights, biases = ([torch.cat(own[:3]), *own[3:]] for own in (weights, biases))
+    return x, rel_bias, lengths, weights, biases, gate, norms
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@NORM_FIRST
+def test_one_projection_to_all_three_is_the_same(norm_first, dtype):
+    args = operands(dtype)
+    with torch.no_grad():
+        wanted = ops.encoder_layer(*args, **options(norm_first))
+        assert torch.equal(ops.encoder_layer(*merged(args), **options(norm_first)), wanted)
+    contract.check_registration("encoder_layer", *merged(operands(torch.float32)), *tail(norm_first))
+
+
+def test_a_wrong_merged_projection_is_refused():
+    x, rel_bias, lengths, weights, *rest = merged(operands())
+    weights[0] = weights[0][:24]
+    with torch.no_grad(), pytest.raises(ValueError, match=re.escape("merged q, k and v weight of shape [36, 12]")):
+        ops.encoder_layer(x, rel_bias, lengths, weights, *rest, **options())
+
+
 def test_compiles():
     args = operands(torch.float32)
     function = lambda *args: ops.encoder_layer(*args, **options())  # noqa: E731

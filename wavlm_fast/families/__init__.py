@@ -2,35 +2,51 @@
 
 It says how its modules map onto the stages (`modules/`) and what its boundary looks like: fast classes, each a stage
 and a subclass of theirs. transformers' classes are known by name; those of the others are copied, so each of their
-files has `recognised(model)`, which finds in any module what its fast classes can stand in for, and `relative(model)`,
-which names a model of the same house that is no WavLM.
+files has `recognised(model)`, which finds in any module what its fast classes can stand in for, `relative(model)`,
+which names a model of the same house that is no WavLM, and where a model's layers are, for `truncate`.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from types import ModuleType
 
 from torch import nn
 
 from ._copies import make_fast, recognisers, stand_ins
 
-COPIED = tuple(
-    module
-    for found in pkgutil.iter_modules(__path__)
-    if not found.name.startswith("_")
-    and hasattr(module := importlib.import_module(f"{__name__}.{found.name}"), "recognised")
-)
-recognisers.extend(module.recognised for module in COPIED)
-
-__all__ = ["COPIED", "make_fast", "recognises", "stand_ins", "why_none"]
+COPIED: tuple[ModuleType, ...] = ()
+__all__ = ["COPIED", "has_norm_behind", "make_fast", "recognises", "stand_ins", "transformer_of", "why_none"]
 
 _RELATIVES = ("data2vec", "hubert", "sew", "unispeech", "wav2vec2")
+
+
+def find() -> None:
+    """Look for the families' files, once more."""
+    global COPIED
+    names = [found.name for found in pkgutil.iter_modules(__path__) if not found.name.startswith("_")]
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
+    COPIED = tuple(module for module in modules if hasattr(module, "recognised"))
+    recognisers[:] = [module.recognised for module in COPIED]
+
+
+find()
 
 
 def recognises(model: nn.Module) -> bool:
     """Whether there is a WavLM of a copied house in a module, or parts of one."""
     return isinstance(model, nn.Module) and any(any(True for _ in family.recognised(model)) for family in COPIED)
+
+
+def transformer_of(model: nn.Module) -> nn.Module | None:
+    """What holds the layers, `layers`, and `layer_norm` of a copied house's WavLM; None of anything else."""
+    return next((found for family in COPIED if (found := family.transformer_of(model)) is not None), None)
+
+
+def has_norm_behind(transformer: nn.Module) -> bool:
+    """Whether `layer_norm` of what `transformer_of` has found stands behind the layers."""
+    return any(family.has_norm_behind(transformer) for family in COPIED)
 
 
 def why_none(model: object) -> str:

@@ -509,6 +509,14 @@ def _is_encoder(module: nn.Module | None) -> bool:
     return isinstance(module.layers, nn.ModuleList) and any(map(Layer.recognises, module.layers))
 
 
+def transformer_of(model: nn.Module) -> nn.Module | None:
+    return model.encoder if Whole.recognises(model) else None
+
+
+def has_norm_behind(transformer: nn.Module) -> bool:
+    return _is_encoder(transformer) and transformer.layer_norm_first
+
+
 def relative(model: nn.Module) -> str | None:
     """What a model is whose layers are Microsoft's or fairseq's, and whose attention is no WavLM's."""
     for module in model.modules():

@@ -8,19 +8,13 @@ torchaudio's attention fails: here every row is then as if alone.
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import ops
 from ..inputs import valid_lengths
@@ -31,15 +25,9 @@ from ..modules._packing import Packing, frames_of, padded_rows
 from ..modules._plain import why_mixed, why_not_ordinary
 from ..modules._position_bias import handed_on, taken
 from ..modules._steps import Signal, Step, named, steps_of, steps_of_children
-from ._copies import Call, Copy
+from ._copies import Call, Copy, own_has
+from ._factories import Factories
 from .models import MODE, Model
-
-_logger = logging.getLogger(__name__)
-
-_NAMESPACES = ("models", "models.wav2vec2", "models.wav2vec2.model", "pipelines._wav2vec2.utils")
-_FACTORIES = ("wavlm_model", "wavlm_base", "wavlm_large", "_extend_model")
-# Of what `install` has replaced: where, under what name, and what.
-_replaced: list[tuple[ModuleType, str, Callable[..., nn.Module]]] = []
 
 _GELU = nn.GELU()  # what they compute between their modules
 
@@ -63,7 +51,7 @@ class Block(ConvLayer, Copy):
 
     @staticmethod
     def recognises(module: nn.Module) -> bool:
-        return isinstance(getattr(module, "conv", None), nn.Conv1d) and hasattr(module, "layer_norm")
+        return own_has(module, "conv", "layer_norm") and isinstance(module.conv, nn.Conv1d)
 
     @classmethod
     def variant(cls, module: nn.Module) -> tuple:
@@ -144,7 +132,7 @@ class Projection(FeatureProjection, Copy):
 
     @staticmethod
     def recognises(module: nn.Module) -> bool:
-        return all(hasattr(module, name) for name in ("layer_norm", "projection", "dropout"))
+        return own_has(module, "layer_norm", "projection", "dropout")
 
     @staticmethod
     def trials(module: nn.Module) -> Iterator[Call]:
@@ -164,7 +152,7 @@ class Positions(PositionalConv, Copy):
 
     @staticmethod
     def recognises(module: nn.Module) -> bool:
-        return hasattr(module, "num_remove") and isinstance(getattr(module, "conv", None), nn.Conv1d)
+        return own_has(module, "num_remove", "conv") and isinstance(module.conv, nn.Conv1d)
 
     @staticmethod
     def trials(module: nn.Module) -> Iterator[Call]:
@@ -256,12 +244,12 @@ class SelfAttention(_AnyAttention):
     @staticmethod
     def recognises(module: nn.Module) -> bool:
         names = ("gru_rel_pos_linear", "gru_rel_pos_const", "rel_attn_embed", "num_heads", "head_dim")
-        inner = getattr(module, "attention", None)
-        return isinstance(inner, nn.MultiheadAttention) and all(hasattr(module, name) for name in names)
+        return own_has(module, "attention", *names) and isinstance(module.attention, nn.MultiheadAttention)
 
     @classmethod
     def alike(cls, module: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
-        return {NonDynamicallyQuantizableLinear: nn.Linear}
+        out = module.attention.out_proj
+        return {type(out): nn.Linear} if isinstance(out, nn.Linear) else {}
 
     def _why_not_qkv(self) -> str | None:
         inner = self.attention
@@ -300,8 +288,7 @@ class PrunedAttention(_AnyAttention):
     @staticmethod
     def recognises(module: nn.Module) -> bool:
         names = ("gru_rel_pos_linear", "gru_rel_pos_const", "rel_attn_embed", "remaining_heads", "total_num_heads")
-        names += ("q_proj", "k_proj", "v_proj", "out_proj", "scaling", "head_dim")
-        return all(hasattr(module, name) for name in names)
+        return own_has(module, "q_proj", "k_proj", "v_proj", "out_proj", "scaling", "head_dim", *names)
 
     def why_not_fused(self) -> str | None:
         if self._is_pruned():
@@ -315,16 +302,16 @@ class PrunedAttention(_AnyAttention):
         step = super()._gate(x)
         if not self._is_pruned():
             return step
-        heads, fused, called = self.remaining_heads, step.fused, step.called
+        heads, fused, called = list(self.remaining_heads), step.fused, step.called
         return Step(step.op, step.refusal, lambda: fused()[:, heads], lambda: called()[:, heads])
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, position_bias: Tensor, *rest: Any) -> Step:
         if self._is_pruned():
-            all_heads = (-1, self.total_num_heads)
+            heads = list(self.remaining_heads)
             if position_bias.dim() == 2:
-                position_bias = position_bias[self.remaining_heads]
+                position_bias = position_bias[heads]
             else:
-                position_bias = position_bias.unflatten(0, all_heads)[:, self.remaining_heads].flatten(0, 1)
+                position_bias = position_bias.unflatten(0, (-1, self.total_num_heads))[:, heads].flatten(0, 1)
         return super()._attend(q, k, v, gate, position_bias, *rest)
 
 
@@ -335,8 +322,7 @@ class Feed(FeedForward, Copy):
 
     @staticmethod
     def recognises(module: nn.Module) -> bool:
-        names = ("intermediate_dense", "intermediate_dropout", "output_dense", "output_dropout")
-        return all(hasattr(module, name) for name in names)
+        return own_has(module, "intermediate_dense", "intermediate_dropout", "output_dense", "output_dropout")
 
     @classmethod
     def variant(cls, module: nn.Module) -> tuple:
@@ -366,7 +352,7 @@ class Layer(EncoderLayer, Copy):
     @staticmethod
     def recognises(module: nn.Module) -> bool:
         names = ("attention", "feed_forward", "dropout", "layer_norm", "final_layer_norm", "layer_norm_first")
-        if not all(hasattr(module, name) for name in names):
+        if not own_has(module, *names):
             return False
         return module.attention is None or _is_attention(module.attention)
 
@@ -440,9 +426,9 @@ class Whole(Model):
 
     @staticmethod
     def recognises(module: nn.Module) -> bool:
-        front_end, encoder = (getattr(module, name, None) for name in ("feature_extractor", "encoder"))
-        has_methods = callable(getattr(module, "extract_features", None))
-        return has_methods and front_end is not None and _is_transformer(getattr(encoder, "transformer", None))
+        if not own_has(module, "feature_extractor", "encoder", "extract_features"):
+            return False
+        return own_has(module.encoder, "transformer") and _is_transformer(module.encoder.transformer)
 
     @classmethod
     def variant(cls, module: nn.Module) -> tuple:
@@ -502,8 +488,7 @@ class Wrapper(Copy):
 
     @staticmethod
     def recognises(module: nn.Module) -> bool:
-        inner = getattr(module, "model", None)
-        return hasattr(module, "normalize_waveform") and inner is not None and Whole.recognises(inner)
+        return own_has(module, "model", "normalize_waveform") and Whole.recognises(module.model)
 
     def _normalises_rows(self, lengths: Tensor | None) -> bool:
         plain = not (getattr(self, "apply_log_softmax", False) or getattr(self, "append_star", False))
@@ -571,10 +556,17 @@ def _parts_of_transformer(module: nn.Module) -> Iterator[tuple[nn.Module, type[C
 
 
 def _is_transformer(module: nn.Module | None) -> bool:
-    layers = getattr(module, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not hasattr(module, "pos_conv_embed"):
+    if not own_has(module, "layers", "pos_conv_embed") or not isinstance(module.layers, nn.ModuleList):
         return False
-    return any(Layer.recognises(layer) and layer.attention is not None for layer in layers)
+    return any(Layer.recognises(layer) and layer.attention is not None for layer in module.layers)
+
+
+def transformer_of(model: nn.Module) -> nn.Module | None:
+    return model.encoder.transformer if Whole.recognises(model) else None
+
+
+def has_norm_behind(transformer: nn.Module) -> bool:
+    return _is_transformer(transformer) and not transformer.layer_norm_first  # here it tells of this norm
 
 
 def relative(model: nn.Module) -> str | None:
@@ -586,35 +578,10 @@ def relative(model: nn.Module) -> str | None:
     return None
 
 
-def install(made: Callable[[nn.Module], object]) -> None:
-    """Have torchaudio's factories, and so its bundles, call `made` with every WavLM that they make."""
-    if _replaced or importlib.util.find_spec("torchaudio") is None:
-        return
-    try:
-        namespaces = [importlib.import_module(f"torchaudio.{name}") for name in _NAMESPACES]
-    except Exception as error:  # one for another torch, for example
-        _logger.warning("torchaudio's factories stay as they are: %s", str(error).partition("\n")[0])
-        return
-    for namespace in namespaces:
-        for name in _FACTORIES:
-            factory = getattr(namespace, name, None)
-            if factory is not None:
-                _replaced.append((namespace, name, factory))
-                setattr(namespace, name, _calling(made, factory))
-
-
-def uninstall() -> None:
-    """Undo `install`."""
-    while _replaced:
-        setattr(*_replaced.pop())
-
-
-def _calling(made: Callable[[nn.Module], object], factory: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    @functools.wraps(factory)
-    def make(*args: Any, **kwargs: Any) -> nn.Module:
-        model = factory(*args, **kwargs)
-        if any(True for _ in recognised(model)):  # _extend_model is for models of all kinds
-            made(model)
-        return model
-
-    return make
+_factories = Factories(
+    "torchaudio",
+    ("models", "models.wav2vec2", "models.wav2vec2.model", "pipelines._wav2vec2.utils"),
+    ("wavlm_model", "wavlm_base", "wavlm_large", "_extend_model"),
+    lambda model: any(True for _ in recognised(model)),  # the last is for models of all kinds
+)
+install, uninstall = _factories.install, _factories.uninstall

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.wavlm import modeling_wavlm as hf
 
-from .._private import is_deepspeed_zero3_enabled, is_frozen, is_fsdp_managed_module
+from .._private import is_deepspeed_zero3_enabled, is_frozen, is_fsdp_managed_module, relative_positions_bucket
 from ..modules import (
     Attention,
     ConvLayer,
@@ -37,6 +37,7 @@ from ..modules._versions import (
 )
 from ..modules.attention import bias_for, dense_bias, understands_rel_bias
 from ..modules.encoder_layer import why_layer_not_packed
+from ..ops._define import accumulation_dtype
 
 
 class _FastConvLayer(ConvLayer, FastModule):
@@ -127,6 +128,12 @@ class FastWavLMAttention(Attention, FastModule, hf.WavLMAttention):
     """Self-attention with the gated relative position bias."""
 
     returns_weights_unasked = RETURNS_WEIGHTS_UNASKED
+
+    def compute_rel_bias(self, frames: int) -> Tensor:
+        """As its base class's, without waiting for a device: theirs makes positions on the CPU."""
+        positions = torch.arange(1 - frames, frames, device=self.rel_attn_embed.weight.device)
+        values = self.rel_attn_embed(relative_positions_bucket(self, positions))  # [2T - 1, H]
+        return values.t().to(accumulation_dtype(values.dtype)).contiguous()
 
     @or_original
     def forward(

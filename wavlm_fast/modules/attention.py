@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .._private import hooks_of, relative_positions_bucket
+from .._private import hooks_of
 from ..derived import concatenated
 from ..ops._define import accumulation_dtype
 from ..ops.gated_attention import bias_rows
@@ -53,9 +53,9 @@ class Attention:
     The bias goes from layer to layer as `rel_bias` `[H, 2T - 1]`, entry `j - i + T - 1`, where the families hand on a
     dense `[B·H, T, T]`; a dense one is taken as well.
 
-    Made of `q_proj`, `k_proj`, `v_proj`, `out_proj`, `gru_rel_pos_linear`, `gru_rel_pos_const`, in the first layer
-    `rel_attn_embed`; `num_heads`, `head_dim`, `scaling`, `attention_dropout`, the rate; `gate_heads`, of
-    gate and bias.
+    Made of `q_proj`, `k_proj`, `v_proj`, `out_proj`, `gru_rel_pos_linear`, `gru_rel_pos_const` and, in the first layer,
+    `rel_attn_embed` and `compute_bias(queries, keys)`; `num_heads`, `head_dim`, `scaling`, `attention_dropout`, which
+    is a rate, and `gate_heads`, how many gate and bias have.
     """
 
     original_makes_dense_bias = True
@@ -158,10 +158,10 @@ class Attention:
         return self.compute_bias(frames, frames).repeat(batch, 1, 1)
 
     def compute_rel_bias(self, frames: int) -> Tensor:
-        """The bias `[H, 2T - 1]` for T frames, entry `j - i + T - 1`, from `rel_attn_embed`."""
-        positions = torch.arange(1 - frames, frames, device=self.rel_attn_embed.weight.device)
-        values = self.rel_attn_embed(relative_positions_bucket(self, positions))  # [2T - 1, H]
-        return values.t().to(accumulation_dtype(values.dtype)).contiguous()
+        """The bias `[H, 2T - 1]` for T frames, entry `j - i + T - 1`: the first column and row of the dense one."""
+        column, row = self.compute_bias(frames, 1)[..., 0], self.compute_bias(1, frames)[:, 0]
+        bias = torch.cat([column.flip(1)[:, :-1], row], 1)
+        return bias.to(accumulation_dtype(bias.dtype))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, `[B, T, H, D]` each: views into one product where the projections are plain."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._private import WeightNormHook, WeightNormParametrization, hooks_of, weight_norm
+from .._private import FakeTensor, WeightNormHook, WeightNormParametrization, hooks_of, weight_norm
 from ..derived import derived, linked
 from ..ops._define import accumulation_dtype, needs_grad
 from ._packing import Packing
@@ -78,6 +78,22 @@ def _weight(conv: nn.Module) -> Tensor:
     return conv.weight
 
 
+def _leave_weight(conv: nn.Module, weight: Tensor) -> None:
+    """Set the weight on a module as the hook would, were the module called: whoever copies or reads it finds it there.
+
+    A copy, since ours is kept; where gradients are wanted, whatever was there stays, and is as little to be copied.
+    """
+    hook = _weight_norm_hook(conv)
+    if hook is None or torch.compiler.is_compiling() or isinstance(weight, FakeTensor) or weight.requires_grad:
+        return
+
+    def leave() -> bool:
+        setattr(conv, hook.name, weight.clone())
+        return True
+
+    derived("weight left on the module", (getattr(conv, f"{hook.name}_g"), getattr(conv, f"{hook.name}_v")), leave)
+
+
 def _is_written_by_taps(g: Tensor, v: Tensor) -> bool:
     return v.is_cuda and not needs_grad(g, v) and not torch.compiler.is_compiling()
 
@@ -126,6 +142,7 @@ class PositionalConv:
         def fused() -> Tensor:
             options = {"groups": conv.groups, "activation": fused_activation(self.activation) or "none"}
             options["offsets"] = None if packing is None else packing.offsets
+            _leave_weight(conv, weight)
             return ops.positional_conv(hidden_states, weight, conv.bias, residual=residual, **options)
 
         return Step("positional_conv", refusal, fused)

@@ -51,24 +51,12 @@ class MultiheadAttention(nn.Module):
         self.grep_linear = nn.Linear(self.head_dim, 8)
         self.grep_a = nn.Parameter(torch.ones(1, num_heads, 1, 1))
 
-    def _relative_positions_bucket(self, relative_positions: Tensor) -> Tensor:
-        """Rows of the table for distances in frames.
-
-        One half is for frames that come later. In each half, short distances have a row each; the others share
-        rows, the more the longer they are, up to max_distance.
-        """
-        half = self.num_buckets // 2
-        exact = half // 2
-        distance = relative_positions.abs()
-        share = torch.log(distance.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
-        wide = (exact + (share * (half - exact)).long()).clamp(max=half - 1)
-        return (relative_positions > 0).long() * half + torch.where(distance < exact, distance, wide)
-
     def compute_bias(self, query_length: int, key_length: int) -> Tensor:
         """The bias before any gate, `[H, T, T]`."""
         distance = torch.arange(key_length)[None, :] - torch.arange(query_length)[:, None]
+        bucket = relative_positions_bucket(distance, self.num_buckets, self.max_distance)
         table = self.relative_attention_bias
-        return table(self._relative_positions_bucket(distance).to(table.weight.device)).permute(2, 0, 1)
+        return table(bucket.to(table.weight.device)).permute(2, 0, 1)
 
     def _gates(self, query: Tensor) -> Tensor:
         """`[B, H, T, 1]` from frames `[T, B, H, D]`."""
@@ -101,10 +89,10 @@ class MultiheadAttention(nn.Module):
         if attn_mask is not None:
             raise ValueError("a WavLM's attention takes no attn_mask: its mask is the gated relative position bias")
         if position_bias is None and self.has_relative_attention_bias:
-            position_bias = self.compute_bias(len(query), len(key)).repeat(query.size(1), 1, 1)  # [B·H, T, T]
+            position_bias = self.compute_bias(query.size(0), key.size(0)).repeat(query.size(1), 1, 1)  # [B·H, T, T]
         heads = (self.num_heads, self.head_dim)
         if position_bias is None:  # in training, where layer drop took the layer that makes it
-            bias = query.new_zeros(query.size(1), 1, 1, len(key))
+            bias = query.new_zeros(query.size(1), 1, 1, key.size(0))
         else:
             bias = self._gates(query.unflatten(-1, heads)) * position_bias.unflatten(0, (-1, self.num_heads))
         if key_padding_mask is not None:
@@ -121,8 +109,26 @@ class MultiheadAttention(nn.Module):
         return self.out_proj(x), weights, position_bias
 
 
+def relative_positions_bucket(positions: Tensor, num_buckets: int, max_distance: int) -> Tensor:
+    """Rows of the table of biases for distances in frames.
+
+    One half is for frames that come later. In each half, short distances have a row each; the others share rows, the
+    more the longer they are, up to max_distance.
+    """
+    half = num_buckets // 2
+    exact = half // 2
+    distance = positions.abs()
+    share = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    shared = (exact + (share * (half - exact)).long()).clamp(max=half - 1)
+    return (positions > 0).long() * half + torch.where(distance < exact, distance, shared)
+
+
 class WeightNormConv1d(nn.Conv1d):
-    """A convolution that `torch.nn.utils.weight_norm` can be on, and that can be copied all the same."""
+    """A convolution for `torch.nn.utils.weight_norm` that can be copied all the same, and loads the newer names too."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_pre_hook(_respell)
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
@@ -130,11 +136,11 @@ class WeightNormConv1d(nn.Conv1d):
             state["weight"] = state["weight"].detach()
         return state
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        for old, new in (("weight_g", "original0"), ("weight_v", "original1")):
-            if (name := f"{prefix}parametrizations.weight.{new}") in state_dict:
-                state_dict[prefix + old] = state_dict.pop(name)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+
+def _respell(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+    for old, new in (("weight_g", "original0"), ("weight_v", "original1")):
+        if (name := f"{prefix}parametrizations.weight.{new}") in state_dict:
+            state_dict[prefix + old] = state_dict.pop(name)
 
 
 class SamePad(nn.Module):
