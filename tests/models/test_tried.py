@@ -54,9 +54,9 @@ def untried(monkeypatch):
         monkeypatch.setattr(_copies, table, {})
 
 
-def same(**options):
+def same(form="base", **options):
     """Somebody's copy that changes nothing."""
-    model = original(**options)
+    model = original(form, **options)
     for cls, other in (
         (TransformerSentenceEncoderLayer, SameLayer),
         (ConvFeatureExtractionModel, SameFrontEnd),
@@ -285,6 +285,20 @@ def test_a_trial_works_wherever_it_is_made(where):
         drawn(lambda m=m: m.extract_features(waveforms(dtype=m.mask_emb.dtype))[0]) for m in (plain, truth_of(plain))
     )
     assert_tensor_close(where, drawn(lambda: ours.extract_features(waveforms())[0]), out, truth)
+
+
+def test_gradients_are_tried_in_inference_mode_too():
+    model = of_class(original(), ConvFeatureExtractionModel, FrozenFrontEnd)
+    with torch.inference_mode():
+        accelerate(model)
+    assert "FrozenFrontEnd trains otherwise" in reasons(model)
+
+
+def test_a_changed_copy_takes_nothing_from_others():
+    ours = fast(same("large"))
+    assert not reasons(ours)
+    fast(of_class(original("large"), ConvFeatureExtractionModel, FrozenFrontEnd))  # with the same norms
+    assert not reasons(ours)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
