@@ -19,6 +19,7 @@ from microsoft_cases import (
     OwnGate,
     OwnRun,
     Reading,
+    Renamed,
     SameFrontEnd,
     SameLayer,
     SameModel,
@@ -193,6 +194,13 @@ def test_a_subclass_that_calls_ours():
     ours = fast(model, padding="exact")
     assert "the forward of microsoft_cases.Normalising computes something else" in report(ours).alone
     check(model, fast(model))
+
+
+def test_a_model_of_other_arguments_is_fast_inside():
+    plain = of_class(original(), WavLM, Renamed)
+    ours = fast(plain)
+    assert type(ours) is Renamed and isinstance(ours.feature_extractor, StandIn) and not report(ours).slow_modules
+    check(plain, ours, calls={"last": {}, "a layer": {"layer": 2}})
 
 
 def test_wrappers_are_not_taken_for_what_they_wrap():

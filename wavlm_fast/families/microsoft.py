@@ -493,10 +493,11 @@ def recognised(model: nn.Module) -> Iterator[tuple[nn.Module, type[Copy]]]:
             yield module, Layer
         elif _is_encoder(module) and Positions.recognises(module.pos_conv):
             yield module.pos_conv, Positions
-        elif Whole.recognises(module):
+        elif own_has(module, "encoder", "feature_extractor") and _is_encoder(module.encoder):
             if FrontEnd.recognises(module.feature_extractor):
                 yield module.feature_extractor, FrontEnd
-            yield module, Whole
+            if Whole.recognises(module):
+                yield module, Whole
 
 
 def _calls_projections(attention: nn.Module) -> bool:
