@@ -60,13 +60,17 @@ def accelerate(model: Module, keep_originals: bool = True, padding: str | None =
 
     Raises:
         TypeError: there is no WavLM in it.
-        ValueError: originals are to be freed of a model that is in training mode; `padding` is another word.
+        ValueError: originals are to be freed of a model that is in training mode; `padding` is another word, or "exact"
+            for something that has only parts of a WavLM.
     """
     if padding is not None:
         check_mode(padding)
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     if not any(isinstance(m, tuple(FAST_CLASSES)) for m in modules) and not families.recognises(model):
         raise TypeError(f"accelerate wants a WavLM, got {_describe(model)}{families.why_none(model)}")
+    whole = any(isinstance(m, hf.WavLMPreTrainedModel) for m in modules)
+    if padding == "exact" and not whole and not families.has_whole(model):
+        raise ValueError(f"padding 'exact' wants a whole WavLM, got {_describe(model)}, which has only parts of one")
     if not keep_originals and any(m.training for m in modules):
         raise ValueError("accelerate frees the originals of a model that is in eval mode, this one trains: call eval()")
     _swap(modules, FAST_CLASSES)

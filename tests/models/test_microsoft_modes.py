@@ -326,6 +326,33 @@ def test_compiled(form, inputs, fresh_dynamo):
         assert_is(compiled(*inputs), plain, *inputs)
 
 
+def test_a_graph_has_every_layer_fused(fresh_dynamo):
+    """No lazy position bias can be in a graph: layers hand on the compact one, where all of them are ours."""
+    plain, graphs = original("base"), []
+
+    def kept(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    ours = fast(plain)
+    with torch.no_grad():
+        assert_is(torch.compile(Frames(ours), backend=kept, fullgraph=True)(waveforms()), plain, waveforms())
+        ops = [str(node.target) for node in graphs[0].graph.nodes]
+        assert ops.count("wavlm_fast.encoder_layer.default") == len(ours.encoder.layers)
+
+
+def test_a_graph_with_a_layer_of_somebody_elses_is_right(fresh_dynamo):
+    plain = original("base")
+    plain.encoder.layers[1].__class__ = Louder
+    with torch.no_grad():
+        assert_is(torch.compile(Frames(fast(plain)), backend="eager", fullgraph=True)(waveforms()), plain, waveforms())
+
+
+def test_exact_batches_of_parts_are_refused():
+    with pytest.raises(ValueError, match=re.escape("padding 'exact' wants a whole WavLM, got a ")):
+        accelerate(original("base").encoder, padding="exact")
+
+
 def test_compiled_rows_are_as_if_alone(fresh_dynamo):
     plain, rows = one_layer("base"), utterances()
     compiled = torch.compile(Frames(fast(plain, padding="exact")), backend="aot_eager", fullgraph=True)

@@ -15,9 +15,19 @@ from types import ModuleType
 from torch import nn
 
 from ._copies import make_fast, recognisers, stand_ins
+from .models import Model
 
 COPIED: tuple[ModuleType, ...] = ()
-__all__ = ["COPIED", "has_norm_behind", "make_fast", "recognises", "stand_ins", "transformer_of", "why_none"]
+__all__ = [
+    "COPIED",
+    "has_norm_behind",
+    "has_whole",
+    "make_fast",
+    "recognises",
+    "stand_ins",
+    "transformer_of",
+    "why_none",
+]
 
 _RELATIVES = ("data2vec", "hubert", "sew", "unispeech", "wav2vec2")
 
@@ -37,6 +47,11 @@ find()
 def recognises(model: nn.Module) -> bool:
     """Whether there is a WavLM of a copied house in a module, or parts of one."""
     return isinstance(model, nn.Module) and any(any(True for _ in family.recognised(model)) for family in COPIED)
+
+
+def has_whole(model: nn.Module) -> bool:
+    """Whether there is a whole WavLM of a copied house in a module, whose batches can be exact."""
+    return any(issubclass(base, Model) for family in COPIED for _, base in family.recognised(model))
 
 
 def transformer_of(model: nn.Module) -> nn.Module | None:

@@ -34,7 +34,7 @@ from ..modules._plain import has_hooks, learn_activation, why_mixed, why_not_ord
 from ..modules._position_bias import handed_on, taken
 from ..modules._steps import named, why_not_dropout
 from ._copies import Call, Copy, calls, own_has
-from .models import MODE, Model
+from .models import MODE, Model, with_bias_of_graphs
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 _FRAMES = 11  # of trials
@@ -423,6 +423,7 @@ class Whole(Model):
     def layers_of_model(self) -> nn.ModuleList:
         return self.encoder.layers
 
+    @with_bias_of_graphs
     def extract_features(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor | None]:
         """As the original's: features `[B, T, C]`, or with `ret_layer_results` those and a list of every layer's output
         `[T, B, C]`; and the padding mask `[B, T]`.

@@ -6,6 +6,7 @@ frame is worked on alone, is tried once; where it is not, utterances run one at 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,15 +14,29 @@ import torch
 from torch import Tensor, nn
 
 from ..inputs import receptive_field
-from ..modules import FeatureEncoder, PositionalConv, Signal, Step, steps_of_children
+from ..modules import EncoderLayer, FeatureEncoder, PositionalConv, Signal, Step, steps_of_children
 from ..modules._originals import StandIn, why_original
 from ..modules._packing import in_front_end, packings, padded_rows
+from ..modules._position_bias import handing_on_as_it_is
 from ..modules.encoder_layer import why_layer_not_packed
 from ._copies import Call, Copy, base_of, why_not_trusted
 
 MODE = "_wavlm_fast_padding"  # in the module's own dict: what padding means to it
 
 Run = Callable[[Tensor], Any]
+
+
+def with_bias_of_graphs(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a model that runs its layers. In a graph they hand on the compact position bias, if all are ours."""
+
+    @functools.wraps(method)
+    def chosen(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() or not all(isinstance(m, EncoderLayer) for m in self.layers_of_model()):
+            return method(self, *args, **kwargs)
+        with handing_on_as_it_is():
+            return method(self, *args, **kwargs)
+
+    return chosen
 
 
 class Model(Copy):

@@ -27,7 +27,7 @@ from ..modules._position_bias import handed_on, taken
 from ..modules._steps import Signal, Step, named, steps_of, steps_of_children
 from ._copies import Call, Copy, own_has
 from ._factories import Factories
-from .models import MODE, Model
+from .models import MODE, Model, with_bias_of_graphs
 
 _GELU = nn.GELU()  # what they compute between their modules
 
@@ -174,6 +174,10 @@ class Positions(PositionalConv, Copy):
 
 class _AnyAttention(Attention, Copy):
     """What both kinds of attention share."""
+
+    @property
+    def original_makes_dense_bias(self) -> bool:
+        return self.rel_attn_embed is not None  # others hand on what they get
 
     @staticmethod
     def shape_of_bias(batch: int, heads: int, frames: int) -> tuple[int, ...]:
@@ -373,15 +377,20 @@ class Layer(EncoderLayer, Copy):
         yield lambda own: own(x, position_bias=bias if own.attention.rel_attn_embed is None else None)
         yield lambda own: own(x, None, bias)
 
+    @property
+    def original_makes_dense_bias(self) -> bool:
+        return getattr(self.attention, "rel_attn_embed", None) is not None
+
     def _why_original(self) -> str | None:
         if self.attention is None or self.feed_forward is None:
             return f"its {'attention' if self.attention is None else 'feed_forward'} was pruned"
         return None
 
     def steps(self, signal: Signal) -> Iterator[Step]:
-        reason = self._why_original()
+        reason, dense = self._why_original(), signal.dense_bias
         if reason is None:
             yield from super().steps(signal)
+            signal.dense_bias = dense or (self.original_makes_dense_bias and signal.dense_bias)
             return
         yield Step(self.original.__name__, f"the original's forward runs: {reason}")
         for part in (self.attention, self.feed_forward):
@@ -457,6 +466,7 @@ class Whole(Model):
         """As torchaudio's: what the model makes `[B, T, C]`, and the valid frames `[B]`."""
         return self._with_lengths(self.original.forward, waveforms, lengths)
 
+    @with_bias_of_graphs
     def _with_lengths(
         self, original: Callable[..., Any], waveforms: Tensor, lengths: Tensor | None, *options: Any
     ) -> tuple[Any, Tensor | None]:

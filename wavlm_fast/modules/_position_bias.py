@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -114,8 +116,30 @@ def dense(rel_bias: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tenso
     return bias.repeat(shape[0], 1, 1, 1) if len(shape) == 4 else bias.repeat(shape[0] // len(bias), 1, 1)
 
 
+class _Handing(threading.local):
+    def __init__(self) -> None:  # once in every thread
+        self.as_it_is = False
+
+
+_handing = _Handing()
+
+
+@contextmanager
+def handing_on_as_it_is() -> Iterator[None]:
+    """Within, layers of this thread hand on the compact bias itself: for graphs, which know no lazy one, where nobody
+    but layers of ours is handed it.
+    """
+    before, _handing.as_it_is = _handing.as_it_is, True
+    try:
+        yield
+    finally:
+        _handing.as_it_is = before
+
+
 def handed_on(rel_bias: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The compact bias in the shape and dtype of the dense one."""
+    if _handing.as_it_is:
+        return rel_bias
     if make_wrapper_subclass is None or torch.compiler.is_compiling():
         return dense(rel_bias, shape, dtype)
     bias = _HandOn.apply(rel_bias, shape, dtype)
