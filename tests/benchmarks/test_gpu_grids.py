@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu.cases import DTYPES, MODELS, cases
+from wavlm_fast.benchmarks.gpu.cases import DTYPES, MODELS, cases
 
 LIMITS = (2**31 - 1, 65_535, 65_535)  # of CUDA; HIP's are no smaller
 SIZES = {"an hour": (1, 3600 * 16_000), "a batch of 256": (256, 160_000)}
