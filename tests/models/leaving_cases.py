@@ -43,9 +43,16 @@ class Main(torch.nn.Module):
         return main_output(self.model(input_values, attention_mask=attention_mask))
 
 
-@cache
 def pair(name, form, layers=2):
     """Transformers' model, ours with the same weights, and inputs for both, masked and not."""
+    case = _pair(name, form, layers)
+    for model in (case.plain, case.ours):
+        model.eval()  # some exporters leave models as if in training
+    return case
+
+
+@cache
+def _pair(name, form, layers):
     plain = plain_model(name, small_config(form, num_hidden_layers=layers))
     return SimpleNamespace(
         plain=plain,
