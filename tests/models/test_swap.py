@@ -181,13 +181,29 @@ def test_accelerate_says_what_it_was_given(thing):
         subject.accelerate(thing)
 
 
-def test_accelerate_refuses_a_sibling_architecture():
-    config = transformers.Wav2Vec2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=[8], conv_stride=[5],
-        conv_kernel=[10], num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [
+        ("Wav2Vec2Model", "wav2vec 2.0"),
+        ("HubertForCTC", "HuBERT"),
+        ("Data2VecAudioModel", "data2vec"),
+        ("UniSpeechSatModel", "UniSpeech-SAT"),
+    ],
+)
+def test_accelerate_refuses_a_sibling_architecture(cls, name):
+    cls = getattr(transformers, cls)
+    model = cls(
+        cls.config_class(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=[8],
+            conv_stride=[5], conv_kernel=[10], num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        )
+    )  # fmt: skip
+    with pytest.raises(TypeError, match=rf"{cls.__name__}.*WavLM") as raised:
+        subject.accelerate(model)
+    assert str(raised.value).endswith(
+        f"this is a {name} of transformers' code: no gated relative position bias in its attention, nothing of it is "
+        "WavLM"
     )
-    with pytest.raises(TypeError, match="Wav2Vec2Model"):
-        subject.accelerate(transformers.Wav2Vec2Model(config))
 
 
 def test_accelerate_inside_a_users_module():

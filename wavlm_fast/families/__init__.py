@@ -29,7 +29,16 @@ __all__ = [
     "why_none",
 ]
 
-_RELATIVES = ("data2vec", "hubert", "sew", "unispeech", "wav2vec2")
+# transformers' folders of models of this kind, and the names of these.
+_RELATIVES = {
+    "data2vec": "data2vec",
+    "hubert": "HuBERT",
+    "sew": "SEW",
+    "sew_d": "SEW-D",
+    "unispeech": "UniSpeech",
+    "unispeech_sat": "UniSpeech-SAT",
+    "wav2vec2": "wav2vec 2.0",
+}
 
 
 def find() -> None:
@@ -69,9 +78,9 @@ def why_none(model: object) -> str:
     if not isinstance(model, nn.Module):
         return ", which contains none"
     relative = next((found for family in COPIED if (found := family.relative(model)) is not None), None)
-    for module in type(model).__module__.split("."):
-        if relative is None and module.startswith(_RELATIVES) and type(model).__module__.startswith("transformers."):
-            relative = f"a {module} model of transformers' code"
+    place = type(model).__module__.split(".")
+    if relative is None and place[:2] == ["transformers", "models"] and place[2] in _RELATIVES:
+        relative = f"a {_RELATIVES[place[2]]} of transformers' code"
     if relative is None:
         return ", which contains none"
     return f": this is {relative}: no gated relative position bias in its attention, nothing of it is WavLM"
