@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from device_only import Waits, no_gpu_needed, to_device
+from microsoft_cases import fast, original
 from wavlm_cases import FORMS, HEADS, MODELS, fast_model, ours_only, plain_model, ragged_mask, small_config
 
 pytestmark = ours_only
@@ -14,7 +15,7 @@ from wavlm_fast import accelerate, forward_ragged  # noqa: E402
 from wavlm_fast.backends.triton import TABLE  # noqa: E402
 from wavlm_fast.benchmarks.gpu.compile import recording  # noqa: E402
 from wavlm_fast.kernels._target import pretend  # noqa: E402
-from wavlm_fast.modules import _packing  # noqa: E402
+from wavlm_fast.modules import Attention, _masks, _packing  # noqa: E402
 
 
 def forward(model, dtype=torch.float32, masked=False, **options):
@@ -153,3 +154,24 @@ def test_the_mask_is_transformers_own(lengths, dtype, monkeypatch):
     expected = theirs._get_feature_vector_attention_mask(29, mask)
     assert found.dtype == expected.dtype
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_padding_mask_of_microsofts_is_looked_at_once(inference, monkeypatch):
+    """Whether it ends every row cannot be known without: its layers get it one after the other. What it uploads for the
+    position bias, as theirs does, is not ours to change.
+    """
+
+    def bias(self, frames):
+        return torch.empty(self.num_heads, 2 * frames - 1, device="cuda")
+
+    looks = []
+    monkeypatch.setattr(Attention, "compute_rel_bias", bias)
+    monkeypatch.setattr(_masks, "is_prefix", lambda valid: looks.append(valid) is None)
+    model = fast(original("base"))
+    with torch.inference_mode(inference), no_gpu_needed(TABLE) as mode, pretend("hopper"), recording():
+        model = to_device(model)
+        padding = torch.zeros(2, 600, dtype=torch.bool, device="cuda")
+        model.extract_features(torch.empty(2, 600, device="cuda"), padding)
+    assert len(model.encoder.layers) > 1 and len(looks) == 1
+    assert "gated_attention" in mode.ran

@@ -28,6 +28,7 @@ from ..modules import (
     Signal,
     Step,
 )
+from ..modules._masks import looked_at_once, valid_of
 from ..modules._originals import or_original
 from ..modules._packing import Packing, frames_of, valid_samples, with_valid_samples
 from ..modules._plain import has_hooks, learn_activation, why_mixed, why_not_ordinary
@@ -275,7 +276,7 @@ def _called_as_theirs(step: Step, module: nn.Module, x: Tensor) -> Step:
 def _mask(frames: Tensor, padding: Tensor | None) -> Tensor | Packing | None:
     """What stages take as their mask."""
     packing = frames_of(frames)
-    return packing if packing is not None or padding is None else ~padding.bool()
+    return packing if packing is not None or padding is None else valid_of(padding)
 
 
 def _handed_on(bias: Tensor, given: Tensor | None, attention: nn.Module, frames: Tensor) -> Tensor:
@@ -432,7 +433,10 @@ class Whole(Model):
         """
         original = self.original.extract_features
         if MODE not in self.__dict__:
-            return original(self, *args, **kwargs)
+            if torch.compiler.is_compiling():
+                return original(self, *args, **kwargs)
+            with looked_at_once():
+                return original(self, *args, **kwargs)
         given = dict(_signature(self.original).bind(self, *args, **kwargs).arguments)
         padding, source = given.pop("padding_mask", None), given.pop("source")
         if padding is None or frames_of(source) is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +58,46 @@ def prefix_lengths(mask: Tensor) -> Tensor | None:
             return valid.sum(-1)
         if in_graph:
             return None
-    return None if bool((valid[:, 1:] & ~valid[:, :-1]).any()) else valid.sum(-1)
+    return valid.sum(-1) if is_prefix(valid) else None
+
+
+def is_prefix(valid: Tensor) -> bool:
+    """Whether rows are True first and then False: looks at the values."""
+    return not bool((valid[:, 1:] & ~valid[:, :-1]).any())
+
+
+class _Turned(threading.local):
+    """The padding mask of a model's present forward in this thread, and the mask that was made of it."""
+
+    def __init__(self) -> None:  # once in every thread
+        self.kept = False
+        self.padding: Tensor | None = None
+        self.mask: Tensor | None = None
+
+
+_turned = _Turned()
+
+
+@contextmanager
+def looked_at_once() -> Iterator[None]:
+    """Within, a forward: all layers get the same padding mask, and off the CPU only the first waits to look at it."""
+    before = vars(_turned).copy()
+    vars(_turned).update(kept=True, padding=None, mask=None)
+    try:
+        yield
+    finally:
+        vars(_turned).update(before)
+        forget_made()
+
+
+def valid_of(padding: Tensor) -> Tensor:
+    """The mask `[B, T]`, True where valid, of one that is True where padded."""
+    if padding.device.type == "cpu" or torch.compiler.is_compiling() or not _turned.kept:
+        return ~padding.bool()
+    if _turned.padding is not padding:
+        mask = ~padding.bool()
+        _turned.padding, _turned.mask = padding, mask if prefix_lengths(mask) is None else made(mask)
+    return _turned.mask
 
 
 @dataclass(frozen=True)
