@@ -94,15 +94,24 @@ def valid_lengths(valid: Tensor, needed: int, wanted: str) -> list[int]:
     lengths = valid.sum(-1)
     broken = (valid != (torch.arange(valid.shape[1], device=valid.device) < lengths[:, None])).any(-1)
     found, holes = torch.stack([lengths, broken.to(lengths.dtype)]).tolist()  # waits for the device, once
-    for row, (length, hole) in enumerate(zip(found, holes, strict=True)):
-        if hole:
-            raise ValueError(f"padding 'exact' wants {wanted}, row {row} is none")
+    if any(holes):
+        raise ValueError(f"padding 'exact' wants {wanted}, row {holes.index(1)} is none")
+    check_lengths_of_rows(found, needed)
+    return found
+
+
+def check_lengths_of_rows(lengths: Sequence[int], needed: int) -> None:
+    """Check the valid samples of every row of an exact batch.
+
+    Raises:
+        ValueError: a row has fewer than needed.
+    """
+    for row, length in enumerate(lengths):
         if length < needed:
             raise ValueError(
                 f"padding 'exact' wants at least {needed} samples in every row, what the model needs, row {row} has "
                 f"{length}"
             )
-    return found
 
 
 def check_labels(labels: Tensor, classes: int, utterances: int | None = None) -> None:

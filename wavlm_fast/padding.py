@@ -20,7 +20,8 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.models.wavlm import modeling_wavlm as hf
 
 from ._private import frame_lengths
-from .families.models import MODE, Model
+from .families._copies import MODE
+from .families.models import Model
 from .inputs import check_mask, valid_lengths
 from .leaving import in_graph
 from .losses import with_loss

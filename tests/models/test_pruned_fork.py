@@ -24,6 +24,17 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LENGTHS = torch.tensor([SAMPLES, 400])
 
 
+class Mask(torch.nn.Module):
+    """Of what is being pruned: still learning how much to leave out."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def forward(self):
+        return torch.linspace(0.2, 0.9, self.size)
+
+
 def three(form, dtype=torch.float32, **changes):
     """The fork's own model, the same accelerated, and the same in float64, all of weights rounded to `dtype`."""
     theirs, ours, exact = (pruned(form, **changes).to(dtype) for _ in range(3))
@@ -84,14 +95,6 @@ def test_a_first_layer_without_attention_leaves_all_without_a_bias(form):
 
 
 def test_masks_that_are_still_being_learned_are_applied():
-    class Mask(torch.nn.Module):
-        def __init__(self, size):
-            super().__init__()
-            self.size = size
-
-        def forward(self):
-            return torch.linspace(0.2, 0.9, self.size)
-
     models = three("base")
     places = [
         (lambda m: m.feature_extractor.conv_layers[1], "hard_concrete", 11),
@@ -104,6 +107,21 @@ def test_masks_that_are_still_being_learned_are_applied():
         for model in models:
             setattr(module(model), name, Mask(size))
         check(models, "extract_features")
+
+
+def test_exact_batches_of_a_model_that_is_being_pruned_run_one_at_a_time():
+    """Its blocks' own code knows no packed frames."""
+    models = [pruned("base", plan=[(list(range(4)), 96)] * 2) for _ in range(2)]
+    for model in models:
+        model.feature_extractor.conv_layers[1].hard_concrete = Mask(11)
+    theirs, ours = models[0], wavlm_fast.accelerate(models[1], padding="exact")
+    rows = heard(theirs)
+    assert "hard_concrete" in wavlm_fast.report(ours).alone
+    with torch.no_grad():
+        found, counts = ours(rows, LENGTHS)
+        for row, (length, count) in enumerate(zip(LENGTHS.tolist(), counts.tolist())):
+            wanted, _ = theirs(rows[row : row + 1, :length])
+            torch.testing.assert_close(found[row : row + 1, :count], wanted)
 
 
 def test_restore_gives_the_fork_back():

@@ -28,7 +28,8 @@ _tried: dict[tuple, str | None] = {}
 _calling: dict[tuple, bool] = {}
 _MATRIX = 2**15  # numbers: gradients of weights so large take time, and tell nothing that those of biases do not
 _PLAIN_VALUES = (bool, int, float, str, type(None))
-_OF_ANY_MODULE = {*vars(nn.Module()), "_wavlm_fast_padding"}
+MODE = "_wavlm_fast_padding"  # in a model's own dict: what padding means to it
+_OF_ANY_MODULE = {*vars(nn.Module()), MODE}
 # Of every house: finds its modules in any module, the inner ones first, each with the base of what stands in for it.
 recognisers: list[Callable[[nn.Module], Iterator[tuple[nn.Module, type[Copy]]]]] = []
 
@@ -41,11 +42,6 @@ class Copy(FastModule):
     boundary: ClassVar[tuple[str, ...]] = ()  # methods beside forward that ours take the place of
     tried_first = True  # before it is stood in for
     cut: ClassVar[tuple[str, ...]] = ()  # names of lists of modules of which one is enough to try it
-
-    @classmethod
-    def variant(cls, module: nn.Module) -> tuple:
-        """On what, beside its class, it depends what a module does."""
-        return ()
 
     @classmethod
     def alike(cls, module: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
@@ -116,7 +112,7 @@ def why_not_trusted(base: type[Copy], module: nn.Module) -> str | None:
         module: recognised as what the base stands in for.
     """
     original = module.original if isinstance(module, StandIn) else type(module)
-    key = (base, original, original.forward, _attributes(module), _classes(module), *base.variant(module))
+    key = (base, original, original.forward, _attributes(module), _classes(module))
     if key not in _tried:
         alike = {cls: known for cls, known in base.alike(module).items() if not is_like(cls, known)}
         for cls, known in alike.items():

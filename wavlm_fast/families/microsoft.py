@@ -18,24 +18,22 @@ from .. import ops
 from ..inputs import valid_lengths
 from ..leaving import in_graph
 from ..modules import (
-    Attention,
     ConvLayer,
-    EncoderLayer,
     FeatureEncoder,
     FeedForward,
     Inline,
     PositionalConv,
-    Signal,
     Step,
 )
 from ..modules._masks import looked_at_once, valid_of
 from ..modules._originals import or_original
 from ..modules._packing import Packing, frames_of, valid_samples, with_valid_samples
-from ..modules._plain import has_hooks, learn_activation, why_mixed, why_not_ordinary
-from ..modules._position_bias import handed_on, taken
+from ..modules._plain import has_hooks, learn_activation, why_not_ordinary
+from ..modules._position_bias import taken
 from ..modules._steps import named, why_not_dropout
-from ._copies import Call, Copy, calls, own_has
-from .models import MODE, Model, with_bias_of_graphs
+from ._copies import MODE, Call, Copy, calls, own_has
+from ._layers import CopiedAttention, CopiedLayer
+from .models import Model, with_bias_of_graphs
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 _FRAMES = 11  # of trials
@@ -85,10 +83,6 @@ class FrontEnd(FeatureEncoder, Copy):
         return all(isinstance(b, nn.Sequential) and len(b) in (3, 4) and isinstance(b[0], nn.Conv1d) for b in blocks)
 
     @classmethod
-    def variant(cls, module: nn.Module) -> tuple:
-        return tuple(type(m) for m in module.modules())
-
-    @classmethod
     def alike(cls, module: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
         norms = (nn.LayerNorm, nn.GroupNorm)
         return {type(m): known for m in module.modules() for known in norms if isinstance(m, known)}
@@ -126,10 +120,6 @@ class Positions(PositionalConv, Copy):
         return isinstance(module, nn.Sequential) and len(module) == 3 and isinstance(module[0], nn.Conv1d)
 
     @classmethod
-    def variant(cls, module: nn.Module) -> tuple:
-        return tuple(map(type, module))
-
-    @classmethod
     def alike(cls, module: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
         return {type(module[0]): nn.Conv1d}
 
@@ -148,7 +138,7 @@ class Positions(PositionalConv, Copy):
         return self.embed(frames, frames_of(frames)).mT
 
 
-class SelfAttention(Attention, Copy):
+class SelfAttention(CopiedAttention):
     """Microsoft's `MultiheadAttention`."""
 
     @property
@@ -167,18 +157,10 @@ class SelfAttention(Attention, Copy):
     def attention_dropout(self) -> float:
         return self.dropout_module.p
 
-    @property
-    def original_makes_dense_bias(self) -> bool:
-        return self.rel_attn_embed is not None  # others hand on what they get
-
     @staticmethod
     def recognises(module: nn.Module) -> bool:
         names = (*_PROJECTIONS, "grep_linear", "grep_a", "dropout_module", "num_heads", "head_dim", "scaling")
         return own_has(module, *names)
-
-    @classmethod
-    def variant(cls, module: nn.Module) -> tuple:
-        return (hasattr(module, "relative_attention_bias"),)
 
     @staticmethod
     def trials(module: nn.Module) -> Iterator[Call]:
@@ -188,21 +170,15 @@ class SelfAttention(Attention, Copy):
         yield lambda own: own(x, x, x, position_bias=own_bias, need_weights=False)
         yield lambda own: own(x, x, x, key_padding_mask=padded, position_bias=bias, need_weights=False)
 
-    def why_original(self, x: Tensor) -> str | None:
-        """Why its own code has to run on frames; None when ours does."""
-        return None
-
     def _projections(self, x: Tensor) -> list[Step]:
         steps = super()._projections(x)
         if len(steps) == 1:
             return steps
-        return [_called_as_theirs(step, m, x) for step, m in zip(steps, self._linears()[:3], strict=True)]
+        linears = (self.q_proj, self.k_proj, self.v_proj)
+        return [_called_as_theirs(step, linear, x) for step, linear in zip(steps, linears, strict=True)]
 
     def _leave(self, x: Tensor) -> Step:
         return _called_as_theirs(super()._leave(x), self.out_proj, x)
-
-    def _linears(self) -> list[nn.Module]:
-        return [getattr(self, name) for name in _PROJECTIONS]
 
     @or_original
     def forward(
@@ -222,13 +198,12 @@ class SelfAttention(Attention, Copy):
         """
         asked = need_weights or args or any(value is not None and value is not False for value in options.values())
         without_bias = position_bias is None and self.rel_attn_embed is None
-        ours = key is query and value is query and not asked and not without_bias
-        if not ours or self.why_original(query) is not None:
+        if key is not query or value is not query or asked or without_bias:
             options |= {"need_weights": need_weights, "position_bias": position_bias}
             return self.run_original(query, key, value, key_padding_mask, *args, **options)
         frames = query.transpose(0, 1)
         out, _, bias = self.attend(frames, _mask(frames, key_padding_mask), taken(position_bias))
-        return out.transpose(0, 1), None, _handed_on(bias, position_bias, self, frames)
+        return out.transpose(0, 1), None, self.handed_on(bias, position_bias, frames)
 
 
 class ReadingAttention(SelfAttention):
@@ -250,21 +225,12 @@ class ReadingAttention(SelfAttention):
     def _why_not_out(self) -> str | None:
         return self._why_not_read("out_proj")
 
-    def why_original(self, x: Tensor) -> str | None:
-        """Why the original reads the weights itself; None when ours does."""
-        linears = self._linears()
-        return self._why_not_read(*_PROJECTIONS) or why_mixed(x, *(p for m in linears for p in (m.weight, m.bias)))
+    def why_own_code(self) -> str | None:
+        return self._why_not_read(*_PROJECTIONS)
 
     def _leave(self, x: Tensor) -> Step:
         weight, bias = self.out_proj.weight, self.out_proj.bias
         return Step("linear_act", None, lambda: ops.linear_act(x, weight, bias))
-
-    def steps(self, signal: Signal) -> Iterator[Step]:
-        reason = self.why_original(signal.frames(self, self.embed_dim))
-        if reason is None:
-            yield from super().steps(signal)
-        else:
-            yield Step(self.original.__name__, f"the original's forward runs: {reason}")
 
 
 def _called_as_theirs(step: Step, module: nn.Module, x: Tensor) -> Step:
@@ -277,14 +243,6 @@ def _mask(frames: Tensor, padding: Tensor | None) -> Tensor | Packing | None:
     """What stages take as their mask."""
     packing = frames_of(frames)
     return packing if packing is not None or padding is None else valid_of(padding)
-
-
-def _handed_on(bias: Tensor, given: Tensor | None, attention: nn.Module, frames: Tensor) -> Tensor:
-    """The position bias as the next layer's argument."""
-    if given is not None or bias.dim() != 2:
-        return bias if given is None else given
-    heads, length = bias.shape[0], (bias.shape[1] + 1) // 2
-    return handed_on(bias, (frames.shape[0] * heads, length, length), attention.rel_attn_embed.weight.dtype)
 
 
 class _FeedForward(FeedForward, Inline):
@@ -300,16 +258,12 @@ class _FeedForward(FeedForward, Inline):
         return self.feed(hidden_states)
 
 
-class Layer(EncoderLayer, Copy):
+class Layer(CopiedLayer):
     """Microsoft's `TransformerSentenceEncoderLayer`."""
 
     @property
-    def original_makes_dense_bias(self) -> bool:
+    def owns_bias(self) -> bool:
         return getattr(self.self_attn, "relative_attention_bias", None) is not None
-
-    @property
-    def norm_first(self) -> bool:
-        return self.layer_norm_first
 
     @property
     def attention(self) -> nn.Module:
@@ -333,13 +287,6 @@ class Layer(EncoderLayer, Copy):
         names += ("self_attn_layer_norm", "final_layer_norm")
         return own_has(module, "self_attn", *names) and SelfAttention.recognises(module.self_attn)
 
-    @classmethod
-    def variant(cls, module: nn.Module) -> tuple:
-        learn_activation(module.activation_fn)
-        has_bias = SelfAttention.variant(module.self_attn)
-        name = getattr(module, "activation_name", None)  # "linear" and "glu" make a function of their own in each layer
-        return (module.layer_norm_first, name or module.activation_fn, type(module.self_attn), *has_bias)
-
     @staticmethod
     def trials(module: nn.Module) -> Iterator[Call]:
         attention = module.self_attn
@@ -349,11 +296,6 @@ class Layer(EncoderLayer, Copy):
         padded = _padding()
         yield lambda own: own(x, pos_bias=own_bias)
         yield lambda own: own(x, self_attn_padding_mask=padded, need_weights=False, pos_bias=bias)
-
-    def steps(self, signal: Signal) -> Iterator[Step]:
-        dense = signal.dense_bias
-        yield from super().steps(signal)
-        signal.dense_bias = dense or (self.original_makes_dense_bias and signal.dense_bias)
 
     def call_attention(
         self, hidden_states: Tensor, mask: Tensor | Packing | None, position_bias: Tensor | None, **kwargs: object
@@ -374,14 +316,14 @@ class Layer(EncoderLayer, Copy):
         pos_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Frames `[T, B, C]`, None, and the position bias `[B·H, T, T]` for the next layer."""
-        without_bias = pos_bias is None and getattr(self.self_attn, "relative_attention_bias", None) is None
+        without_bias = pos_bias is None and not self.owns_bias
         if self_attn_mask is not None or need_weights or without_bias:
             return self.run_original(x, self_attn_mask, self_attn_padding_mask, need_weights, pos_bias)
         frames = x.transpose(0, 1)
         whole = self._whole(frames, _mask(frames, self_attn_padding_mask), taken(pos_bias), False)
         if whole.refusal is None:
             out, bias = whole.fused()
-            return out.transpose(0, 1), None, _handed_on(bias, pos_bias, self.self_attn, frames)
+            return out.transpose(0, 1), None, self.handed_on(bias, pos_bias, frames)
         out, bias, weights = self.run_parts(x, self_attn_padding_mask, pos_bias)  # who hooks a part sees `[T, B, C]`
         return out, weights, bias
 
@@ -453,10 +395,9 @@ class Whole(Model):
         def run(waveforms: Tensor) -> Any:
             return original(self, waveforms, **given)[0]
 
-        outputs = self.run_exact(source, lengths, run, alone=bool(given.get("mask")))
-        counts = torch.tensor(self.frame_counts(lengths), device=source.device)
-        frames = self.frame_counts([source.shape[1]])[0]
-        return outputs, torch.arange(frames, device=source.device) >= counts[:, None]
+        outputs, counts = self.run_exact(source, lengths, run, alone=bool(given.get("mask")))
+        frames = torch.arange(self.frames_of(outputs), device=source.device)
+        return outputs, frames >= torch.tensor(counts, device=source.device)[:, None]
 
     def _masked(self, source: Tensor, valid: Tensor, given: dict[str, Any]) -> tuple[Any, Tensor]:
         """The outputs of a padded batch whose lengths cannot be looked at."""
@@ -470,7 +411,7 @@ class Whole(Model):
         if samples is None:
             return self.original.forward_padding_mask(self, features, padding_mask)
         for width, stride in self.convolutions():
-            samples = torch.div(samples - width, stride, rounding_mode="floor") + 1
+            samples = (samples - width) // stride + 1
         return torch.arange(features.shape[1], device=samples.device) >= samples[:, None]
 
 
@@ -495,6 +436,7 @@ def recognised(model: nn.Module) -> Iterator[tuple[nn.Module, type[Copy]]]:
             ours = isinstance(module, SelfAttention)
             yield module, SelfAttention if ours or _calls_projections(module) else ReadingAttention
         elif Layer.recognises(module):
+            learn_activation(module.activation_fn)
             yield module, Layer
         elif _is_encoder(module) and Positions.recognises(module.pos_conv):
             yield module.pos_conv, Positions

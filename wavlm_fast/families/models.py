@@ -16,12 +16,10 @@ from torch import Tensor, nn
 from ..inputs import receptive_field
 from ..modules import EncoderLayer, FeatureEncoder, PositionalConv, Signal, Step, steps_of_children
 from ..modules._originals import StandIn, why_original
-from ..modules._packing import in_front_end, packings, padded_rows
+from ..modules._packing import Packing, in_front_end, packings, padded_rows
 from ..modules._position_bias import handing_on_as_it_is
 from ..modules.encoder_layer import why_layer_not_packed
 from ._copies import Call, Copy, base_of, why_not_trusted
-
-MODE = "_wavlm_fast_padding"  # in the module's own dict: what padding means to it
 
 Run = Callable[[Tensor], Any]
 
@@ -69,9 +67,7 @@ class Model(Copy):
 
         def packed_or_alone(own: nn.Module) -> Any:
             run = lambda waveforms: cls.run(own, waveforms)  # noqa: E731
-            if isinstance(own, Model):
-                return own.split(own.run_packed(rows, run), [len(row) for row in rows])
-            return [run(row[None]) for row in rows]
+            return own.run_together(rows, run) if isinstance(own, Model) else [run(row[None]) for row in rows]
 
         yield packed_or_alone
 
@@ -86,9 +82,11 @@ class Model(Copy):
             return 1
         return receptive_field(*zip(*self.convolutions(), strict=True))
 
-    def frame_counts(self, samples: Sequence[int]) -> tuple[int, ...]:
-        """Frames of utterances of so many samples."""
-        return packings(samples, self.convolutions(), torch.device("cpu"))[-1].lengths
+    def frames_of(self, outputs: Any) -> int:
+        """How many frames there are in every row of outputs."""
+        found = []
+        self.map_frames(lambda x: found.append(x.shape[1]) or x, outputs)
+        return found[0]
 
     def why_alone(self) -> str | None:
         """Why utterances run one at a time, a sentence; None when they can run packed."""
@@ -104,38 +102,49 @@ class Model(Copy):
             reason = reason or (None if found is None else f"layer {index}: {found}")
         return reason or why_not_trusted(base_of(type(self)), self)
 
-    def run_packed(self, waveforms: Sequence[Tensor], run: Run) -> Any:
-        """The outputs for waveforms `[S]` each, their frames packed."""
-        stages = packings([len(w) for w in waveforms], self.convolutions(), waveforms[0].device)
+    def packings_of(self, waveforms: Sequence[Tensor]) -> list[Packing]:
+        """Of the samples of waveforms `[S]`, and of the frames after each of the front end's convolutions."""
+        return packings([len(w) for w in waveforms], self.convolutions(), waveforms[0].device)
+
+    def run_packed(self, waveforms: Sequence[Tensor], stages: list[Packing], run: Run) -> Any:
+        """The outputs for waveforms, their frames packed."""
         with in_front_end(stages):
             return run(torch.cat(list(waveforms))[None])
 
-    def split(self, outputs: Any, samples: Sequence[int]) -> list[Any]:
-        """Packed outputs as those of each utterance, views."""
-        found, first = [], 0
-        for count in self.frame_counts(samples):
+    def run_together(self, waveforms: Sequence[Tensor], run: Run) -> list[Any]:
+        """The outputs for each waveform, views of packed ones."""
+        stages = self.packings_of(waveforms)
+        outputs, found, first = self.run_packed(waveforms, stages, run), [], 0
+        for count in stages[-1].lengths:
             found.append(self.map_frames(lambda x, a=first, n=count: x.narrow(1, a, n), outputs))
             first += count
         return found
 
     def run_each(self, waveforms: Sequence[Tensor], run: Run) -> list[Any]:
         """The outputs for each waveform `[S]`."""
-        if self.why_alone() is not None:
-            return [run(waveform[None]) for waveform in waveforms]
-        return self.split(self.run_packed(waveforms, run), [len(w) for w in waveforms])
+        if self.why_alone() is None:
+            return self.run_together(waveforms, run)
+        return [run(waveform[None]) for waveform in waveforms]
 
-    def run_exact(self, waveforms: Tensor, lengths: Sequence[int], run: Run, alone: bool = False) -> Any:
-        """The outputs for rows `[B, S]` with so many valid samples, each as if alone, zeros past the ends.
+    def run_exact(
+        self, waveforms: Tensor, lengths: Sequence[int], run: Run, alone: bool = False
+    ) -> tuple[Any, Sequence[int]]:
+        """The outputs for rows `[B, S]` with so many valid samples, each as if alone, zeros past the ends; and how many
+        frames each row has.
 
         With `alone` they run one at a time.
         """
         width = waveforms.shape[1]
-        if set(lengths) == {width} and not alone:
-            return run(waveforms)
+        if set(lengths) <= {width} and not alone:
+            outputs = run(waveforms)
+            return outputs, [self.frames_of(outputs)] * len(lengths)
         rows = [row[:length] for row, length in zip(waveforms, lengths, strict=True)]
         known = isinstance(self.feature_extractor, FeatureEncoder)
-        frames = self.frame_counts([width])[0] if known else 0
+        frames = self.packings_of(waveforms[:1])[-1].longest if known else 0
         if not alone and self.why_alone() is None:
-            packing = packings(lengths, self.convolutions(), waveforms.device)[-1]
-            return self.map_frames(packing.padding(frames), self.run_packed(rows, run))
-        return self.map_frames(lambda *own: padded_rows(frames, *own), *(run(row[None]) for row in rows))
+            stages = self.packings_of(rows)
+            packed = self.run_packed(rows, stages, run)
+            return self.map_frames(stages[-1].padding(frames), packed), stages[-1].lengths
+        each = [run(row[None]) for row in rows]
+        outputs = self.map_frames(lambda *own: padded_rows(frames, *own), *each)
+        return outputs, [self.frames_of(own) for own in each]

@@ -17,28 +17,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..inputs import valid_lengths
+from ..inputs import check_lengths_of_rows
 from ..leaving import in_graph
-from ..modules import Attention, ConvLayer, EncoderLayer, FeatureEncoder, FeatureProjection, FeedForward, PositionalConv
+from ..modules import ConvLayer, FeatureEncoder, FeatureProjection, FeedForward, PositionalConv
 from ..modules._originals import or_original
 from ..modules._packing import Packing, frames_of, padded_rows
 from ..modules._plain import why_mixed, why_not_ordinary
-from ..modules._position_bias import handed_on, taken
-from ..modules._steps import Signal, Step, named, steps_of, steps_of_children
-from ._copies import Call, Copy, own_has
+from ..modules._position_bias import taken
+from ..modules._steps import Signal, Step, named, steps_of_children
+from ._copies import MODE, Call, Copy, own_has
 from ._factories import Factories
-from .models import MODE, Model, with_bias_of_graphs
+from ._layers import CopiedAttention, CopiedLayer
+from .models import Model, with_bias_of_graphs
 
 _GELU = nn.GELU()  # what they compute between their modules
 
 
-def _soft_masks(module: nn.Module) -> str | None:
-    """A sentence if a module that is being pruned still learns what to leave out; None when it has been, or is not."""
-    names = [name for name in vars(module) | dict(module.named_children()) if name.startswith("hard_concrete")]
-    return next((f"its {name} is called" for name in names if getattr(module, name) is not None), None)
+class _Prunable(Copy):
+    """Mixed into what a fork prunes."""
+
+    def why_own_code(self) -> str | None:
+        """While it is being pruned, it learns what to leave out: masks that ours know nothing of."""
+        masks = (name for name, child in self.named_children() if name.startswith("hard_concrete"))
+        return next((f"its {name} is called" for name in masks), None)
 
 
-class Block(ConvLayer, Copy):
+class Block(ConvLayer, _Prunable):
     """torchaudio's `ConvLayerBlock`."""
 
     activation = _GELU
@@ -54,10 +58,6 @@ class Block(ConvLayer, Copy):
         return own_has(module, "conv", "layer_norm") and isinstance(module.conv, nn.Conv1d)
 
     @classmethod
-    def variant(cls, module: nn.Module) -> tuple:
-        return (type(module.layer_norm), _soft_masks(module))
-
-    @classmethod
     def alike(cls, module: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
         return {type(module.layer_norm): nn.LayerNorm} if isinstance(module.layer_norm, nn.LayerNorm) else {}
 
@@ -65,9 +65,6 @@ class Block(ConvLayer, Copy):
     def trials(module: nn.Module) -> Iterator[Call]:
         frames, lengths = torch.randn(2, module.conv.in_channels, 60, dtype=torch.float64), torch.tensor([60, 31])
         yield lambda own: own(frames, lengths)
-
-    def why_called(self, but_captures: bool = False) -> str | None:
-        return super().why_called(but_captures) or _soft_masks(self)
 
     def _apply_norm(self, frames: Tensor) -> Tensor:
         return self.layer_norm(frames.mT).mT
@@ -80,8 +77,6 @@ class Block(ConvLayer, Copy):
         self, x: Tensor, length: Tensor | Sequence[Packing] | None
     ) -> tuple[Tensor, Tensor | Sequence[Packing] | None]:
         """`[B, C, T]` to `[B, C', T']`, and how many of its frames are valid; or packings of packed frames."""
-        if _soft_masks(self) is not None:
-            return self.run_original(x, length)
         if isinstance(length, Tensor) or length is None:
             return self.convolve(x), _frames_left(length, [self.conv])
         return self.convolve(x, *length), length
@@ -92,8 +87,7 @@ def _frames_left(length: Tensor | None, convs: Sequence[nn.Conv1d]) -> Tensor | 
     if length is None:
         return None
     for conv in convs:
-        length = torch.div(length - conv.kernel_size[0], conv.stride[0], rounding_mode="floor") + 1
-        length = length.clamp(min=0)
+        length = ((length - conv.kernel_size[0]) // conv.stride[0] + 1).clamp(min=0)
     return length
 
 
@@ -105,10 +99,6 @@ class FrontEnd(FeatureEncoder, Copy):
     @staticmethod
     def recognises(module: nn.Module) -> bool:
         return all(Block.recognises(block) for block in getattr(module, "conv_layers", (None,)))
-
-    @classmethod
-    def variant(cls, module: nn.Module) -> tuple:
-        return tuple(key for block in module.conv_layers for key in (type(block), *Block.variant(block)))
 
     @staticmethod
     def trials(module: nn.Module) -> Iterator[Call]:
@@ -172,21 +162,8 @@ class Positions(PositionalConv, Copy):
         return self.embed(x, frames_of(x))
 
 
-class _AnyAttention(Attention, Copy):
+class _AnyAttention(CopiedAttention, _Prunable):
     """What both kinds of attention share."""
-
-    @property
-    def original_makes_dense_bias(self) -> bool:
-        return self.rel_attn_embed is not None  # others hand on what they get
-
-    @staticmethod
-    def shape_of_bias(batch: int, heads: int, frames: int) -> tuple[int, ...]:
-        """Of the dense position bias as it is handed on."""
-        raise NotImplementedError
-
-    @classmethod
-    def variant(cls, module: nn.Module) -> tuple:
-        return (module.rel_attn_embed is None, _soft_masks(module))
 
     @classmethod
     def trials(cls, module: nn.Module) -> Iterator[Call]:
@@ -198,9 +175,6 @@ class _AnyAttention(Attention, Copy):
     def _bias(cls, module: nn.Module) -> Tensor:
         return torch.randn(cls.shape_of_bias(2, module.gru_rel_pos_const.numel(), 23), dtype=torch.float64)
 
-    def why_called(self, but_captures: bool = False) -> str | None:
-        return super().why_called(but_captures) or _soft_masks(self)
-
     @or_original
     def forward(
         self,
@@ -211,19 +185,11 @@ class _AnyAttention(Attention, Copy):
     ) -> tuple[Tensor, Tensor | None]:
         """Self-attention over frames `[B, T, C]`, and the position bias for the next layer."""
         without_bias = position_bias is None and self.rel_attn_embed is None
-        if attention_mask is not None or key_padding_mask is not None or without_bias or _soft_masks(self) is not None:
+        if attention_mask is not None or key_padding_mask is not None or without_bias:
             masks = {"key_padding_mask": key_padding_mask, "attention_mask": attention_mask}
             return self.run_original(query, **masks, position_bias=position_bias)
         out, _, bias = self.attend(query, frames_of(query), taken(position_bias))
         return out, self.handed_on(bias, position_bias, query)
-
-    def handed_on(self, bias: Tensor, given: Tensor | None, frames: Tensor) -> Tensor:
-        """The position bias as the next layer's argument."""
-        if given is not None or bias.dim() != 2:
-            return bias if given is None else given
-        heads, length = bias.shape[0], (bias.shape[1] + 1) // 2
-        shape = self.shape_of_bias(frames.shape[0], heads, length)
-        return handed_on(bias, shape, self.rel_attn_embed.weight.dtype)
 
     def dense_position_bias(self, batch: int, frames: int) -> Tensor:
         dense = self.compute_bias(frames, frames)
@@ -286,10 +252,6 @@ class PrunedAttention(_AnyAttention):
         return self.total_num_heads
 
     @staticmethod
-    def shape_of_bias(batch: int, heads: int, frames: int) -> tuple[int, ...]:
-        return (batch * heads, frames, frames)
-
-    @staticmethod
     def recognises(module: nn.Module) -> bool:
         names = ("gru_rel_pos_linear", "gru_rel_pos_const", "rel_attn_embed", "remaining_heads", "total_num_heads")
         return own_has(module, "q_proj", "k_proj", "v_proj", "out_proj", "scaling", "head_dim", *names)
@@ -319,7 +281,7 @@ class PrunedAttention(_AnyAttention):
         return super()._attend(q, k, v, gate, position_bias, *rest)
 
 
-class Feed(FeedForward, Copy):
+class Feed(FeedForward, _Prunable):
     """torchaudio's `FeedForward`."""
 
     intermediate_act_fn = _GELU
@@ -328,30 +290,29 @@ class Feed(FeedForward, Copy):
     def recognises(module: nn.Module) -> bool:
         return own_has(module, "intermediate_dense", "intermediate_dropout", "output_dense", "output_dropout")
 
-    @classmethod
-    def variant(cls, module: nn.Module) -> tuple:
-        return (_soft_masks(module),)
-
     @staticmethod
     def trials(module: nn.Module) -> Iterator[Call]:
         frames = _frames(module.intermediate_dense.in_features)
         yield lambda own: own(frames)
 
-    def why_called(self, but_captures: bool = False) -> str | None:
-        return super().why_called(but_captures) or _soft_masks(self)
-
     @or_original
     def forward(self, x: Tensor) -> Tensor:
         """`[B, T, C]` to `[B, T, C]`."""
-        return self.feed(x) if _soft_masks(self) is None else self.run_original(x)
+        return self.feed(x)
 
 
-class Layer(EncoderLayer, Copy):
+class Layer(CopiedLayer):
     """torchaudio's `EncoderLayer`; of a pruned fork its attention or its feed-forward may be gone."""
 
     @property
-    def norm_first(self) -> bool:
-        return self.layer_norm_first
+    def owns_bias(self) -> bool:
+        return getattr(self.attention, "rel_attn_embed", None) is not None
+
+    def why_own_code(self) -> str | None:
+        for name in ("attention", "feed_forward"):
+            if getattr(self, name) is None:
+                return f"its {name} was pruned"
+        return None
 
     @staticmethod
     def recognises(module: nn.Module) -> bool:
@@ -359,12 +320,6 @@ class Layer(EncoderLayer, Copy):
         if not own_has(module, *names):
             return False
         return module.attention is None or _is_attention(module.attention)
-
-    @classmethod
-    def variant(cls, module: nn.Module) -> tuple:
-        attention, feed = module.attention, module.feed_forward
-        own = () if attention is None else (type(attention), *_AnyAttention.variant(attention))
-        return (module.layer_norm_first, type(feed), *own)
 
     @staticmethod
     def trials(module: nn.Module) -> Iterator[Call]:
@@ -376,25 +331,6 @@ class Layer(EncoderLayer, Copy):
         bias = base._bias(module.attention)
         yield lambda own: own(x, position_bias=bias if own.attention.rel_attn_embed is None else None)
         yield lambda own: own(x, None, bias)
-
-    @property
-    def original_makes_dense_bias(self) -> bool:
-        return getattr(self.attention, "rel_attn_embed", None) is not None
-
-    def _why_original(self) -> str | None:
-        if self.attention is None or self.feed_forward is None:
-            return f"its {'attention' if self.attention is None else 'feed_forward'} was pruned"
-        return None
-
-    def steps(self, signal: Signal) -> Iterator[Step]:
-        reason, dense = self._why_original(), signal.dense_bias
-        if reason is None:
-            yield from super().steps(signal)
-            signal.dense_bias = dense or (self.original_makes_dense_bias and signal.dense_bias)
-            return
-        yield Step(self.original.__name__, f"the original's forward runs: {reason}")
-        for part in (self.attention, self.feed_forward):
-            yield from () if part is None else steps_of(part, signal)
 
     def call_attention(
         self, hidden_states: Tensor, mask: Tensor | Packing | None, position_bias: Tensor | None, **kwargs: object
@@ -412,12 +348,11 @@ class Layer(EncoderLayer, Copy):
     ) -> tuple[Tensor, Tensor | None]:
         """Frames `[B, T, C]`, and the position bias for the next layer."""
         masked = attention_mask is not None or key_padding_mask is not None
-        without_bias = position_bias is None and getattr(self.attention, "rel_attn_embed", None) is None
-        if masked or without_bias or self._why_original() is not None:
+        without_bias = position_bias is None and not self.owns_bias
+        if masked or without_bias:
             return self.run_original(x, attention_mask, position_bias, key_padding_mask)
         out, bias, _ = self.run(x, frames_of(x), taken(position_bias))
-        owner = self.attention if isinstance(self.attention, _AnyAttention) else None
-        return out, bias if owner is None else owner.handed_on(bias, position_bias, x)
+        return out, self.handed_on(bias, position_bias, x)
 
 
 def _frames(channels: int) -> Tensor:
@@ -438,10 +373,6 @@ class Whole(Model):
         if not own_has(module, "feature_extractor", "encoder", "extract_features"):
             return False
         return own_has(module.encoder, "transformer") and _is_transformer(module.encoder.transformer)
-
-    @classmethod
-    def variant(cls, module: nn.Module) -> tuple:
-        return (getattr(module, "normalize_waveform", None),)
 
     @staticmethod
     def run(model: nn.Module, waveforms: Tensor, **options: Any) -> Any:
@@ -470,8 +401,7 @@ class Whole(Model):
     def _with_lengths(
         self, original: Callable[..., Any], waveforms: Tensor, lengths: Tensor | None, *options: Any
     ) -> tuple[Any, Tensor | None]:
-        fails = any(isinstance(m, SelfAttention) for m in self.modules())  # upstream, where lengths come
-        if lengths is None or not (fails or MODE in self.__dict__) or frames_of(waveforms) is not None:
+        if lengths is None or frames_of(waveforms) is not None or not self._is_exact():
             return original(self, waveforms, lengths, *options)
         if in_graph(waveforms):
             warnings.warn("in a graph padding is the model's own, where it can take lengths", stacklevel=3)
@@ -481,13 +411,16 @@ class Whole(Model):
                 f"lengths must be {waveforms.shape[0]} integers, one for each waveform, got {list(lengths.shape)} of "
                 f"{lengths.dtype}"
             )
-        if bool((lengths > waveforms.shape[1]).any()):
-            width = waveforms.shape[1]
-            raise ValueError(f"lengths must be at most {width}, the samples of a row, got {lengths.tolist()}")
-        valid = torch.arange(waveforms.shape[1], device=waveforms.device) < lengths.to(waveforms.device)[:, None]
-        samples = valid_lengths(valid, self.samples_needed(), "lengths")
-        found = self.run_exact(waveforms, samples, lambda rows: original(self, rows, None, *options)[0])
-        return found, lengths.new_tensor(self.frame_counts(samples))
+        samples, width = lengths.tolist(), waveforms.shape[1]
+        if max(samples, default=0) > width:
+            raise ValueError(f"lengths must be at most {width}, the samples of a row, got {samples}")
+        check_lengths_of_rows(samples, self.samples_needed())
+        found, counts = self.run_exact(waveforms, samples, lambda rows: original(self, rows, None, *options)[0])
+        return found, lengths.new_tensor(counts)
+
+    def _is_exact(self) -> bool:
+        """Whether lengths make batches exact: torchaudio's own attention fails where they come."""
+        return MODE in self.__dict__ or any(isinstance(m, SelfAttention) for m in self.modules())
 
 
 class Wrapper(Copy):

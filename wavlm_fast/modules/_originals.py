@@ -34,6 +34,10 @@ class StandIn:
         """The forward of the class that this one stands in for."""
         return self.original.forward(self, *args, **kwargs)
 
+    def why_own_code(self) -> str | None:
+        """Why this module has to run as its original just now, for what it holds; None when it need not."""
+        return None
+
     @classmethod
     def is_twin(cls) -> bool:
         """Whether this is the class that takes the original's place, and not a subclass of somebody else's."""
@@ -115,8 +119,8 @@ def or_original(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def why_original(module: StandIn) -> str | None:
-    """Why a fast module runs transformers' forward now; None when it runs its own."""
-    return why_patched(module) or leaving()
+    """Why a fast module runs its original's forward now; None when it runs ours."""
+    return why_patched(module) or leaving() or module.why_own_code()
 
 
 def why_patched(module: StandIn, but_forward: bool = True) -> str | None:

@@ -110,10 +110,13 @@ class FastModule(StandIn, MayBeFreed):
         return f"Fast{type(self).__name__}" if self.is_twin() else type(self).__name__
 
     def why_called(self, but_captures: bool = False) -> str | None:
-        """Why who contains this module must call it instead of doing its work: it has hooks, or a method of somebody
-        else's; None when it need not. Hooks by which transformers captures outputs may not count.
+        """Why who contains this module must call it instead of doing its work: it has hooks, a method of somebody
+        else's, or has to run as its original; None when it need not. Hooks by which transformers captures outputs may
+        not count.
         """
-        return "it has hooks" if has_hooks(self, but_captures) else why_patched(self, but_forward=False)
+        if has_hooks(self, but_captures):
+            return "it has hooks"
+        return why_patched(self, but_forward=False) or self.why_own_code()
 
 
 def named(name: str, refusal: str | None) -> str | None:
