@@ -29,6 +29,12 @@ def three(build, dtype=torch.float32):
     return Three(theirs, wavlm_fast.accelerate(ours), in_float64(exact))
 
 
+def assert_nothing_is_slow(model):
+    said = wavlm_fast.report(wavlm_fast.accelerate(model))
+    assert said.slow_modules == {}
+    assert said.rows and all(row.backend != "modules" for row in said.rows), str(said)
+
+
 def in_float64(model):
     """Microsoft's norms and its gelu compute in float32 whatever they are given: here they do not.
 

@@ -10,7 +10,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from held_to_truth import DTYPES, assert_their_gradients, assert_theirs, heard, three
+from held_to_truth import DTYPES, assert_nothing_is_slow, assert_their_gradients, assert_theirs, heard, three
 from houses import FORMS, LAYERS, config, microsoft_model, microsoft_name, plain_model
 from torch import nn
 from wavlm_cases import assert_close_to_truth, assert_same, ragged_mask, tensors
@@ -197,9 +197,7 @@ def test_every_structure(form, changes):
 
 @every_form
 def test_nothing_of_theirs_is_slow(form):
-    said = wavlm_fast.report(wavlm_fast.accelerate(microsoft_model(form)))
-    assert said.slow_modules == {}
-    assert said.rows and all(row.backend != "modules" for row in said.rows), str(said)
+    assert_nothing_is_slow(microsoft_model(form))
 
 
 @both_forms

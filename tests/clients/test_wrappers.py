@@ -33,7 +33,9 @@ def with_low_rank(feed_forward, conf):
     feed_forward.output_dense = LowRank(conf.intermediate_size, conf.hidden_size)
 
 
-class OwnPostNorm(hf.WavLMEncoderLayer):
+class Scaled:
+    """Somebody's own layer, in front of one of transformers'."""
+
     def __init__(self, conf, has_relative_position_bias=True):
         super().__init__(conf, has_relative_position_bias)
         with_low_rank(self.feed_forward, conf)
@@ -44,15 +46,12 @@ class OwnPostNorm(hf.WavLMEncoderLayer):
         return (self.scale * states, *others)
 
 
-class OwnStable(hf.WavLMEncoderLayerStableLayerNorm):
-    def __init__(self, conf, has_relative_position_bias=True):
-        super().__init__(conf, has_relative_position_bias)
-        with_low_rank(self.feed_forward, conf)
-        self.scale = nn.Parameter(torch.tensor(0.8))
+class OwnPostNorm(Scaled, hf.WavLMEncoderLayer):
+    pass
 
-    def forward(self, *arguments, **named):
-        states, *others = super().forward(*arguments, **named)
-        return (self.scale * states, *others)
+
+class OwnStable(Scaled, hf.WavLMEncoderLayerStableLayerNorm):
+    pass
 
 
 class OwnFromParts(nn.Module):

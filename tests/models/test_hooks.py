@@ -58,6 +58,28 @@ def disturbed(value, noise):
     return changed
 
 
+class Disturbed(nn.Module):
+    """Somebody's own module around another, whose output it changes."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return disturbed(self.inner(*args, **kwargs), torch.Generator().manual_seed(2))
+
+
+def disturb(model, path, how):
+    """Have a submodule's output changed: by a module around it ("replaced"), or by its own forward."""
+    module = model.get_submodule(path)
+    if how == "replaced":
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, Disturbed(module))
+    else:
+        inner = module.forward
+        module.forward = lambda *a, **k: disturbed(inner(*a, **k), torch.Generator().manual_seed(2))
+
+
 def differs(a, b):
     other = dict(tensors(b))
     return any(not torch.allclose(v, other[k], rtol=1e-4, atol=1e-4, equal_nan=True) for k, v in tensors(a))
@@ -241,24 +263,10 @@ def test_a_global_hook_sees_every_module():
 )
 @pytest.mark.parametrize("how", ["replaced", "forward"])
 def test_a_replaced_submodule_or_forward_is_called(form, path, how):
-    class Wrapper(nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, *args, **kwargs):
-            return disturbed(self.inner(*args, **kwargs), torch.Generator().manual_seed(2))
-
     plain = plain_model("WavLMModel", small_config(form))
     ours, exact = fast_like(plain), truth_of(plain)
     for model in (plain, ours, exact):
-        module = model.get_submodule(path)
-        if how == "replaced":
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, Wrapper(module))
-        else:
-            inner = module.forward
-            module.forward = lambda *a, inner=inner, **k: disturbed(inner(*a, **k), torch.Generator().manual_seed(2))
+        disturb(model, path, how)
     with torch.no_grad():
         expected, got, truth = plain(waveforms()), ours(waveforms()), exact(waveforms().double())
     assert_close_to_truth(got, expected, truth)

@@ -22,7 +22,7 @@ from microsoft_cases import (
     of_class,
     original,
 )
-from test_hooks import disturbed
+from test_hooks import disturb, disturbed
 from torch import nn
 from wavlm_cases import (
     FORMS,
@@ -318,24 +318,10 @@ def test_hooks_change_the_output_everywhere():
 @pytest.mark.parametrize("path", [LAYER, f"{LAYER}.fc1", f"{LAYER}.self_attn", "encoder.pos_conv", "feature_extractor"])
 @pytest.mark.parametrize("how", ["replaced", "forward"])
 def test_a_replaced_submodule_or_forward_is_called(path, how):
-    class Wrapper(nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, *args, **kwargs):
-            return disturbed(self.inner(*args, **kwargs), torch.Generator().manual_seed(2))
-
     plain = original()
     ours, exact = fast(plain), truth_of(plain)
     for model in (plain, ours, exact):
-        module = model.get_submodule(path)
-        parent, _, child = path.rpartition(".")
-        if how == "replaced":
-            setattr(model.get_submodule(parent), child, Wrapper(module))
-        else:
-            inner = module.forward
-            module.forward = lambda *a, inner=inner, **k: disturbed(inner(*a, **k), torch.Generator().manual_seed(2))
+        disturb(model, path, how)
     x = waveforms()
     assert_tensor_close(path, output(ours, x), output(plain, x), output(exact, x.double()))
 
