@@ -82,7 +82,7 @@ WAVLM_FAST_INLINE Floats maximum(Floats a, Floats b) {
 }
 
 // Two bfloat16 in each lane, where the level multiplies such pairs: sum + a's first times b's first + a's second times
-// b's second. Sums round as the CPU likes, on ARM to odd with denormals taken for zero, as on none that is of IEEE.
+// b's second. Both kinds of processor take denormals for zero, and ARM's rounds these sums to odd.
 #if defined(__AVX512BF16__)
 #define WAVLM_FAST_HAS_PAIRS 1
 WAVLM_FAST_INLINE Floats add_pairs(Floats sum, Floats a, Floats b) {
