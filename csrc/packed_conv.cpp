@@ -90,14 +90,14 @@ int64_t packed_size(int64_t channels, int64_t taps, int64_t C, bool filtered) {
 
 namespace {
 
-// [channels, taps, C] of any strides, channels after channels: the rows of a matrix of taps * C columns.
+// [channels, taps, C], contiguous, channels after channels: the rows of a matrix of taps * C columns.
 template <class T>
 struct Rows {
   std::vector<const T*> first;  // number of each row
-  int64_t taps, C, tap_step, step;
+  int64_t taps, C, tap_step;
 
   explicit Rows(const std::vector<Tensor>& weights)
-      : taps(weights[0].size(1)), C(weights[0].size(2)), tap_step(weights[0].stride(1)), step(weights[0].stride(2)) {
+      : taps(weights[0].size(1)), C(weights[0].size(2)), tap_step(weights[0].size(2)) {
     for (const Tensor& weight : weights) {
       const T* at = data<T>(weight);
       const int64_t channels = weight.size(0), row_step = weight.stride(0);
@@ -106,25 +106,19 @@ struct Rows {
   }
 };
 
-// Groups of columns one after the other: of each the terms, of each term `depth` numbers of every channel.
+// Groups of columns one after the other: of each the terms, of each term `depth` numbers of every channel, one word.
 template <class T>
 void pack_rows(const Rows<T>& rows, int64_t padded, int64_t depth, T* packed) {
-  constexpr int64_t kRun = 16;  // terms of a channel at a time: a line of them
   const int64_t terms = rows.taps * rows.C, columns = packed_conv().columns, channels = rows.first.size();
   parallel_for(0, divided_up(padded, columns), 1, [&](int64_t begin, int64_t end) {
+    std::vector<const void*> from(columns);
     for (int64_t group = begin; group < end; ++group) {
       const int64_t first = group * columns, width = std::min(columns, padded - first);
+      const int64_t count = std::min(width, channels - first);
       for (int64_t tap = 0; tap < rows.taps; ++tap) {
-        for (int64_t c0 = 0; c0 < rows.C; c0 += kRun) {
-          for (int64_t i = 0; i < width; ++i) {
-            const T* from = first + i < channels ? rows.first[first + i] + tap * rows.tap_step : nullptr;
-            for (int64_t c = c0; c < std::min(c0 + kRun, rows.C); ++c) {
-              const int64_t term = tap * rows.C + c;
-              T* to = packed + first * terms + (term / depth * width + i) * depth + term % depth;
-              *to = from ? from[c * rows.step] : T{};
-            }
-          }
-        }
+        for (int64_t i = 0; i < count; ++i) from[i] = rows.first[first + i] + tap * rows.tap_step;
+        T* to = packed + first * terms + tap * rows.C * width;
+        packed_conv().pack(from.data(), count, rows.C / depth, width, to);
       }
     }
   });
@@ -154,13 +148,7 @@ Tensor pack_conv(std::vector<Tensor> weights, bool filtered) {
     if (filtered) weight = filter_taps(weight);
     if (!pairs && dtype_of(weight) != kFloat) weight = contiguous_of(weight, kFloat);
   }
-  // Rows have one step for all: where one weight is a transposed view beside others, it is copied first.
-  for (Tensor& weight : weights) {
-    if (weight.stride(1) != weights[0].stride(1) || weight.stride(2) != weights[0].stride(2)) {
-      for (Tensor& each : weights) each = contiguous_of(each);
-      break;
-    }
-  }
+  for (Tensor& weight : weights) weight = contiguous_of(weight);
   const int64_t padded = divided_up(channels, kernels.lanes) * kernels.lanes;
   if (pairs) {
     pack_rows(Rows<bf16>(weights), padded, 2, mutable_data<bf16>(packed));

@@ -40,6 +40,10 @@ struct PackedConvVariants {
   PackedConvForward<In, Out>* filtered;
 };
 
+// Words (a float, or a pair of bfloat16) from each of `columns` rows, `words` of them, -> [words][width], zeros in the
+// columns without a row.
+using PackWords = void(const void* const* rows, std::int64_t columns, std::int64_t words, std::int64_t width, void* to);
+
 struct PackedConvKernels {
   std::int64_t columns;        // of a group
   std::int64_t lanes;          // what the width of the last group is rounded up to
@@ -51,6 +55,7 @@ struct PackedConvKernels {
   PackedConvVariants<float, float> of_float;
   PackedConvVariants<float, bf16> to_bf16;
   PackedConvVariants<bf16, bf16> of_bf16;  // null where bfloat16 has no products of its own
+  PackWords* pack;
 };
 
 }  // namespace wavlm_fast

@@ -6,6 +6,7 @@
 
 #include "activation.h"
 #include "tile.h"
+#include "transpose.h"
 #include "vec.h"
 
 namespace wavlm_fast {
@@ -254,6 +255,22 @@ std::size_t scratch_size(std::int64_t C, bool is_filtered) {
   return 4 * kTriples * rounded_up(C, kLanes) + (kSumRows + 2 * kTriples) * kColumns;
 }
 
+// In squares of kLanes x kLanes, turned in registers: a weight that learns is packed at every step.
+void pack(const void* const* rows, std::int64_t columns, std::int64_t words, std::int64_t width, void* to) {
+  const auto place = [&](std::int64_t k, std::int64_t i) { return static_cast<float*>(to) + k * width + i; };
+  for (std::int64_t k = 0; k < words; k += kLanes) {
+    const std::int64_t count = least(kLanes, words - k);
+    for (std::int64_t i = 0; i < width; i += kLanes) {
+      Floats square[kLanes] = {};
+      for (std::int64_t r = 0; r < least(kLanes, columns - i); ++r) {
+        std::memcpy(&square[r], static_cast<const char*>(rows[i + r]) + k * sizeof(float), count * sizeof(float));
+      }
+      transpose(square);
+      for (std::int64_t n = 0; n < count; ++n) store(place(k + n, i), square[n]);
+    }
+  }
+}
+
 template <class In, class Out>
 constexpr PackedConvVariants<In, Out> variants() {
   if constexpr (ElementOf<In>::Type::kDepth * sizeof(In) != sizeof(Word)) {
@@ -274,7 +291,8 @@ const PackedConvKernels& packed_conv_kernels() {
                                                 scratch_size,
                                                 variants<float, float>(),
                                                 variants<float, bf16>(),
-                                                variants<bf16, bf16>()};
+                                                variants<bf16, bf16>(),
+                                                pack};
   return kernels;
 }
 
