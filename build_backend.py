@@ -31,7 +31,7 @@ bool cpu() { return __builtin_cpu_supports("avx512bf16"); }
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #include <arm_neon.h>
 #include <sys/auxv.h>
-float32x4_t cpu(float32x4_t x, bfloat16x8_t y) { return getauxval(AT_HWCAP2) & HWCAP2_BF16 ? vbfdotq_f32(x, y, y) : x; }
+float32x4_t cpu(float32x4_t x, bfloat16x8_t y) { return getauxval(AT_HWCAP2) & 1 << 14 ? vbfdotq_f32(x, y, y) : x; }
 #endif
 """
 

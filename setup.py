@@ -52,9 +52,9 @@ X86_LEVELS = {
     "avx512": AVX512_FLAGS,
     "avx512_bf16": (*AVX512_FLAGS, "-mavx512bf16"),
 }
-# NEON is in every such processor. How macOS tells of bfloat16 is not asked: its build has the first level alone.
+# NEON is in every such processor. macOS, which calls it arm64, is not asked for bfloat16 and has the first level alone.
 ARM_LEVELS = {"default": (), "neon_bf16": ("-march=armv8.2-a+bf16",)}
-LEVELS = {"x86_64": X86_LEVELS, "amd64": X86_LEVELS, "aarch64": ARM_LEVELS, "arm64": ARM_LEVELS}
+LEVELS = {"x86_64": X86_LEVELS, "amd64": X86_LEVELS, "aarch64": ARM_LEVELS}
 COMPILE_FLAGS = ("-O3", "-g0", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 # One file runs under TORCH_FLOOR and every newer torch: what the stable interface got later is not declared.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*TORCH_FLOOR)

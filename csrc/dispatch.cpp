@@ -33,7 +33,7 @@ bool cpu_has(Isa level) {
     WAVLM_FAST_IF_AVX512_BF16(case Isa::avx512_bf16:
       return cpu_has(Isa::avx512) && __builtin_cpu_supports("avx512bf16");)
     WAVLM_FAST_IF_NEON_BF16(case Isa::neon_bf16:
-      return getauxval(AT_HWCAP2) & HWCAP2_BF16;)
+      return getauxval(AT_HWCAP2) & 1 << 14;)  // HWCAP2_BF16, which the C library of wheels does not name
     default:
       return false;
   }

@@ -138,7 +138,8 @@ void attend(const GatedAttention<T>& call, const Utterance& of, std::int64_t h, 
   const float* bias = bias_of(call, h) + block.first - tile.first;
   Floats top[N], total[N] = {};
   Softmax softmax[N];
-  alignas(64) float fade[N * kLanes + kRows] = {};  // of whole tiles of rows: the last may be past the block
+  alignas(64) float fade[N * kLanes + kRows];
+  if constexpr (N * kLanes % kRows != 0) store(fade + N * kLanes, Floats{});  // the last tile of rows is half a block's
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n) top[n] = load(block.top + n * kLanes);
   const Keys keys = {tile.keys, sizes.words, tile.count, divided_up(call.D, Element::kDepth)};
