@@ -13,7 +13,7 @@ import torch
 from wavlm_fast.backends import cpu, triton
 
 CASES = Path(__file__).with_name("add_layer_norm_cases.py")
-LEVELS = ("default", "avx2", "avx512", "avx512_bf16")
+LEVELS = ("default", "avx2", "avx512", "avx512_bf16", "neon_bf16")
 needs_extension = pytest.mark.skipif(cpu.extension.problem() is not None, reason=str(cpu.extension.problem()))
 
 

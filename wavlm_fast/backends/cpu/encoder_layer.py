@@ -49,7 +49,7 @@ def why_not(
     if packed_conv.in_onednn(x):
         return "bfloat16 products run in oneDNN here, one by one"
     if not all(map(packed_conv.multiplies, weights)):
-        return "the C++ encoder_layer takes bfloat16 of even width where the CPU multiplies pairs of it (AVX-512 BF16)"
+        return "the C++ encoder_layer takes bfloat16 of even width where the CPU multiplies pairs (AVX-512 or ARM BF16)"
     return None
 
 

@@ -25,6 +25,7 @@ logger = logging.getLogger("wavlm_fast")
 # The path of another extension to load instead of the installed one, as is: for builds with sanitizers and the like.
 ENVIRONMENT_VARIABLE = "WAVLM_FAST_EXTENSION"
 DTYPES = (torch.float32, torch.bfloat16)  # of frames
+PAIRS = ("avx512_bf16", "neon_bf16")  # levels that multiply pairs of bfloat16
 RESIZED = "Tensor? offsets=None, Tensor? out_offsets=None, int? out_frames=None"  # as in ops/_packed.py
 _FOLDER = Path(__file__).parents[2]
 _OLDEST_TORCH = (2, 10)  # with the stable interface that the extension is written to

@@ -95,7 +95,7 @@ def can_filter(taps: int, stride: int) -> bool:
 
 def multiplies(x: Tensor) -> bool:
     """Whether the kernels multiply frames `[..., C]` in their own dtype: bfloat16 in pairs, where the CPU does that."""
-    return x.dtype == torch.float32 or (extension.isa() == "avx512_bf16" and x.shape[-1] % 2 == 0)
+    return x.dtype == torch.float32 or (extension.isa() in extension.PAIRS and x.shape[-1] % 2 == 0)
 
 
 def in_onednn(x: Tensor) -> bool:
