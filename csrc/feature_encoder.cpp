@@ -19,9 +19,13 @@
 namespace wavlm_fast {
 namespace {
 
-// Frames of the last layer in a piece: of the second layer, 64 times as many numbers per frame. Shorter utterances share
-// one.
-constexpr int64_t kPiece = 64;
+// Frames of the last layer in a piece for so many threads: of the second layer, 64 times as many numbers per frame.
+// Shorter utterances share one. Threads wait for each other after each layer of a piece, and the more there are, the less
+// each has to do till then; with them grows the last cache.
+constexpr int64_t kPiece = 64, kThreads = 8, kMostPieces = 8;
+
+int64_t piece() { return kPiece * std::clamp<int64_t>(num_threads() / kThreads, 1, kMostPieces); }
+
 // Tasks per thread, so that threads end together.
 constexpr int64_t kTasksPerThread = 6;
 
@@ -72,7 +76,7 @@ struct Utterance {
 template <class T>
 bool plan(const std::vector<Layer<T>>& layers, Utterance<T>& utterance) {
   auto& kept = utterance.kept;
-  kept.back().end = std::min(kept.back().done + kPiece, utterance.frames);
+  kept.back().end = std::min(kept.back().done + piece(), utterance.frames);
   for (size_t l = layers.size() - 1; l-- > 1;) kept[l].end = layers[l + 1].needs(kept[l + 1].end);
   return kept.back().end == utterance.frames;
 }
@@ -170,9 +174,10 @@ void advance(const std::vector<Layer<T>>& layers, size_t l, std::vector<Utteranc
   }
 }
 
-// Places for the frames of every layer but the first, whose are never kept, and the last, whose are the output.
+// Places for the frames of every layer but the first, whose are never kept, and the last, whose are the output; in
+// memory that lives as long as what is returned.
 template <class T>
-void allot(const std::vector<Layer<T>>& layers, std::vector<Utterance<T>>& group) {
+Memory allot(const std::vector<Layer<T>>& layers, std::vector<Utterance<T>>& group) {
   std::vector<std::pair<T**, int64_t>> places;
   int64_t total = 0;
   for (auto& u : group) {
@@ -182,14 +187,15 @@ void allot(const std::vector<Layer<T>>& layers, std::vector<Utterance<T>>& group
       total += divided_up(u.kept[l].end * layers[l].conv.channels, 64) * 64;
     }
   }
-  T* memory = static_cast<T*>(scratch<Scratch::call>(total * sizeof(T)));
-  for (const auto& [frames, at] : places) *frames = memory + at;
+  Memory memory(Scratch::call, total * sizeof(T));
+  for (const auto& [frames, at] : places) *frames = memory.as<T>() + at;
+  return memory;
 }
 
 // One utterance piece by piece, or several that are no longer than a piece.
 template <class T>
 void encode(const std::vector<Layer<T>>& layers, std::vector<Utterance<T>>& group) {
-  allot(layers, group);
+  const Memory kept = allot(layers, group);
   for (bool last = false; !last;) {
     for (auto& u : group) last = plan(layers, u);
     first_two(layers, group);
@@ -275,7 +281,7 @@ Tensor run(const Arguments& a) {
   int64_t together = 0;
   for (int64_t b = 0; b < utterances.count(); ++b) {
     const int64_t frames = utterances.out_frames(b);
-    if (!group.empty() && together + frames > kPiece) {
+    if (!group.empty() && together + frames > piece()) {
       encode(layers, group);
       group.clear();
       together = 0;
