@@ -17,8 +17,9 @@ WAVLM_FAST_DISPATCH(WaveformConvKernels, waveform_conv_kernels)
 
 namespace {
 
-// Windows are summed in parts of this many, whatever the number of threads: the result does not depend on it.
-constexpr int64_t kPart = 512;
+// Windows are summed in so many parts at most, and of so many windows at least, whatever the number of threads: the result
+// does not depend on it.
+constexpr int64_t kMostParts = 64, kLeastWindows = 512;
 // Their products take the square of the taps, for each part.
 constexpr int64_t kMostTaps = 128;
 
@@ -26,14 +27,15 @@ constexpr int64_t kMostTaps = 128;
 
 WindowStatistics::WindowStatistics(const float* utterance, int64_t windows, int64_t stride, int64_t K)
     : mean_(K), covariance_(K * K) {
-  const int64_t parts = divided_up(windows, kPart), size = K + K * K;
+  const int64_t own = std::max(kLeastWindows, divided_up(windows, kMostParts));
+  const int64_t parts = divided_up(windows, own), size = K + K * K;
   std::vector<double> partial(parts * size);
   const auto add_windows = waveform_conv_kernels().add_windows;
   parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       double* sums = partial.data() + part * size;
-      const int64_t first = part * kPart;
-      add_windows(utterance + first * stride, std::min(kPart, windows - first), stride, K, sums, sums + K);
+      const int64_t first = part * own;
+      add_windows(utterance + first * stride, std::min(own, windows - first), stride, K, sums, sums + K);
     }
   });
   for (int64_t part = 0; part < parts; ++part) {

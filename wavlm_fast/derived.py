@@ -91,11 +91,11 @@ def _remembered(
 ) -> Any:
     key = (kind, *map(id, sources))
     state = [_state(s) for s in sources]
+    if not keep and ((entry := _store.get(key)) is None or entry.value is None or entry.state != state):
+        return build()
     with _lock:
         entry = _store.get(key)
         known = entry is not None and entry.state == state
-        if not known and not keep:
-            return build()
         if not known or entry.value is None:
             # A value built in inference mode could not take part in training later.
             with torch.inference_mode(False), torch.no_grad():
