@@ -26,7 +26,7 @@ constexpr int64_t kPiece = 64;
 // Pieces that go through the layers together. Threads wait for each other after each layer, and the more there are, the
 // less each has to do till then; with them grows the last cache.
 int64_t pieces() {
-  constexpr int64_t kThreads = 8, kMost = 8;
+  constexpr int64_t kThreads = 4, kMost = 4;
   return std::clamp<int64_t>(num_threads() / kThreads, 1, kMost);
 }
 

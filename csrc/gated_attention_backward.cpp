@@ -85,8 +85,9 @@ void run(const GatedAttentionBackward<T>& call, const std::vector<Utterance>& ut
     }
   }
   const int64_t n_scratch = kernels.scratch_size(call.longest, call.D);
-  const Tensor all = fresh(drel_bias, {of_bias.total + of_sums.total}, kFloat);
-  float *bias_sums = mutable_data<float>(all), *sums = bias_sums + of_bias.total;
+  const int64_t of_bias_lines = divided_up(of_bias.total, 16) * 16;
+  const Memory all(Scratch::call, (of_bias_lines + of_sums.total) * sizeof(float));
+  float *bias_sums = all.as<float>(), *sums = bias_sums + of_bias_lines;
   const auto of_task = [&](int64_t i, float* memory) {
     const AttentionTask task = tasks[i];
     const int64_t u = task.utterance, h = task.h, first = task.part;

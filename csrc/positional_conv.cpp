@@ -299,12 +299,10 @@ std::tuple<Tensor, Tensor> positional_conv_backward(const Tensor& grad, const st
       call.residual = data<T>(residual_);
       call.out = mutable_data<T>(dx);
       // More threads than groups share the spectra; each of a few makes them where it will read them.
-      std::optional<Tensor> spectra;
-      if (num_threads() > groups(weight)) {
-        spectra = fresh(weight, {groups(weight) * filters_size(weight)}, kFloat);
-        transform_filters(call, mutable_data<float>(*spectra));
-      }
-      convolve(call, rows.size(), data<float>(spectra));
+      if (num_threads() <= groups(weight)) return convolve(call, rows.size(), nullptr);
+      const Memory spectra(Scratch::call, groups(weight) * filters_size(weight) * sizeof(float));
+      transform_filters(call, spectra.as<float>());
+      convolve(call, rows.size(), spectra.as<float>());
     }
   });
   return {dx, dweight};
