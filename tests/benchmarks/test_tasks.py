@@ -23,7 +23,7 @@ _SMALL = {
 }
 _LAYER_NORM = {"feat_extract_norm": "layer", "do_stable_layer_norm": True}
 # Ops of these whose sums are not torch's, and the loops of a call at most: threads wait for each other after each.
-_OURS = {"gated_attention": 4, "positional_conv": 6, "feature_encoder": 24, "waveform_conv": 24}
+_OURS = {"gated_attention": 4, "positional_conv": 6, "feature_encoder": 32, "waveform_conv": 24}
 
 
 def _ran(call):
