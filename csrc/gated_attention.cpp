@@ -123,7 +123,7 @@ template <class T>
 void run(const GatedAttention<T>& call, const std::vector<Utterance>& utterances, GatedAttentionForward<T>* kernel,
          const GatedAttentionKernels& kernels) {
   // As many query blocks per task as share a copied tile of keys well, fewer when threads would go without work.
-  const auto parts_of = [&](const Utterance&, int64_t blocks, int64_t parts) {
+  const auto parts_of = [&](int64_t blocks, int64_t parts) {
     return divided_up(blocks, divided_up(blocks, std::max(parts, divided_up(blocks, kernels.most_blocks))));
   };
   const int64_t threads = num_threads();

@@ -74,8 +74,8 @@ struct GatedAttentionBackward : AttentionInputs<T> {
   float* dgate;  // [B, H, frames]
 };
 
-// The queries of an utterance and head in parts, whose number depends on T alone: sums over queries are sums of the parts'
-// sums, in their order, whoever computes which of them.
+// The blocks of an utterance and head in parts, whose number depends on theirs alone: sums over queries are sums of the
+// parts' sums, in their order, whoever computes which of them.
 //
 // Computes parts first .. end - 1: dq and dgate of their queries, into `sums` what they add to those of the keys, all
 // together, and into `dbias` what each adds to that of the bias, one behind the other. dbias[x] is of the bias at
@@ -92,7 +92,7 @@ using GatedAttentionBackwardKeys = void(const GatedAttentionBackward<T>& call, c
 
 struct GatedAttentionBackwardKernels {
   std::int64_t queries;
-  std::int64_t (*parts)(std::int64_t T);
+  std::int64_t (*parts)(std::int64_t blocks);
   // Floats of 64-byte aligned memory for an utterance of T frames: scratch, and the sums of keys.
   std::size_t (*scratch_size)(std::int64_t T, std::int64_t D);
   std::size_t (*sums_size)(std::int64_t T, std::int64_t D);

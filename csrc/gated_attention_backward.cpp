@@ -20,8 +20,6 @@ namespace {
 // number of threads has no say in what is added to what, which would change the sums.
 constexpr int64_t wanted_tasks(int64_t threads) { return threads + threads / 2; }
 constexpr int64_t kKeys = 64;  // of a task that adds up what parts found for them
-// A thread keeps no more than that from call to call.
-constexpr int64_t kMostKept = 1 << 22;
 
 // Where the sums of the parts of each utterance are, all in one piece of memory.
 struct Sums {
@@ -63,9 +61,8 @@ template <class T>
 void run(const GatedAttentionBackward<T>& call, const std::vector<Utterance>& utterances, const Tensor& drel_bias,
          GatedAttentionBackwardParts<T>* of_parts, GatedAttentionBackwardKeys<T>* of_keys,
          const GatedAttentionBackwardKernels& kernels) {
-  const AttentionTasks tasks(
-      utterances, call.H, kernels.queries, wanted_tasks(num_threads()),
-      [&](const Utterance& of, int64_t, int64_t wanted) { return wanted > 1 ? kernels.parts(of.T) : 1; });
+  const AttentionTasks tasks(utterances, call.H, kernels.queries, wanted_tasks(num_threads()),
+                             [&](int64_t blocks, int64_t wanted) { return wanted > 1 ? kernels.parts(blocks) : 1; });
   // What one task computes needs no place for sums of keys: the thread has one.
   const auto whole = [&](int64_t u) { return tasks.parts(u) == 1; };
   Sums of_bias, of_sums;
@@ -76,7 +73,7 @@ void run(const GatedAttentionBackward<T>& call, const std::vector<Utterance>& ut
   int64_t n_whole = 0;
   for (int64_t u = 0; u < tasks.utterances(); ++u) {
     const int64_t T_ = utterances[u].T, size = kernels.sums_size(T_, call.D);
-    of_bias.add(call.H, kernels.parts(T_), 2 * T_ - 1 + 2 * kernels.queries);
+    of_bias.add(call.H, kernels.parts(divided_up(T_, kernels.queries)), 2 * T_ - 1 + 2 * kernels.queries);
     of_sums.add(call.H, tasks.parts(u), whole(u) ? 0 : size);
     if (whole(u)) n_whole = std::max(n_whole, size);
     for (int64_t at = 0; !whole(u) && at < call.H * T_;) {
@@ -96,7 +93,7 @@ void run(const GatedAttentionBackward<T>& call, const std::vector<Utterance>& ut
     of_parts(call, utterances[u], h, first, whole(u) ? of_bias.parts[u] : first + 1, own, bias, memory);
     if (whole(u)) of_keys(call, utterances[u], h, 0, utterances[u].T, own, 1);
   };
-  for_each_task(tasks.count(), n_scratch + n_whole, of_task, kMostKept);
+  for_each_task(tasks.count(), n_scratch + n_whole, of_task);
   parallel_for(0, in_parts.size(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const auto [u, h, first] = in_parts[i];

@@ -18,6 +18,8 @@ namespace {
 // their sums have to be kept apart where not one thread computes them all.
 constexpr int kMostSingle = 12, kMostParts = 8;
 
+std::int64_t parts_of(std::int64_t blocks) { return blocks <= kMostSingle ? blocks : kMostParts; }
+
 constexpr int kKeys = 64;  // of a tile: what is computed of it is used again while the first cache has it
 
 // Sizes in floats, each in whole vectors.
@@ -36,9 +38,9 @@ struct Sizes {
     return keys * (2 * channels + 2 * kQueries) + 5 * square() + slots * kLanes * (kLanes + 1) + 4 * kQueries +
            (single() ? 0 : sums());
   }
-  bool single() const { return blocks() <= kMostSingle; }
   std::int64_t blocks() const { return divided_up(T, kQueries); }
-  std::int64_t parts() const { return single() ? blocks() : kMostParts; }
+  std::int64_t parts() const { return parts_of(blocks()); }
+  bool single() const { return parts() == blocks(); }
 };
 
 // What a task works in.
@@ -351,10 +353,10 @@ void parts(const GatedAttentionBackward<T>& call, const Utterance& of, std::int6
     for (std::int64_t i = begin; i < behind; ++i) {
       add_block(call, of, h, i, keys, sizes, work, i > begin || (p > first && own == sums), own, dbias);
     }
-    for (float* half = sums; own != sums && half < sums + sizes.sums(); half += of.T * sizes.channels) {
-      const float* from = own + (half - sums);
-      for (std::int64_t n = 0; n < keys * sizes.channels; n += kLanes) {
-        store(half + n, load(half + n) + load(from + n));
+    if (own == sums) continue;
+    for (std::int64_t at = 0; at < sizes.sums(); at += of.T * sizes.channels) {  // of dk, of dv
+      for (std::int64_t n = at; n < at + keys * sizes.channels; n += kLanes) {
+        store(sums + n, load(sums + n) + load(own + n));
       }
     }
   }
@@ -378,8 +380,6 @@ void keys(const GatedAttentionBackward<T>& call, const Utterance& of, std::int64
     sums += size;
   }
 }
-
-std::int64_t parts_of(std::int64_t T) { return Sizes(T, 1).parts(); }
 
 std::size_t scratch_size(std::int64_t T, std::int64_t D) { return Sizes(T, D).scratch(); }
 

@@ -65,8 +65,7 @@ struct AttentionTask {
 // first, and threads take tasks as they finish: in the end all of them have short ones.
 class AttentionTasks {
  public:
-  // `wanted` tasks, or more; parts_of(utterance, blocks, parts) says in how many parts its blocks are cut instead of
-  // `parts`.
+  // `wanted` tasks, or more; parts_of(blocks, parts) says in how many parts so many blocks are cut instead of `parts`.
   template <class PartsOf>
   AttentionTasks(const std::vector<Utterance>& utterances, int64_t H, int64_t queries, int64_t wanted,
                  const PartsOf& parts_of) {
@@ -75,7 +74,7 @@ class AttentionTasks {
     for (const Utterance& of : utterances) {
       const int64_t blocks = divided_up(of.T, queries);
       if (blocks == 0 || H == 0) break;
-      const int64_t parts = parts_of(of, blocks, divided_up(wanted * squared(blocks), H * cost));
+      const int64_t parts = parts_of(blocks, divided_up(wanted * squared(blocks), H * cost));
       shares_.push_back({blocks, parts, count_});
       count_ += H * parts;
     }

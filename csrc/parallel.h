@@ -35,17 +35,16 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
   if (thrown) std::rethrow_exception(thrown);
 }
 
-// body(task, memory) for all tasks, which threads take as they finish. Each thread has that much memory of its own, and
-// keeps it for the next call where that is not more than `most_kept` bytes.
+// body(task, memory) for all tasks, which threads take as they finish. Each thread has that much memory of its own.
 template <class Body>
-void for_each_task(int64_t tasks, std::size_t floats, const Body& body, std::size_t most_kept = kMostOfTask) {
+void for_each_task(int64_t tasks, std::size_t floats, const Body& body) {
   if (TaskLog* const log = task_log()) {
-    const Memory memory(Scratch::task, floats * sizeof(float), most_kept);
+    const Memory memory(Scratch::task, floats * sizeof(float));
     return log->tasks(tasks, [&](int64_t task) { body(task, memory.as<float>()); });
   }
   std::atomic<int64_t> next{0};
   parallel_for(0, std::min(tasks, num_threads()), 1, [&](int64_t, int64_t) {
-    const Memory memory(Scratch::task, floats * sizeof(float), most_kept);
+    const Memory memory(Scratch::task, floats * sizeof(float));
     for (int64_t task = next++; task < tasks; task = next++) body(task, memory.as<float>());
   });
 }

@@ -86,8 +86,8 @@ Buffer& buffer_of_thread(Scratch use) {
   return claim.place->buffers[static_cast<int>(use)];
 }
 
-Memory::Memory(Scratch use, std::size_t bytes, std::size_t most_kept) {
-  if (bytes <= most_kept) {
+Memory::Memory(Scratch use, std::size_t bytes) {
+  if (bytes <= (use == Scratch::task ? kMostOfTask : kMostOfCall)) {
     Buffer& buffer = buffer_of_thread(use);
     if (buffer.take()) {
       try {

@@ -60,8 +60,7 @@ Buffer& buffer_of_thread(Scratch use);
 // memory that goes with the object where that would be too much to keep, or is in use.
 class Memory {
  public:
-  Memory(Scratch use, std::size_t bytes, std::size_t most_kept);
-  Memory(Scratch use, std::size_t bytes) : Memory(use, bytes, use == Scratch::task ? kMostOfTask : kMostOfCall) {}
+  Memory(Scratch use, std::size_t bytes);
   ~Memory() {
     if (kept_) kept_->leave();
   }

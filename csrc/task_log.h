@@ -1,6 +1,6 @@
 // What a call is cut into for a number of threads that this machine need not have. While a thread keeps a log its loops
 // run on it alone, task by task, and each task's time is taken: what so many threads would take follows from that
-// (benchmarks/run/tasks.py).
+// (benchmarks/ops/tasks.py).
 #pragma once
 
 #include <cstdint>
