@@ -39,8 +39,9 @@ void run_forward(AddLayerNormForward<T>* kernel, const Tensor& x, const Tensor& 
   T *to_sum = sum.numel() ? mutable_data<T>(sum) : nullptr, *to = mutable_data<T>(normed);
   parallel_for(0, rows, std::max<int64_t>(1, kGrain / C), [&](int64_t begin, int64_t end) {
     const int64_t at = begin * C;
-    float* row = static_cast<float*>(scratch<Scratch::task>(C * sizeof(float)));
-    kernel(from + at, other + at, gain, offset, eps, end - begin, C, row, to_sum ? to_sum + at : nullptr, to + at);
+    const Memory row(Scratch::task, C * sizeof(float));
+    kernel(from + at, other + at, gain, offset, eps, end - begin, C, row.as<float>(), to_sum ? to_sum + at : nullptr,
+           to + at);
   });
 }
 

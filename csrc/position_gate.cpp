@@ -64,16 +64,14 @@ void for_blocks(const Tensor& x, const Parameters& parameters, int64_t first, in
   }
 }
 
-float* work_for(int64_t H) { return static_cast<float*>(scratch<Scratch::task>(gate_scratch(H) * sizeof(float))); }
-
 template <class T>
 void run_forward(PositionGateForward<T>* kernel, const Tensor& x, const Parameters& parameters, const Tensor& out) {
   const int64_t T_ = x.size(1), H = parameters.scale.size(0);
   float* to = mutable_data<float>(out);
   parallel_for(0, x.size(0) * T_, kGateFrames, [&](int64_t first, int64_t last) {
-    float* work = work_for(H);
+    const Memory work(Scratch::task, gate_scratch(H) * sizeof(float));
     for_blocks<T>(x, parameters, first, last, [&](const GateFrames<T>& frames, int64_t b, int64_t t) {
-      kernel(frames, work, to + b * H * T_ + t, T_);
+      kernel(frames, work.as<float>(), to + b * H * T_ + t, T_);
     });
   });
 }
@@ -86,12 +84,12 @@ void run_backward(PositionGateBackward<T>* kernel, const Tensor& grad, const Ten
   const float* from = data<float>(grad);
   T* to = mutable_data<T>(dx);
   parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    float* work = work_for(H);
+    const Memory work(Scratch::task, gate_scratch(H) * sizeof(float));
     for (int64_t part = begin; part < end; ++part) {
       float* sums = partials.data() + part * size;
       const int64_t first = rows * part / parts, last = rows * (part + 1) / parts;
       for_blocks<T>(x, parameters, first, last, [&](const GateFrames<T>& frames, int64_t b, int64_t t) {
-        kernel(frames, work, from + b * H * T_ + t, T_, to + (b * T_ + t) * C, sums);
+        kernel(frames, work.as<float>(), from + b * H * T_ + t, T_, to + (b * T_ + t) * C, sums);
       });
     }
   });
