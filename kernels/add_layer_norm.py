@@ -103,11 +103,11 @@ def row_configs(C: int, target: str) -> tuple[Config, ...]:
 
 def add_layer_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, keep_sum: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The op `add_layer_norm`: two tensors `[..., C]` in the dtype of `x`, the first empty without `keep_sum`."""
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The op `add_layer_norm`: two tensors `[..., C]` in the dtype of `x`, or None and one without `keep_sum`."""
     x, residual, weight, bias = (t.contiguous() for t in (x, residual, weight, bias))
     C = x.shape[-1]
-    total, normed = torch.empty_like(x) if keep_sum else x.new_empty(0), torch.empty_like(x)
+    total, normed = torch.empty_like(x) if keep_sum else None, torch.empty_like(x)
     if not x.numel():
         return total, normed
     rows = x.numel() // C
