@@ -4,6 +4,8 @@ A program holds whole rows in registers, so a row is read once and its statistic
 once. Several rows share what is read of weight and bias. Arithmetic is fp32 whatever the inputs are.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -49,8 +51,7 @@ def _add_layer_norm_bwd_kernel(
     sum_ptr,
     weight_ptr,
     dx_ptr,
-    dweight_ptr,  # [programs, C] fp32
-    dbias_ptr,  # [programs, C] fp32
+    parts_ptr,  # of weight and bias, [2, programs, C] fp32, or None
     rows,
     rows_per_program,
     C,
@@ -71,14 +72,16 @@ def _add_layer_norm_bwd_kernel(
         rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / C + eps)
         hat = centred * rstd
         grad = tl.load(grad_normed_ptr + row + channel, mask=inside, other=0.0).to(tl.float32)
-        dweight += grad * hat
-        dbias += grad
+        if parts_ptr is not None:
+            dweight += grad * hat
+            dbias += grad
         g = grad * weight
         dx = rstd * (g - tl.sum(g, axis=0) / C - hat * (tl.sum(g * hat, axis=0) / C))
         dx += tl.load(grad_sum_ptr + row + channel, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx_ptr + row + channel, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-    tl.store(dweight_ptr + program * C + channel, dweight, mask=inside)
-    tl.store(dbias_ptr + program * C + channel, dbias, mask=inside)
+    if parts_ptr is not None:
+        tl.store(parts_ptr + program * C + channel, dweight, mask=inside)
+        tl.store(parts_ptr + (tl.num_programs(0) + program) * C + channel, dbias, mask=inside)
 
 
 @tunable
@@ -122,24 +125,30 @@ def add_layer_norm(
 
 
 def add_layer_norm_backward(
-    grad_sum: torch.Tensor, grad_normed: torch.Tensor, total: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The op `add_layer_norm_backward`: gradients of `x` `[..., C]`, of weight and of bias `[C]`."""
+    grad_sum: torch.Tensor,
+    grad_normed: torch.Tensor,
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    wanted: Sequence[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """The op `add_layer_norm_backward`: gradients of `x` `[..., C]`, of weight and of bias `[C]`, those wanted."""
     grad_sum, grad_normed, total, weight = (t.contiguous() for t in (grad_sum, grad_normed, total, weight))
     C = total.shape[-1]
     rows = total.numel() // C
     dx = torch.empty_like(total)
     if rows == 0:
-        return dx, torch.zeros_like(weight), torch.zeros_like(weight)
+        return tuple(torch.zeros_like(t) if w else None for t, w in zip((total, weight, weight), wanted, strict=True))
     rows_per_program = triton.cdiv(rows, PARTS)
     programs = triton.cdiv(rows, rows_per_program)
-    parts = torch.empty(2, programs, C, dtype=torch.float32, device=total.device)
+    summed = any(wanted[1:])
+    parts = torch.empty(2, programs, C, dtype=torch.float32, device=total.device) if summed else None
 
     def run(config: Config) -> None:
         _add_layer_norm_bwd_kernel[(programs,)](
-            grad_sum, grad_normed, total, weight, dx, parts[0], parts[1], rows, rows_per_program, C, eps, **config
+            grad_sum, grad_normed, total, weight, dx, parts, rows, rows_per_program, C, eps, **config
         )
 
-    row_configs.launch(run, total.device, (C,), (rows,), (total.dtype,))
-    dweight, dbias = parts.sum(1).to(weight.dtype)
-    return dx, dweight, dbias
+    row_configs.launch(run, total.device, (C,), (rows,), (total.dtype, summed))
+    sums = parts.sum(1).to(weight.dtype) if summed else (None, None)
+    return tuple(t if w else None for t, w in zip((dx, *sums), wanted, strict=True))

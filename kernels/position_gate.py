@@ -4,6 +4,8 @@ The sum over four commutes with the projection, so a head has two weight vectors
 A program takes the frames of one tile for all heads, one head after the other: the frames are read once.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -48,7 +50,7 @@ def _position_gate_fwd_kernel(
 @triton.jit
 def _position_gate_bwd_kernel(
     grad_ptr, x_ptr, weight_ptr, bias_ptr, const_ptr, dx_ptr,
-    dweight_ptr, dbias_ptr, dconst_ptr,  # [programs, 2, D], [programs, 2], [programs, H], fp32
+    dweight_ptr, dbias_ptr, dconst_ptr,  # [programs, 2, D], [programs, 2], [programs, H], fp32, or None
     B, T, H, D, stride_b, stride_t, tiles_per_program,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -81,16 +83,18 @@ def _position_gate_bwd_kernel(
         dx = da[:, None] * weight_a[None, :] + dc[:, None] * weight_b[None, :]
         dx_at = dx_ptr + (b * T + frame[:, None]) * (H * D) + h * D + d[None, :]
         tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-        dweight_a += tl.sum(da[:, None] * x, axis=0)
-        dweight_b += tl.sum(dc[:, None] * x, axis=0)
-        dbias_a += tl.sum(da, axis=0)
-        dbias_b += tl.sum(dc, axis=0)
-        dconst += tl.where(head == h, tl.sum(grad * a * c, axis=0), 0.0)
-    tl.store(dweight_ptr + program * 2 * D + d, dweight_a, mask=d < D)
-    tl.store(dweight_ptr + (program * 2 + 1) * D + d, dweight_b, mask=d < D)
-    tl.store(dbias_ptr + program * 2, dbias_a)
-    tl.store(dbias_ptr + program * 2 + 1, dbias_b)
-    tl.store(dconst_ptr + program * H + head, dconst, mask=head < H)
+        if dweight_ptr is not None:
+            dweight_a += tl.sum(da[:, None] * x, axis=0)
+            dweight_b += tl.sum(dc[:, None] * x, axis=0)
+            dbias_a += tl.sum(da, axis=0)
+            dbias_b += tl.sum(dc, axis=0)
+            dconst += tl.where(head == h, tl.sum(grad * a * c, axis=0), 0.0)
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + program * 2 * D + d, dweight_a, mask=d < D)
+        tl.store(dweight_ptr + (program * 2 + 1) * D + d, dweight_b, mask=d < D)
+        tl.store(dbias_ptr + program * 2, dbias_a)
+        tl.store(dbias_ptr + program * 2 + 1, dbias_b)
+        tl.store(dconst_ptr + program * H + head, dconst, mask=head < H)
 
 
 @tunable
@@ -121,29 +125,39 @@ def position_gate(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, con
 
 
 def position_gate_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, const: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The op `position_gate_backward`: gradients of x `[B, T, C]`, weight, bias and const."""
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    const: torch.Tensor,
+    wanted: Sequence[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """The op `position_gate_backward`: gradients of x `[B, T, C]`, weight, bias and const, those wanted."""
     B, T, _ = x.shape
     H, D = const.shape[0], weight.shape[1]
     dx = x.new_empty(x.shape)
+    summed = any(wanted[1:])
     if not x.numel():
-        return dx, torch.zeros_like(weight), torch.zeros_like(bias), torch.zeros_like(const)
+        given = zip((x, weight, bias, const), wanted, strict=True)
+        return tuple(torch.zeros_like(t) if w else None for t, w in given)
     grad, weight, bias, const = (t.contiguous() for t in (grad, weight, bias, const))
 
     def run(config: Config) -> tuple[torch.Tensor, ...]:
         tiles = B * triton.cdiv(T, config["BLOCK_T"])
         tiles_per_program = triton.cdiv(tiles, PARTS)
         programs = triton.cdiv(tiles, tiles_per_program)
-        parts = [torch.empty(programs, *shape, dtype=torch.float32, device=x.device) for shape in ((2, D), (2,), (H,))]
+        parts = [
+            torch.empty(programs, *shape, dtype=torch.float32, device=x.device) if summed else None
+            for shape in ((2, D), (2,), (H,))
+        ]
         _position_gate_bwd_kernel[(programs,)](
             grad, x, weight, bias, const, dx, *parts, B, T, H, D, x.stride(0), x.stride(1), tiles_per_program,
             BLOCK_H=triton.next_power_of_2(H), **config,
         )  # fmt: skip
-        return tuple(part.sum(0) for part in parts)
+        return tuple(part.sum(0) if w else None for part, w in zip(parts, wanted[1:], strict=True))
 
-    dweight, dbias, dconst = frame_configs.launch(run, x.device, (D,), (T, B), ("backward", H, x.dtype))
+    dweight, dbias, dconst = frame_configs.launch(run, x.device, (D,), (T, B), ("backward", H, x.dtype, summed))
     # Each of the two sums of four gives its gradient to all four.
-    dweight = dweight.repeat_interleave(4, 0).to(weight.dtype)
-    dbias = dbias.repeat_interleave(4).to(bias.dtype)
-    return dx, dweight, dbias, dconst.to(const.dtype)
+    dweight = dweight.repeat_interleave(4, 0).to(weight.dtype) if wanted[1] else None
+    dbias = dbias.repeat_interleave(4).to(bias.dtype) if wanted[2] else None
+    return dx if wanted[0] else None, dweight, dbias, dconst.to(const.dtype) if wanted[3] else None

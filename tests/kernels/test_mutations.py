@@ -75,7 +75,7 @@ def add_norm():
     x, residual, grad_sum, grad_normed = (randn(260, 8, seed=i) for i in range(4))
     weight, bias = (randn(8, seed=i) for i in range(2))
     forward = [x, residual, weight, bias, 1e-5, True]
-    backward = [grad_sum, grad_normed, x + residual, weight, 1e-5]
+    backward = [grad_sum, grad_normed, x + residual, weight, 1e-5, [True] * 3]
     for op, args in (("add_layer_norm", forward), ("add_layer_norm_backward", backward)):
         truth, plain = (REFERENCE[op].fn(*a) for a in (wide(args), args))
         for found, true, theirs in zip(kernel(op)(*args), truth, plain, strict=True):
