@@ -112,7 +112,7 @@ def test_deterministic_bias_gradient(dtype, deterministic):
 def test_deterministic_gradients_repeat(deterministic):
     args = inputs(9, 33, 1, 16)
     grad, saved = randn(*args[0].shape, seed=3), kernel("gated_attention")(*args)
-    first, second = (kernel("gated_attention_backward")(grad, *args[:6], *saved, *args[6:9], ALL, *args[9:]) for _ in range(2))
+    first, second = (kernel("gated_attention_backward")(grad, *args[:6], *saved, *args[6:], ALL) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
@@ -191,7 +191,7 @@ def test_tf32_gradients(D):
 
     truth, coarse = reference(grad, *args), reference(*map(cut_off, (grad, *args[:3])), *args[3:])
     torch.backends.cuda.matmul.allow_tf32 = True
-    found = kernel("gated_attention_backward")(grad, *args[:6], *kernel("gated_attention")(*args), *args[6:9], ALL, *args[9:])
+    found = kernel("gated_attention_backward")(grad, *args[:6], *kernel("gated_attention")(*args), *args[6:], ALL)
     for name, a, t, c in zip(NAMES, found, truth, coarse, strict=True):
         error, allowed = ((x.double() - t).abs().max().item() for x in (a, c))
         assert error <= 2 * allowed, name
