@@ -209,12 +209,12 @@ def _gate_weight(a: dict[str, Any]) -> list[Touch]:
 
 
 def _gate(a: dict[str, Any]) -> Programs:
-    H, D = a["H"], a["D"]
+    D, e = a["D"], _size(a["const_ptr"])
 
-    def program(i: int, _: int, __: int) -> list[Touch]:
-        n = _within(a["BLOCK_T"], i, a["T"])
-        const = Touch(H * _size(a["const_ptr"]), ("const",), 0, H, _size(a["const_ptr"]))
-        return [*_gate_weight(a), const, Touch(H * n * (D * _size(a["x_ptr"]) + 4))]
+    def program(i: int, _: int, group: int) -> list[Touch]:
+        n, heads = _within(a["BLOCK_T"], i, a["T"]), _within(a["heads_per_program"], group, a["H"])
+        const = Touch(heads * e, ("const",), group * a["heads_per_program"], heads, e)
+        return [*_gate_weight(a), const, Touch(heads * n * (D * _size(a["x_ptr"]) + 4))]
 
     return program
 
@@ -224,11 +224,11 @@ def _gate_bwd(a: dict[str, Any]) -> Programs:
     tiles = -(-a["T"] // a["BLOCK_T"])
 
     def program(i: int, _: int, __: int) -> list[Touch]:
-        first = i * a["tiles_per_program"]
-        mine = range(first, min(first + a["tiles_per_program"], a["B"] * tiles))
-        n = sum(_within(a["BLOCK_T"], index % tiles, a["T"]) for index in mine)
-        const = Touch(len(mine) * H * _size(a["const_ptr"]), ("const",), 0, H, _size(a["const_ptr"]))
-        return [*_gate_weight(a), const, Touch(H * n * (2 * D * e + 4)), *_parts(a, "dweight_ptr", 2 * D + 2 + H)]
+        first = i * a["heads_per_program"]
+        mine = range(first, min(first + a["heads_per_program"], a["B"] * tiles * H))
+        n = sum(_within(a["BLOCK_T"], index // H % tiles, a["T"]) for index in mine)
+        const = Touch(len(mine) * _size(a["const_ptr"]), ("const",), 0, H, _size(a["const_ptr"]))
+        return [*_gate_weight(a), const, Touch(n * (2 * D * e + 4)), *_parts(a, "dweight_ptr", 2 * D + 2 + H)]
 
     return program
 

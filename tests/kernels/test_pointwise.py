@@ -5,6 +5,7 @@ import torch
 from cases import DTYPES, assert_close, kernel, randn, wide
 
 from wavlm_fast.backends.reference import TABLE as REFERENCE
+from wavlm_fast.kernels import add_layer_norm as add_layer_norm_kernels
 from wavlm_fast.kernels import position_gate as position_gate_kernels
 
 
@@ -53,6 +54,17 @@ def test_position_gate(B, T, H, D, dtype):
     x = randn(B, T, H * D, dtype=dtype) * 3
     weight, bias = randn(8, D, dtype=dtype, scale=D**-0.5), randn(8, dtype=dtype)
     compare("position_gate", [x, weight, bias, randn(H, dtype=dtype) + 1])
+
+
+@pytest.mark.parametrize("programs", [1, 14, 30])
+def test_position_gate_in_programs_that_take_several_heads(monkeypatch, programs):
+    monkeypatch.setattr(position_gate_kernels, "PROGRAMS", programs)
+    compare("position_gate", [randn(2, 37, 5 * 16), randn(8, 16, scale=1 / 4), randn(8), randn(5) + 1])
+
+
+def test_add_layer_norm_in_programs_that_take_several_steps(monkeypatch):
+    monkeypatch.setattr(add_layer_norm_kernels, "PARTS", 2)
+    compare_add_layer_norm((37, 96), DTYPES[-1])
 
 
 def test_position_gate_in_programs_that_take_several_tiles(monkeypatch):
