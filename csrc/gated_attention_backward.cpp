@@ -101,7 +101,7 @@ void run(const GatedAttentionBackward<T>& call, const std::vector<Utterance>& ut
       of_keys(call, utterances[u], h, first, behind, sums + of_sums.at(u, h, 0), tasks.parts(u));
     }
   });
-  add_up_bias(bias_sums, of_bias, kernels.queries, drel_bias);
+  if (drel_bias.numel()) add_up_bias(bias_sums, of_bias, kernels.queries, drel_bias);
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -122,7 +122,7 @@ void differentiate(const AttentionTensors& tensors, const Tensor& grad, const Te
 Gradients gated_attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
                                    const Tensor& gate, const Tensor& rel_bias, const std::optional<Tensor>& key_lengths,
                                    const Tensor& /*out*/, const Tensor& lse, double dropout_p,
-                                   const std::optional<Tensor>& seed, double scale,
+                                   const std::optional<Tensor>& seed, double scale, const std::vector<bool>& wanted,
                                    const std::optional<Tensor>& offsets) {
   const auto& kernels = gated_attention_backward_kernels();
   const auto bounds = bounds_of("gated_attention_backward", offsets, q);
@@ -132,8 +132,10 @@ Gradients gated_attention_backward(const Tensor& grad, const Tensor& q, const Te
   ENTRY_CHECK(dtype_of(lse) == kFloat && lse.sizes().equals(gate.sizes()),
               "gated_attention_backward: expected a float32 lse of ", gate.sizes(), ", got ", dtype_of(lse), " ",
               lse.sizes());
+  ENTRY_CHECK(wanted.size() == 5, "gated_attention_backward: expected 5 truth values, got ", wanted.size());
   const Tensor grad_ = contiguous_of(grad), lse_ = contiguous_of(lse);
-  Gradients gradients = {fresh_like(q), fresh_like(k), fresh_like(v), fresh_like(lse), fresh_like(rel_bias)};
+  Gradients gradients = {fresh_like(q), fresh_like(k), fresh_like(v), fresh_like(lse),
+                         wanted[4] ? fresh_like(rel_bias) : fresh(q, {0})};
   if (dtype_of(q) == kFloat) {
     differentiate(tensors, grad_, lse_, gradients, kernels.parts_float, kernels.keys_float);
   } else {
@@ -142,6 +144,10 @@ Gradients gated_attention_backward(const Tensor& grad, const Tensor& q, const Te
   // The kernels saw the scale's absolute value.
   if (scale < 0) negate(std::get<0>(gradients));
   if (scale == 0) std::get<0>(gradients) = zeros(q, q.sizes(), dtype_of(q));
+  auto& [dq, dk, dv, dgate, drel_bias] = gradients;
+  for (const auto& [i, gradient] : {std::pair{0, &dq}, {1, &dk}, {2, &dv}, {3, &dgate}}) {
+    if (!wanted[i]) *gradient = fresh(q, {0});
+  }
   return gradients;
 }
 

@@ -115,11 +115,13 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> position_gate_backward(const Tensor& grad, const Tensor& x,
                                                                   const Tensor& weight, const Tensor& bias,
-                                                                  const Tensor& scale) {
+                                                                  const Tensor& scale,
+                                                                  const std::vector<bool>& wanted) {
   check("position_gate_backward", x, weight, bias, scale);
   const int64_t H = scale.size(0), D = weight.size(1);
   ENTRY_CHECK(grad.sizes().equals({x.size(0), H, x.size(1)}), "position_gate_backward: expected grad of [", x.size(0),
               ", ", H, ", ", x.size(1), "], got ", grad.sizes());
+  ENTRY_CHECK(wanted.size() == 4, "position_gate_backward: expected 4 truth values, got ", wanted.size());
   const Tensor grad_ = contiguous_of(grad, kFloat), x_ = with_channels_contiguous(x);
   const Parameters parameters(weight, bias, scale);
   const Tensor dx = fresh_like(x);
@@ -139,8 +141,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> position_gate_backward(const Tensor& 
     dweight.insert(dweight.end(), row, row + D);
     dbias.push_back(total[2 * D + n / 4]);
   }
-  return {dx, rounded(x, {8, D}, dweight.data(), dtype_of(weight)), rounded(x, {8}, dbias.data(), dtype_of(bias)),
-          rounded(x, {H}, total.data() + 2 * D + 2, dtype_of(scale))};
+  const auto of = [&](int64_t i, Sizes sizes, const float* sums, const Tensor& parameter) {
+    return wanted[i] ? rounded(x, sizes, sums, dtype_of(parameter)) : fresh(x, {0});
+  };
+  return {wanted[0] ? dx : fresh(x, {0}), of(1, {8, D}, dweight.data(), weight), of(2, {8}, dbias.data(), bias),
+          of(3, {H}, total.data() + 2 * D + 2, scale)};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) {
