@@ -1,7 +1,8 @@
 // Products with packed weights: rows of x enter as scalars, weights as vectors of output channels.
 //
 // The sum over channels and taps is cut into runs of kWords. A run's weights stay in the first cache while all rows
-// of the task pass by, and each run is summed from zero: the rounding error grows with the number of runs only.
+// of the task pass by, and each run is summed from zero: the rounding error grows with the number of runs only. Weights
+// of the next run are fetched meanwhile.
 #include "packed_conv.h"
 
 #include "activation.h"
@@ -16,6 +17,10 @@ namespace {
 constexpr std::int64_t kWords = kLanes == 16 ? 128 : 192;
 // A task reads its weights once for this many rows.
 constexpr std::int64_t kFrames = 128;
+constexpr std::int64_t kSumsOfGroup = kFrames * kColumns;
+// Words of a tile between which the next panel is fetched.
+constexpr std::int64_t kSlice = 16;
+constexpr std::int64_t kLine = 16;  // floats of a cache line
 // Three frames each. A task's combinations of rows and its five sets of sums stay in the second cache.
 constexpr std::int64_t kTriples = 16;
 
@@ -49,6 +54,19 @@ struct ScatteredRows {
   WAVLM_FAST_INLINE const In* at(std::int64_t t) const { return x + starts[t]; }
 };
 
+// Whether bfloat16 is multiplied as float32, for want of products of its own.
+template <class In>
+constexpr bool kWidens = ElementOf<In>::Type::kDepth * sizeof(In) != sizeof(Word);
+
+template <class In>
+WAVLM_FAST_INLINE void copy_words(const In* from, std::int64_t words, Word* to) {
+  if constexpr (kWidens<In>) {
+    each_vector(words, [&](std::int64_t i, auto lanes) { lanes.store(to + i, lanes.load(from + i)); });
+  } else {
+    std::memcpy(to, from, words * sizeof(Word));
+  }
+}
+
 // [row][N * kLanes], rows `step` apart.
 struct Sums {
   float* at;
@@ -56,25 +74,40 @@ struct Sums {
   bool add;  // to what is there
 };
 
+// sums[t] (+)= words of row t * panel for a run of words, words_of(t) being where those are, and done(t) when the kRows
+// rows from t have their sums. Writes a whole number of tiles: sums of rows past the end are left with something that
+// nobody reads. Meanwhile fetches as many weights from `next`.
+template <class Element, int N, class WordsOf, class Done>
+WAVLM_FAST_INLINE void pass_run(const WordsOf& words_of, std::int64_t count, std::int64_t run, const float* panel,
+                                const float* next, Sums sums, const Done& done) {
+  const std::int64_t lines = divided_up(run * N * kLanes, divided_up(count, kRows) * divided_up(run, kSlice) * kLine);
+  for (std::int64_t t = 0; t < count; t += kRows) {
+    const Word* row[kRows];
+    for (int r = 0; r < kRows; ++r) row[r] = words_of(least(t + r, count - 1));
+    Floats acc[kRows][N] = {};
+    for (std::int64_t at = 0; at < run; at += kSlice) {
+      for (std::int64_t i = 0; i < lines; ++i, next += kLine) __builtin_prefetch(next, 0, 2);
+      multiply<Element>(row, 1, panel + at * N * kLanes, least(kSlice, run - at), acc);
+      for (int r = 0; r < kRows; ++r) row[r] += kSlice;
+    }
+    store_tile(acc, sums.add, sums.at + t * sums.step, sums.step);
+    done(t);
+  }
+}
+
 // sums[t] (+)= rows[t] * panel for all rows, and done(t) when the kRows rows from t have their sums.
-// Writes a whole number of tiles: sums of rows past the end are left with something that nobody reads.
 template <int N, class AnyRows, class Done>
 WAVLM_FAST_INLINE void pass(const AnyRows& rows, const float* panel, Sums sums, const Done& done) {
   using Element = typename ElementOf<typename AnyRows::Number>::Type;
   const std::int64_t words = rows.C / Element::kDepth;
   for (std::int64_t k = 0; k < words; k += kWords, sums.add = true) {
     const std::int64_t run = least(kWords, words - k);
-    for (std::int64_t t = 0; t < rows.count; t += kRows) {
-      const Word* row[kRows];
-      for (int r = 0; r < kRows; ++r) {
-        row[r] = reinterpret_cast<const Word*>(rows.at(least(t + r, rows.count - 1))) + k;
-      }
-      Floats acc[kRows][N] = {};
-      multiply<Element>(row, 1, panel, run, acc);
-      store_tile(acc, sums.add, sums.at + t * sums.step, sums.step);
+    const float* next = panel + run * N * kLanes;
+    const auto words_of = [&](std::int64_t t) { return reinterpret_cast<const Word*>(rows.at(t)) + k; };
+    pass_run<Element, N>(words_of, rows.count, run, panel, next, sums, [&](std::int64_t t) {
       if (k + run == words) done(t);
-    }
-    panel += run * N * kLanes;
+    });
+    panel = next;
   }
 }
 
@@ -147,20 +180,66 @@ const float* panel_of(const PackedConv<In, Out>& call, std::int64_t taps, std::i
   return static_cast<const float*>(call.packed) + column * taps * (call.C / ElementOf<In>::Type::kDepth);
 }
 
+// Groups that share a copy of the rows.
+constexpr std::int64_t kGroups = 8;
+
+// Of a few groups: runs of the rows are copied, and meet all these groups while they are in the second cache.
+template <class In, class Out, class AnyRows>
+void direct_of_copies(const PackedConv<In, Out>& call, std::int64_t first, AnyRows rows, std::int64_t group_begin,
+                      std::int64_t group_end, float* scratch) {
+  using Element = typename ElementOf<In>::Type;
+  const std::int64_t words = call.C / Element::kDepth, size = call.taps * words;  // of a column
+  float* sums = scratch + kFrames * kWords;
+  bool add = false;
+  for (std::int64_t tap = 0; tap < call.taps; ++tap, rows.x += call.tap_step) {
+    for (std::int64_t k = 0; k < words; k += kWords, add = true) {
+      const std::int64_t run = least(kWords, words - k), at = tap * words + k;
+      for (std::int64_t t = 0; t < rows.count; ++t) {
+        copy_words(rows.at(t) + k * Element::kDepth, run, scratch + t * kWords);
+      }
+      each_group(call.channels, group_begin, group_end, [&](std::int64_t column, auto vectors) {
+        constexpr int N = vectors.count;
+        const float* panel = panel_of(call, call.taps, column) + at * N * kLanes;
+        const bool more = column + kColumns < least(group_end * kColumns, call.channels);
+        const std::int64_t next = more ? column + kColumns : group_begin * kColumns;
+        const std::int64_t width = least(kColumns, rounded_up(call.channels, kLanes) - next);
+        float* own = sums + (column / kColumns - group_begin) * kSumsOfGroup;
+        const auto to = columns_of(call, first, column);
+        const auto done = [&](std::int64_t t) {
+          if (at + run < size) return;
+          write(to, t, least(kRows, rows.count - t),
+                [&](std::int64_t row, std::int64_t i) { return load(own + row * N * kLanes + i); });
+        };
+        pass_run<Element, N>([&](std::int64_t t) { return scratch + t * kWords; }, rows.count, run, panel,
+                             panel_of(call, call.taps, next) + (more ? at : at + run) * width, {own, N * kLanes, add},
+                             done);
+      });
+    }
+  }
+}
+
 template <class In, class Out>
 void direct(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t count, std::int64_t group_begin,
             std::int64_t group_end, float* scratch) {
-  each_group(call.channels, group_begin, group_end, [&](std::int64_t column, auto vectors) {
-    const auto group = [&](auto rows) {
+  const auto groups_of = [&](const auto& rows) {
+    if (kWidens<In> || call.copies) {
+      const std::int64_t parts = divided_up(group_end - group_begin, kGroups);
+      const std::int64_t step = divided_up(group_end - group_begin, parts);
+      for (std::int64_t group = group_begin; group < group_end; group += step) {
+        direct_of_copies(call, first, rows, group, least(group + step, group_end), scratch);
+      }
+      return;
+    }
+    each_group(call.channels, group_begin, group_end, [&](std::int64_t column, auto vectors) {
       const float* panel = panel_of(call, call.taps, column);
       direct_group<vectors.count>(call, count, rows, panel, columns_of(call, first, column), scratch);
-    };
-    if (call.rows) {
-      group(ScatteredRows<In>{call.x, call.rows + first, count, call.C});
-    } else {
-      group(Rows<In>{call.x + first * call.row_step, call.row_step, count, call.C});
-    }
-  });
+    });
+  };
+  if (call.rows) {
+    groups_of(ScatteredRows<In>{call.x, call.rows + first, count, call.C});
+  } else {
+    groups_of(Rows<In>{call.x + first * call.row_step, call.row_step, count, call.C});
+  }
 }
 
 // Minimal filtering of three taps at a stride of two. Of the input, odd rows o meet the middle tap only, and even rows e
@@ -250,14 +329,14 @@ void filtered(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t 
 }
 
 std::size_t scratch_size(std::int64_t C, bool is_filtered) {
-  if (!is_filtered) return (kFrames + kRows) * kColumns;
+  if (!is_filtered) return kFrames * kWords + kGroups * kSumsOfGroup;
   return 4 * kTriples * rounded_up(C, kLanes) + (kSumRows + 2 * kTriples) * kColumns;
 }
 
 template <class In, class Out>
 constexpr PackedConvVariants<In, Out> variants() {
-  if constexpr (ElementOf<In>::Type::kDepth * sizeof(In) != sizeof(Word)) {
-    return {};
+  if constexpr (kWidens<In>) {
+    return {direct<In, Out>, nullptr};
   } else {
     return {direct<In, Out>, filtered<In, Out>};
   }
@@ -274,7 +353,8 @@ const PackedConvKernels& packed_conv_kernels() {
                                                 scratch_size,
                                                 variants<float, float>(),
                                                 variants<float, bf16>(),
-                                                variants<bf16, bf16>()};
+                                                variants<bf16, bf16>(),
+                                                !kWidens<bf16>};
   return kernels;
 }
 

@@ -48,8 +48,8 @@ def why_not(
         return reason
     if packed_conv.in_onednn(x):
         return "bfloat16 products run in oneDNN here, one by one"
-    if extension.isa() != "avx512_bf16" or any(weight.shape[1] % 2 for weight in weights):
-        return "the C++ encoder_layer takes bfloat16 of even width where the CPU multiplies pairs of it (AVX-512 BF16)"
+    if extension.isa() == "avx512_bf16" and any(weight.shape[1] % 2 for weight in weights):
+        return "the C++ encoder_layer multiplies pairs of bfloat16 channels, a layer has an odd number"
     return None
 
 

@@ -29,6 +29,8 @@ _packed_conv = extension.kernel(
     f"bool filtered, str activation, {extension.RESIZED}) -> Tensor"
 )
 
+extension.kernel("copies_pay(bool? pay=None) -> bool")  # for tests
+
 
 def convolve(
     x: Tensor,
