@@ -24,10 +24,8 @@ namespace {
 
 // Of what is left, a thread takes that part: first much at a time, at the end little, so that threads end together.
 constexpr int64_t kShares = 3;
-// Groups of columns of a task: its sums stay in the second cache.
-constexpr int64_t kMostGroups = 8;
 
-// Long rows that lie so many bytes apart share few places of the caches.
+// Bytes: long rows that lie so many bytes apart share few places of the caches.
 constexpr int64_t kCrowded = 2048, kLong = 4096;
 
 // Seconds for a task of rows 16 KB apart, on copies or on themselves; the best of three.
@@ -50,7 +48,8 @@ double time_of_task(bool copies) {
   return best;
 }
 
-// Whether crowded rows are better copied: where the second cache is quick to give what the first one has lost, not.
+// Whether crowded rows are better copied; not where further caches are quick to give what the first one has lost. For
+// a few milliseconds, once per process.
 std::atomic<bool>& copies_pay() {
   static std::atomic<bool> pay(time_of_task(true) < 0.97 * time_of_task(false));
   return pay;
@@ -73,10 +72,10 @@ struct Block {
   int64_t piece, first, count;
 };
 
-void add_blocks(int64_t piece, int64_t frames, bool filtered, std::vector<Block>& blocks) {
+void add_blocks(int64_t piece, int64_t frames, bool packed, bool filtered, std::vector<Block>& blocks) {
   if (frames == 0) return;
   const auto& kernels = packed_conv();
-  const int64_t most = filtered ? kernels.most_filtered : kernels.most_frames;
+  const int64_t most = filtered ? kernels.most_filtered : packed ? kernels.most_frames : kernels.most_unpacked;
   const int64_t tile = filtered ? 3 * kernels.rows : kernels.rows;
   const int64_t step = std::min(most, divided_up(divided_up(frames, divided_up(frames, most)), tile) * tile);
   for (int64_t first = 0; first < frames; first += step) {
@@ -137,14 +136,14 @@ int64_t packed_size(int64_t channels, int64_t taps, int64_t C, bool filtered) {
 
 namespace {
 
-// [channels, taps, C] of any strides, channels after channels: the rows of a matrix of taps * C columns.
+// [channels, taps, C], contiguous, channels after channels: the rows of a matrix of taps * C columns.
 template <class T>
 struct Rows {
   std::vector<const T*> first;  // number of each row
-  int64_t taps, C, tap_step, step;
+  int64_t taps, C, tap_step;
 
   explicit Rows(const std::vector<Tensor>& weights)
-      : taps(weights[0].size(1)), C(weights[0].size(2)), tap_step(weights[0].stride(1)), step(weights[0].stride(2)) {
+      : taps(weights[0].size(1)), C(weights[0].size(2)), tap_step(weights[0].size(2)) {
     for (const Tensor& weight : weights) {
       const T* at = data<T>(weight);
       const int64_t channels = weight.size(0), row_step = weight.stride(0);
@@ -153,25 +152,19 @@ struct Rows {
   }
 };
 
-// Groups of columns one after the other: of each the terms, of each term `depth` numbers of every channel.
+// Groups of columns one after the other: of each the terms, of each term `depth` numbers of every channel, one word.
 template <class T>
 void pack_rows(const Rows<T>& rows, int64_t padded, int64_t depth, T* packed) {
-  constexpr int64_t kRun = 16;  // terms of a channel at a time: a line of them
   const int64_t terms = rows.taps * rows.C, columns = packed_conv().columns, channels = rows.first.size();
   parallel_for(0, divided_up(padded, columns), 1, [&](int64_t begin, int64_t end) {
+    std::vector<const void*> from(columns);
     for (int64_t group = begin; group < end; ++group) {
       const int64_t first = group * columns, width = std::min(columns, padded - first);
+      const int64_t count = std::min(width, channels - first);
       for (int64_t tap = 0; tap < rows.taps; ++tap) {
-        for (int64_t c0 = 0; c0 < rows.C; c0 += kRun) {
-          for (int64_t i = 0; i < width; ++i) {
-            const T* from = first + i < channels ? rows.first[first + i] + tap * rows.tap_step : nullptr;
-            for (int64_t c = c0; c < std::min(c0 + kRun, rows.C); ++c) {
-              const int64_t term = tap * rows.C + c;
-              T* to = packed + first * terms + (term / depth * width + i) * depth + term % depth;
-              *to = from ? from[c * rows.step] : T{};
-            }
-          }
-        }
+        for (int64_t i = 0; i < count; ++i) from[i] = rows.first[first + i] + tap * rows.tap_step;
+        T* to = packed + first * terms + tap * rows.C * width;
+        packed_conv().pack(from.data(), count, rows.C / depth, width, to);
       }
     }
   });
@@ -201,13 +194,7 @@ Tensor pack_conv(std::vector<Tensor> weights, bool filtered) {
     if (filtered) weight = filter_taps(weight);
     if (!pairs && dtype_of(weight) != kFloat) weight = contiguous_of(weight, kFloat);
   }
-  // Rows have one step for all: where one weight is a transposed view beside others, it is copied first.
-  for (Tensor& weight : weights) {
-    if (weight.stride(1) != weights[0].stride(1) || weight.stride(2) != weights[0].stride(2)) {
-      for (Tensor& each : weights) each = contiguous_of(each);
-      break;
-    }
-  }
+  for (Tensor& weight : weights) weight = contiguous_of(weight);
   const int64_t padded = divided_up(channels, kernels.lanes) * kernels.lanes;
   if (pairs) {
     pack_rows(Rows<bf16>(weights), padded, 2, mutable_data<bf16>(packed));
@@ -220,16 +207,19 @@ Tensor pack_conv(std::vector<Tensor> weights, bool filtered) {
 template <class In, class Out>
 void convolve(const std::vector<ConvPiece<In, Out>>& pieces, bool filtered) {
   std::vector<Block> blocks;
-  for (size_t i = 0; i < pieces.size(); ++i) add_blocks(i, pieces[i].frames, filtered, blocks);
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    add_blocks(i, pieces[i].frames, pieces[i].call.packed != nullptr, filtered, blocks);
+  }
   if (blocks.empty() || pieces[0].call.channels == 0) return;
-  // Tasks are a block of frames x a range of column groups.
+  // Tasks are a block of frames x a range of column groups. To filter, each task combines its frames anew.
   const int64_t row_tasks = blocks.size(), groups = divided_up(pieces[0].call.channels, packed_conv().columns);
   std::vector<int64_t> bounds = {0};
   while (bounds.back() < groups) {
     const int64_t left = groups - bounds.back(), share = left * row_tasks / (kShares * num_threads());
-    bounds.push_back(bounds.back() + std::clamp<int64_t>(share, 1, std::min(left, kMostGroups)));
+    bounds.push_back(bounds.back() + std::clamp<int64_t>(share, 1, divided_up(left, filtered ? 1 : 2)));
   }
-  const bool copies = !filtered && is_better_copied<In>(pieces[0].call.row_step, pieces[0].call.C);
+  const bool copies =
+      !filtered && pieces[0].call.packed && is_better_copied<In>(pieces[0].call.row_step, pieces[0].call.C);
   const auto forward = filtered ? variants<In, Out>().filtered : variants<In, Out>().direct;
   const size_t scratch_size = packed_conv().scratch_size(pieces[0].call.C, filtered);
   for_each_task(row_tasks * (bounds.size() - 1), scratch_size, [&](int64_t task, float* memory) {
@@ -254,7 +244,7 @@ void run(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bia
   const int64_t C = x.size(2), channels = out.size(2);
   PackedConv<In, Out> call{};
   call.x = data<In>(x);
-  call.packed = data<void>(packed);
+  (packed.dim() == 1 ? call.packed : call.weight) = data<void>(packed);
   call.bias = data<float>(bias);
   call.out = mutable_data<Out>(out);
   call.C = C, call.taps = taps, call.channels = channels;
@@ -281,7 +271,8 @@ void run(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bia
   convolve(call, false, total);
 }
 
-// [B, T, C] -> [B, T', channels] with a weight from pack_conv; or packed frames beside their offsets.
+// [B, T, C] -> [B, T', channels] with a weight from pack_conv, or where that would leave it in the dtype of x as it is,
+// [channels, taps, C]; or packed frames beside their offsets.
 Tensor packed_conv_op(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t channels,
                       int64_t taps, int64_t stride, int64_t dilation, bool filtered, const Text& activation,
                       const std::optional<Tensor>& offsets, const std::optional<Tensor>& out_offsets,
@@ -306,9 +297,10 @@ Tensor packed_conv_op(const Tensor& x, const Tensor& packed, const std::optional
   stride = std::min(stride, frames);  // no more than one output frame either way, and nothing overflows
   ENTRY_CHECK(!filtered || (taps == 3 && stride == 2 && dilation == 1),
               "packed_conv: expected three taps at a stride of two to filter, got ", taps, " at ", stride);
-  const int64_t size = packed_size(channels, taps, C, filtered);
-  ENTRY_CHECK(packed.is_contiguous() && packed.numel() == size, "packed_conv: expected a weight packed for ", taps,
-              " taps of ", C, " channels, got ", packed.numel(), " numbers");
+  const bool as_it_is = packed.dim() == 3 && !filtered && pairs == (dtype_of(x) == kBFloat16);
+  const int64_t size = as_it_is ? channels * taps * C : packed_size(channels, taps, C, filtered);
+  ENTRY_CHECK(packed.is_contiguous() && packed.numel() == size && (as_it_is || packed.dim() == 1),
+              "packed_conv: expected a weight packed for ", taps, " taps of ", C, " channels, got ", packed.sizes());
   check_vector("packed_conv", "bias", bias, channels);
   const auto bias_ = contiguous_of(bias, kFloat);
   const int number = activation_number(activation);

@@ -7,6 +7,7 @@
 
 #include "activation.h"
 #include "tile.h"
+#include "transpose.h"
 #include "vec.h"
 
 namespace wavlm_fast {
@@ -18,9 +19,11 @@ constexpr std::int64_t kWords = kLanes == 16 ? 128 : 192;
 // A task reads its weights once for this many rows.
 constexpr std::int64_t kFrames = 128;
 constexpr std::int64_t kSumsOfGroup = kFrames * kColumns;
-// Words of a tile between which the next panel is fetched.
+// Where it packs them itself, for so many.
+constexpr std::int64_t kFramesOfUnpacked = 4 * kFrames;
+constexpr std::int64_t kSumsOfTask = (kFramesOfUnpacked + kRows) * kColumns;
+// Words of a tile between which weights are fetched ahead.
 constexpr std::int64_t kSlice = 16;
-constexpr std::int64_t kLine = 16;  // floats of a cache line
 // Three frames each. A task's combinations of rows and its five sets of sums stay in the second cache.
 constexpr std::int64_t kTriples = 16;
 
@@ -74,19 +77,83 @@ struct Sums {
   bool add;  // to what is there
 };
 
+// Words of `columns` rows, row(i) being the bytes of one, -> [words][width], zeros in the columns without a row; in squares
+// of kLanes x kLanes, turned in registers.
+template <class Row>
+WAVLM_FAST_INLINE void turn(const Row& row, std::int64_t columns, std::int64_t words, std::int64_t width, float* to) {
+  for (std::int64_t k = 0; k < words; k += kLanes) {
+    const std::int64_t count = least(kLanes, words - k);
+    for (std::int64_t i = 0; i < width; i += kLanes) {
+      Floats square[kLanes] = {};
+      if (count == kLanes && columns - i >= kLanes) {
+        for (int r = 0; r < kLanes; ++r) std::memcpy(&square[r], row(i + r) + k * sizeof(Word), sizeof(Floats));
+      } else {
+        for (std::int64_t r = 0; r < least(kLanes, columns - i); ++r) {
+          std::memcpy(&square[r], row(i + r) + k * sizeof(Word), count * sizeof(Word));
+        }
+      }
+      transpose(square);
+      for (std::int64_t n = 0; n < count; ++n) store(to + (k + n) * width + i, square[n]);
+    }
+  }
+}
+
+// A share, one of `shares`, of the numbers from `at`, into the second cache.
+WAVLM_FAST_INLINE void fetch(const float* at, std::int64_t size, std::int64_t share, std::int64_t shares) {
+  for (std::int64_t i = size * share / shares; i < size * (share + 1) / shares; i += 64 / sizeof(float)) {
+    __builtin_prefetch(at + i, 0, 2);
+  }
+}
+
+// Weights of a group of columns and one tap: runs of words, each [run][N * kLanes].
+template <int N>
+struct Packed {
+  const float* at;
+
+  WAVLM_FAST_INLINE const float* run(std::int64_t k, std::int64_t) const { return at + k * N * kLanes; }
+  // As below; behind the last run lies another tap or group.
+  WAVLM_FAST_INLINE void prefetch(std::int64_t k, std::int64_t, std::int64_t share, std::int64_t shares) const {
+    fetch(at + k * N * kLanes, kWords * N * kLanes, share, shares);
+  }
+};
+
+// The same as the layer has them, a channel a row: a weight that learns changes before a copy of it has paid.
+template <int N>
+struct Unpacked {
+  const char* at;
+  std::int64_t row_bytes, columns;
+  float* panel;
+
+  WAVLM_FAST_INLINE const float* run(std::int64_t k, std::int64_t count) const {
+    const auto row = [&](std::int64_t i) { return at + i * row_bytes + k * sizeof(Word); };
+    turn(row, columns, count, N * kLanes, panel);
+    return panel;
+  }
+
+  // A share, one of `shares`, of the run that comes next: its rows lie far apart, where no prefetcher expects them.
+  WAVLM_FAST_INLINE void prefetch(std::int64_t k, std::int64_t count, std::int64_t share, std::int64_t shares) const {
+    for (std::int64_t i = columns * share / shares; i < columns * (share + 1) / shares; ++i) {
+      for (std::int64_t n = 0; n < count; n += 64 / sizeof(Word)) {
+        __builtin_prefetch(at + i * row_bytes + (k + n) * sizeof(Word));
+      }
+    }
+  }
+};
+
 // sums[t] (+)= words of row t * panel for a run of words, words_of(t) being where those are, and done(t) when the kRows
 // rows from t have their sums. Writes a whole number of tiles: sums of rows past the end are left with something that
-// nobody reads. Meanwhile fetches as many weights from `next`.
-template <class Element, int N, class WordsOf, class Done>
-WAVLM_FAST_INLINE void pass_run(const WordsOf& words_of, std::int64_t count, std::int64_t run, const float* panel,
-                                const float* next, Sums sums, const Done& done) {
-  const std::int64_t lines = divided_up(run * N * kLanes, divided_up(count, kRows) * divided_up(run, kSlice) * kLine);
+// nobody reads. ahead(share, shares) fetches a share of what is needed next.
+template <class Element, int N, class WordsOf, class Ahead, class Done>
+WAVLM_FAST_INLINE void pass_run(const WordsOf& words_of, std::int64_t count, const float* panel, std::int64_t run,
+                                const Ahead& ahead, Sums sums, const Done& done) {
+  const std::int64_t shares = divided_up(count, kRows) * divided_up(run, kSlice);
+  std::int64_t share = 0;
   for (std::int64_t t = 0; t < count; t += kRows) {
     const Word* row[kRows];
     for (int r = 0; r < kRows; ++r) row[r] = words_of(least(t + r, count - 1));
     Floats acc[kRows][N] = {};
     for (std::int64_t at = 0; at < run; at += kSlice) {
-      for (std::int64_t i = 0; i < lines; ++i, next += kLine) __builtin_prefetch(next, 0, 2);
+      ahead(share++, shares);
       multiply<Element>(row, 1, panel + at * N * kLanes, least(kSlice, run - at), acc);
       for (int r = 0; r < kRows; ++r) row[r] += kSlice;
     }
@@ -95,19 +162,19 @@ WAVLM_FAST_INLINE void pass_run(const WordsOf& words_of, std::int64_t count, std
   }
 }
 
-// sums[t] (+)= rows[t] * panel for all rows, and done(t) when the kRows rows from t have their sums.
-template <int N, class AnyRows, class Done>
-WAVLM_FAST_INLINE void pass(const AnyRows& rows, const float* panel, Sums sums, const Done& done) {
+// sums[t] (+)= rows[t] * weights for all rows, and done(t) as there.
+template <int N, class AnyRows, class Weights, class Done>
+WAVLM_FAST_INLINE void pass(const AnyRows& rows, const Weights& weights, Sums sums, const Done& done) {
   using Element = typename ElementOf<typename AnyRows::Number>::Type;
   const std::int64_t words = rows.C / Element::kDepth;
   for (std::int64_t k = 0; k < words; k += kWords, sums.add = true) {
     const std::int64_t run = least(kWords, words - k);
-    const float* next = panel + run * N * kLanes;
+    const std::int64_t next = least(kWords, words - k - run);
     const auto words_of = [&](std::int64_t t) { return reinterpret_cast<const Word*>(rows.at(t)) + k; };
-    pass_run<Element, N>(words_of, rows.count, run, panel, next, sums, [&](std::int64_t t) {
+    const auto ahead = [&](std::int64_t share, std::int64_t shares) { weights.prefetch(k + run, next, share, shares); };
+    pass_run<Element, N>(words_of, rows.count, weights.run(k, run), run, ahead, sums, [&](std::int64_t t) {
       if (k + run == words) done(t);
     });
-    panel = next;
   }
 }
 
@@ -158,20 +225,19 @@ void write(const Columns<Out>& to, std::int64_t first, std::int64_t count, const
   with_activation(to.activation, [&](auto of) { write_activated<of.activation>(to, first, count, sum_of); });
 }
 
-// One group of N vectors of columns.
-template <int N, class In, class Out, class AnyRows>
-void direct_group(const PackedConv<In, Out>& call, std::int64_t count, AnyRows rows, const float* panel,
+// One group of N vectors of columns; weights_of(tap) gives the weights of a tap.
+template <int N, class In, class Out, class AnyRows, class WeightsOf>
+void direct_group(const PackedConv<In, Out>& call, std::int64_t count, AnyRows rows, const WeightsOf& weights_of,
                   const Columns<Out>& to, float* sums) {
   constexpr std::int64_t width = N * kLanes;
-  const std::int64_t panel_size = call.C / ElementOf<In>::Type::kDepth * width;
   const auto finish = [&](std::int64_t t) {
     write(to, t, least(kRows, count - t),
           [&](std::int64_t row, std::int64_t i) { return load(sums + row * width + i); });
   };
-  for (std::int64_t tap = 0; tap + 1 < call.taps; ++tap, rows.x += call.tap_step, panel += panel_size) {
-    pass<N>(rows, panel, {sums, width, tap > 0}, kNothing);
+  for (std::int64_t tap = 0; tap + 1 < call.taps; ++tap, rows.x += call.tap_step) {
+    pass<N>(rows, weights_of(tap), {sums, width, tap > 0}, kNothing);
   }
-  pass<N>(rows, panel, {sums, width, call.taps > 1}, finish);
+  pass<N>(rows, weights_of(call.taps - 1), {sums, width, call.taps > 1}, finish);
 }
 
 // The packed weights of the group that begins with `column`.
@@ -203,6 +269,10 @@ void direct_of_copies(const PackedConv<In, Out>& call, std::int64_t first, AnyRo
         const bool more = column + kColumns < least(group_end * kColumns, call.channels);
         const std::int64_t next = more ? column + kColumns : group_begin * kColumns;
         const std::int64_t width = least(kColumns, rounded_up(call.channels, kLanes) - next);
+        const float* next_panel = panel_of(call, call.taps, next) + (more ? at : at + run) * width;
+        const auto ahead = [&](std::int64_t share, std::int64_t shares) {
+          fetch(next_panel, run * width, share, shares);
+        };
         float* own = sums + (column / kColumns - group_begin) * kSumsOfGroup;
         const auto to = columns_of(call, first, column);
         const auto done = [&](std::int64_t t) {
@@ -210,9 +280,8 @@ void direct_of_copies(const PackedConv<In, Out>& call, std::int64_t first, AnyRo
           write(to, t, least(kRows, rows.count - t),
                 [&](std::int64_t row, std::int64_t i) { return load(own + row * N * kLanes + i); });
         };
-        pass_run<Element, N>([&](std::int64_t t) { return scratch + t * kWords; }, rows.count, run, panel,
-                             panel_of(call, call.taps, next) + (more ? at : at + run) * width, {own, N * kLanes, add},
-                             done);
+        const auto words_of = [&](std::int64_t t) { return scratch + t * kWords; };
+        pass_run<Element, N>(words_of, rows.count, panel, run, ahead, {own, N * kLanes, add}, done);
       });
     }
   }
@@ -221,6 +290,7 @@ void direct_of_copies(const PackedConv<In, Out>& call, std::int64_t first, AnyRo
 template <class In, class Out>
 void direct(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t count, std::int64_t group_begin,
             std::int64_t group_end, float* scratch) {
+  constexpr std::int64_t depth = ElementOf<In>::Type::kDepth;
   const auto groups_of = [&](const auto& rows) {
     if (kWidens<In> || call.copies) {
       const std::int64_t parts = divided_up(group_end - group_begin, kGroups);
@@ -231,8 +301,19 @@ void direct(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t co
       return;
     }
     each_group(call.channels, group_begin, group_end, [&](std::int64_t column, auto vectors) {
-      const float* panel = panel_of(call, call.taps, column);
-      direct_group<vectors.count>(call, count, rows, panel, columns_of(call, first, column), scratch);
+      constexpr int N = vectors.count;
+      const auto to = columns_of(call, first, column);
+      if (call.packed) {
+        const float* panel = panel_of(call, call.taps, column);
+        const auto weights_of = [&](std::int64_t tap) { return Packed<N>{panel + tap * call.C / depth * N * kLanes}; };
+        return direct_group<N>(call, count, rows, weights_of, to, scratch);
+      }
+      const std::int64_t bytes = call.C / depth * sizeof(Word);
+      const char* weights = static_cast<const char*>(call.weight) + column * call.taps * bytes;
+      const auto weights_of = [&](std::int64_t tap) {
+        return Unpacked<N>{weights + tap * bytes, call.taps * bytes, to.columns, scratch + kSumsOfTask};
+      };
+      direct_group<N>(call, count, rows, weights_of, to, scratch);
     });
   };
   if (call.rows) {
@@ -285,7 +366,7 @@ void filtered_group(const PackedConv<In, Out>& call, std::int64_t first, std::in
                     const Combinations<In>& rows, const float* panel, const Columns<Out>& to, float* sums) {
   constexpr std::int64_t width = N * kLanes;
   const std::int64_t C = call.C, panel_size = C / ElementOf<In>::Type::kDepth * width, triples = (count + 2) / 3;
-  const auto weights_of = [&](Tap tap) { return panel + tap * panel_size; };
+  const auto weights_of = [&](Tap tap) { return Packed<N>{panel + tap * panel_size}; };
   const auto rows_of = [&](Tap tap) { return Rows<In>{rows.of[tap], C, triples, C}; };
   float* half_sums = sums + kSumRows * width;
   float* half_differences = half_sums + kTriples * width;
@@ -329,8 +410,15 @@ void filtered(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t 
 }
 
 std::size_t scratch_size(std::int64_t C, bool is_filtered) {
-  if (!is_filtered) return kFrames * kWords + kGroups * kSumsOfGroup;
+  constexpr std::int64_t of_copies = kFrames * kWords + kGroups * kSumsOfGroup;
+  constexpr std::int64_t of_rows = kSumsOfTask + kWords * kColumns;
+  if (!is_filtered) return of_rows > of_copies ? of_rows : of_copies;
   return 4 * kTriples * rounded_up(C, kLanes) + (kSumRows + 2 * kTriples) * kColumns;
+}
+
+void pack(const void* const* rows, std::int64_t columns, std::int64_t words, std::int64_t width, void* to) {
+  const auto row = [&](std::int64_t i) { return static_cast<const char*>(rows[i]); };
+  turn(row, columns, words, width, static_cast<float*>(to));
 }
 
 template <class In, class Out>
@@ -349,12 +437,14 @@ const PackedConvKernels& packed_conv_kernels() {
                                                 kLanes,
                                                 kRows,
                                                 kFrames,
+                                                kFramesOfUnpacked,
                                                 3 * kTriples,
                                                 scratch_size,
                                                 variants<float, float>(),
                                                 variants<float, bf16>(),
                                                 variants<bf16, bf16>(),
-                                                !kWidens<bf16>};
+                                                !kWidens<bf16>,
+                                                pack};
   return kernels;
 }
 

@@ -48,7 +48,7 @@ def why_not(
         return reason
     if packed_conv.in_onednn(x):
         return "bfloat16 products run in oneDNN here, one by one"
-    if extension.isa() == "avx512_bf16" and any(weight.shape[1] % 2 for weight in weights):
+    if packed_conv.multiplies_pairs() and not all(map(packed_conv.multiplies, weights)):
         return "the C++ encoder_layer multiplies pairs of bfloat16 channels, a layer has an odd number"
     return None
 
