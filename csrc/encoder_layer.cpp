@@ -179,8 +179,8 @@ Layer<T> layer_of(const std::vector<Tensor>& packed, const std::vector<Tensor>& 
           norm_first};
 }
 
-// [B, T, C] float32 or bfloat16; packed frames beside offsets. Packed weights and
-// biases are of queries, keys and values as one layer, of the attention's output, and of the feed-forward's two layers.
+// [B, T, C] float32 or bfloat16; packed frames beside offsets. Packed weights and biases are of queries, keys and values
+// as one layer, of the attention's output, and of the feed-forward's two layers.
 Tensor encoder_layer(const Tensor& x, const Tensor& rel_bias, const std::optional<Tensor>& key_lengths,
                      const std::vector<Tensor>& packed, const std::vector<Tensor>& biases,
                      const std::vector<Tensor>& gate, const std::vector<Tensor>& norms, const std::vector<double>& eps,
