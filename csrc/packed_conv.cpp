@@ -1,6 +1,10 @@
 // Convolutions with packed weights, an engine: linear_act, strided_conv and tdnn are one call of it, and encoder_layer,
 // feature_encoder and waveform_conv use it through packed_conv_entry.h.
 #include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -18,8 +22,50 @@ WAVLM_FAST_DISPATCH(PackedConvKernels, packed_conv_kernels)
 
 namespace {
 
-// Tasks per thread, so that threads end together.
-constexpr int64_t kTasksPerThread = 6;
+// Of what is left, a thread takes that part: first much at a time, at the end little, so that threads end together.
+constexpr int64_t kShares = 3;
+
+// Bytes: long rows that lie so many bytes apart share few places of the caches.
+constexpr int64_t kCrowded = 2048, kLong = 4096;
+
+// Seconds for a task of rows 16 KB apart, on copies or on themselves; the best of three.
+double time_of_task(bool copies) {
+  using Clock = std::chrono::steady_clock;
+  const auto& kernels = packed_conv();
+  constexpr int64_t C = 4096, kGroups = 4;
+  const int64_t channels = kGroups * kernels.columns, rows = kernels.most_frames;
+  std::vector<float> x(rows * C), packed(channels * C), out(rows * channels);
+  PackedConv<float, float> call{};
+  call.x = x.data(), call.packed = packed.data(), call.out = out.data();
+  call.C = call.row_step = C, call.taps = 1, call.channels = channels, call.copies = copies;
+  const Memory memory(Scratch::task, kernels.scratch_size(C, false) * sizeof(float));
+  double best = std::numeric_limits<double>::infinity();
+  for (int i = 0; i < 3; ++i) {
+    const auto start = Clock::now();
+    kernels.of_float.direct(call, 0, rows, 0, kGroups, memory.as<float>());
+    best = std::min(best, std::chrono::duration<double>(Clock::now() - start).count());
+  }
+  return best;
+}
+
+// Whether crowded rows are better copied; not where further caches are quick to give what the first one has lost. For
+// a few milliseconds, once per process.
+std::atomic<bool>& copies_pay() {
+  static std::atomic<bool> pay(time_of_task(true) < 0.97 * time_of_task(false));
+  return pay;
+}
+
+// The answer of this process, or for tests another one from now on.
+bool copies_pay_op(std::optional<bool> pay) {
+  if (pay) copies_pay() = *pay;
+  return copies_pay();
+}
+
+template <class In>
+bool is_better_copied(int64_t row_step, int64_t C) {
+  const int64_t step = row_step * sizeof(In), size = C * sizeof(In);
+  return step % kCrowded == 0 && size >= kLong && copies_pay();
+}
 
 // Frames of one piece, all of whose rows share a pass through the weights.
 struct Block {
@@ -82,7 +128,7 @@ int activation_number(const std::string& name) {
   refuse("unknown activation ", name);
 }
 
-bool multiplies_pairs(int64_t C) { return packed_conv().of_bf16.direct && C % 2 == 0; }
+bool multiplies_pairs(int64_t C) { return packed_conv().pairs && C % 2 == 0; }
 
 int64_t packed_size(int64_t channels, int64_t taps, int64_t C, bool filtered) {
   return divided_up(channels, packed_conv().lanes) * packed_conv().lanes * (filtered ? 5 : taps) * C;
@@ -163,18 +209,24 @@ void convolve(const std::vector<ConvPiece<In, Out>>& pieces, bool filtered) {
     add_blocks(i, pieces[i].frames, pieces[i].call.packed != nullptr, filtered, blocks);
   }
   if (blocks.empty() || pieces[0].call.channels == 0) return;
-  // Tasks are a block of frames x a range of column groups, many enough for all threads.
+  // Tasks are a block of frames x a range of column groups. To filter, each task combines its frames anew.
   const int64_t row_tasks = blocks.size(), groups = divided_up(pieces[0].call.channels, packed_conv().columns);
-  const int64_t wanted = divided_up(kTasksPerThread * num_threads(), row_tasks);
-  const int64_t step = divided_up(groups, std::clamp<int64_t>(wanted, 1, groups));
-  const int64_t tasks = row_tasks * divided_up(groups, step);
+  std::vector<int64_t> bounds = {0};
+  while (bounds.back() < groups) {
+    const int64_t left = groups - bounds.back(), share = left * row_tasks / (kShares * num_threads());
+    bounds.push_back(bounds.back() + std::clamp<int64_t>(share, 1, divided_up(left, filtered ? 1 : 2)));
+  }
+  const bool copies =
+      !filtered && pieces[0].call.packed && is_better_copied<In>(pieces[0].call.row_step, pieces[0].call.C);
   const auto forward = filtered ? variants<In, Out>().filtered : variants<In, Out>().direct;
   const size_t scratch_size = packed_conv().scratch_size(pieces[0].call.C, filtered);
-  for_each_task(tasks, scratch_size, [&](int64_t task, float* memory) {
+  for_each_task(row_tasks * (bounds.size() - 1), scratch_size, [&](int64_t task, float* memory) {
     // Blocks of frames change fastest: threads then share a range of weights in the last cache.
     const Block& block = blocks[task % row_tasks];
-    const int64_t group = task / row_tasks * step;
-    forward(pieces[block.piece].call, block.first, block.count, group, std::min(group + step, groups), memory);
+    const int64_t range = task / row_tasks;
+    auto call = pieces[block.piece].call;
+    call.copies = copies && bounds[range + 1] - bounds[range] > 1;
+    forward(call, block.first, block.count, bounds[range], bounds[range + 1], memory);
   });
 }
 
@@ -257,6 +309,8 @@ Tensor packed_conv_op(const Tensor& x, const Tensor& packed, const std::optional
     run<bf16, bf16>(contiguous_of(x), packed, bias_, taps, stride, dilation, filtered, number, utterances, out);
   } else if (dtype_of(x) == kFloat) {
     run<float, float>(contiguous_of(x), packed, bias_, taps, stride, dilation, filtered, number, utterances, out);
+  } else if (!packed_conv().pairs && !filtered) {
+    run<bf16, bf16>(contiguous_of(x), packed, bias_, taps, stride, dilation, filtered, number, utterances, out);
   } else {
     run<float, bf16>(contiguous_of(x, kFloat), packed, bias_, taps, stride, dilation, filtered, number, utterances,
                      out);
@@ -267,6 +321,10 @@ Tensor packed_conv_op(const Tensor& x, const Tensor& packed, const std::optional
 STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) {
   m.impl("pack_conv", TORCH_BOX(&pack_conv));
   m.impl("packed_conv", TORCH_BOX(&packed_conv_op));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CompositeExplicitAutograd, m) {
+  m.impl("copies_pay", TORCH_BOX(&copies_pay_op));
 }
 
 }  // namespace

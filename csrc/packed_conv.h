@@ -15,7 +15,7 @@ template <class In, class Out>
 struct PackedConv {
   const In* x;
   const void* packed;   // [groups of columns][taps][C][columns of the group], the last group narrower; where In is
-                        // bfloat16, channels in pairs: [C / 2][columns][2]
+                        // bfloat16 and has products of its own, channels in pairs: [C / 2][columns][2]
   const void* weight;   // where `packed` is null: [channels][taps][C], bfloat16 in pairs as well. Not for `filtered`.
   const float* bias;    // [channels], or null
   const float* gain;    // [channels], or null: no gain and no offset
@@ -26,6 +26,7 @@ struct PackedConv {
   int activation;            // as Activation in activation.h
   const std::int64_t* rows;  // null, or of every output frame the numbers from x to its row, instead of t * row_step:
                              // of packed utterances. Not for `filtered`.
+  bool copies;  // whether `direct` multiplies copies of the rows, of some channels at a time: the same numbers
 };
 
 // Output frames first .. first + count - 1 of the groups from group_begin to group_end.
@@ -58,7 +59,8 @@ struct PackedConvKernels {
   std::size_t (*scratch_size)(std::int64_t C, bool filtered);
   PackedConvVariants<float, float> of_float;
   PackedConvVariants<float, bf16> to_bf16;
-  PackedConvVariants<bf16, bf16> of_bf16;  // null where bfloat16 has no products of its own
+  PackedConvVariants<bf16, bf16> of_bf16;  // `filtered` is null where bfloat16 has no products of its own
+  bool pairs;  // Whether it has, of packed pairs. Else rows are widened as they are read, and packed is float32.
 };
 
 }  // namespace wavlm_fast

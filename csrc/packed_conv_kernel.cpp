@@ -1,7 +1,8 @@
 // Products with packed weights: rows of x enter as scalars, weights as vectors of output channels.
 //
 // The sum over channels and taps is cut into runs of kWords. A run's weights stay in the first cache while all rows
-// of the task pass by, and each run is summed from zero: the rounding error grows with the number of runs only.
+// of the task pass by, and each run is summed from zero: the rounding error grows with the number of runs only. Weights
+// of the next run are fetched meanwhile.
 #include "packed_conv.h"
 
 #include "activation.h"
@@ -17,9 +18,12 @@ namespace {
 constexpr std::int64_t kWords = kLanes == 16 ? 128 : 192;
 // A task reads its weights once for this many rows.
 constexpr std::int64_t kFrames = 128;
+constexpr std::int64_t kSumsOfGroup = kFrames * kColumns;
 // Where it packs them itself, for so many.
 constexpr std::int64_t kFramesOfUnpacked = 4 * kFrames;
 constexpr std::int64_t kSumsOfTask = (kFramesOfUnpacked + kRows) * kColumns;
+// Words of a tile between which weights are fetched ahead.
+constexpr std::int64_t kSlice = 16;
 // Three frames each. A task's combinations of rows and its five sets of sums stay in the second cache.
 constexpr std::int64_t kTriples = 16;
 
@@ -53,6 +57,19 @@ struct ScatteredRows {
   WAVLM_FAST_INLINE const In* at(std::int64_t t) const { return x + starts[t]; }
 };
 
+// Whether bfloat16 is multiplied as float32, for want of products of its own.
+template <class In>
+constexpr bool kWidens = ElementOf<In>::Type::kDepth * sizeof(In) != sizeof(Word);
+
+template <class In>
+WAVLM_FAST_INLINE void copy_words(const In* from, std::int64_t words, Word* to) {
+  if constexpr (kWidens<In>) {
+    each_vector(words, [&](std::int64_t i, auto lanes) { lanes.store(to + i, lanes.load(from + i)); });
+  } else {
+    std::memcpy(to, from, words * sizeof(Word));
+  }
+}
+
 // [row][N * kLanes], rows `step` apart.
 struct Sums {
   float* at;
@@ -60,13 +77,23 @@ struct Sums {
   bool add;  // to what is there
 };
 
+// A share, one of `shares`, of the numbers from `at`, into the second cache.
+WAVLM_FAST_INLINE void fetch(const float* at, std::int64_t size, std::int64_t share, std::int64_t shares) {
+  for (std::int64_t i = size * share / shares; i < size * (share + 1) / shares; i += 64 / sizeof(float)) {
+    __builtin_prefetch(at + i, 0, 2);
+  }
+}
+
 // Weights of a group of columns and one tap: runs of words, each [run][N * kLanes].
 template <int N>
 struct Packed {
   const float* at;
 
   WAVLM_FAST_INLINE const float* run(std::int64_t k, std::int64_t) const { return at + k * N * kLanes; }
-  WAVLM_FAST_INLINE void prefetch(std::int64_t, std::int64_t, std::int64_t, std::int64_t) const {}
+  // As below; behind the last run lies another tap or group.
+  WAVLM_FAST_INLINE void prefetch(std::int64_t k, std::int64_t, std::int64_t share, std::int64_t shares) const {
+    fetch(at + k * N * kLanes, kWords * N * kLanes, share, shares);
+  }
 };
 
 // The same as the layer has them, a channel a row: a weight that learns changes before a copy of it has paid.
@@ -91,27 +118,44 @@ struct Unpacked {
   }
 };
 
-// sums[t] (+)= rows[t] * weights for all rows, and done(t) when the kRows rows from t have their sums.
-// Writes a whole number of tiles: sums of rows past the end are left with something that nobody reads.
+// sums[t] (+)= words of row t * panel for a run of words, words_of(t) being where those are, and done(t) when the kRows
+// rows from t have their sums. Writes a whole number of tiles: sums of rows past the end are left with something that
+// nobody reads. ahead(share, shares) fetches a share of what is needed next.
+template <class Element, int N, class WordsOf, class Ahead, class Done>
+WAVLM_FAST_INLINE void pass_run(const WordsOf& words_of, std::int64_t count, const float* panel, std::int64_t run,
+                                const Ahead& ahead, Sums sums, const Done& done) {
+  const std::int64_t shares = divided_up(count, kRows) * divided_up(run, kSlice);
+  std::int64_t share = 0;
+  for (std::int64_t t = 0; t < count; t += kRows) {
+    with_rows(count - t, [&](auto rows) {
+      constexpr int R = rows.count;
+      const Word* row[R];
+      for (int r = 0; r < R; ++r) row[r] = words_of(least(t + r, count - 1));
+      Floats acc[R][N] = {};
+      for (std::int64_t at = 0; at < run; at += kSlice) {
+        ahead(share++, shares);
+        multiply<Element>(row, 1, panel + at * N * kLanes, least(kSlice, run - at), acc);
+        for (int r = 0; r < R; ++r) row[r] += kSlice;
+      }
+      store_tile(acc, sums.add, sums.at + t * sums.step, sums.step);
+    });
+    done(t);
+  }
+}
+
+// sums[t] (+)= rows[t] * weights for all rows, and done(t) as there.
 template <int N, class AnyRows, class Weights, class Done>
 WAVLM_FAST_INLINE void pass(const AnyRows& rows, const Weights& weights, Sums sums, const Done& done) {
   using Element = typename ElementOf<typename AnyRows::Number>::Type;
   const std::int64_t words = rows.C / Element::kDepth;
   for (std::int64_t k = 0; k < words; k += kWords, sums.add = true) {
     const std::int64_t run = least(kWords, words - k);
-    const float* panel = weights.run(k, run);
-    const std::int64_t tiles = divided_up(rows.count, kRows), next = least(kWords, words - k - run);
-    for (std::int64_t t = 0; t < rows.count; t += kRows) {
-      weights.prefetch(k + run, next, t / kRows, tiles);
-      const Word* row[kRows];
-      for (int r = 0; r < kRows; ++r) {
-        row[r] = reinterpret_cast<const Word*>(rows.at(least(t + r, rows.count - 1))) + k;
-      }
-      Floats acc[kRows][N] = {};
-      multiply<Element>(row, 1, panel, run, acc);
-      store_tile(acc, sums.add, sums.at + t * sums.step, sums.step);
+    const std::int64_t next = least(kWords, words - k - run);
+    const auto words_of = [&](std::int64_t t) { return reinterpret_cast<const Word*>(rows.at(t)) + k; };
+    const auto ahead = [&](std::int64_t share, std::int64_t shares) { weights.prefetch(k + run, next, share, shares); };
+    pass_run<Element, N>(words_of, rows.count, weights.run(k, run), run, ahead, sums, [&](std::int64_t t) {
       if (k + run == words) done(t);
-    }
+    });
   }
 }
 
@@ -164,11 +208,11 @@ void write(const Columns<Out>& to, std::int64_t first, std::int64_t count, const
 
 // One group of N vectors of columns; weights_of(tap) gives the weights of a tap.
 template <int N, class In, class Out, class AnyRows, class WeightsOf>
-void direct_group(const PackedConv<In, Out>& call, std::int64_t count, AnyRows rows, const WeightsOf& weights_of,
-                  const Columns<Out>& to, float* sums) {
+void direct_group(const PackedConv<In, Out>& call, AnyRows rows, const WeightsOf& weights_of, const Columns<Out>& to,
+                  float* sums) {
   constexpr std::int64_t width = N * kLanes;
   const auto finish = [&](std::int64_t t) {
-    write(to, t, least(kRows, count - t),
+    write(to, t, least(kRows, rows.count - t),
           [&](std::int64_t row, std::int64_t i) { return load(sums + row * width + i); });
   };
   for (std::int64_t tap = 0; tap + 1 < call.taps; ++tap, rows.x += call.tap_step) {
@@ -183,31 +227,85 @@ const float* panel_of(const PackedConv<In, Out>& call, std::int64_t taps, std::i
   return static_cast<const float*>(call.packed) + column * taps * (call.C / ElementOf<In>::Type::kDepth);
 }
 
-template <class In, class Out>
-void direct(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t count, std::int64_t group_begin,
-            std::int64_t group_end, float* scratch) {
+// Groups that share a copy of the rows.
+constexpr std::int64_t kGroups = 8;
+
+// Of a few groups: runs of the rows are copied, and meet all these groups while they are in the second cache.
+template <class In, class Out, class AnyRows>
+void direct_of_copies(const PackedConv<In, Out>& call, std::int64_t first, AnyRows rows, std::int64_t group_begin,
+                      std::int64_t group_end, float* scratch) {
+  using Element = typename ElementOf<In>::Type;
+  const std::int64_t words = call.C / Element::kDepth, size = call.taps * words;  // of a column
+  float* sums = scratch + kFrames * kWords;
+  bool add = false;
+  for (std::int64_t tap = 0; tap < call.taps; ++tap, rows.x += call.tap_step) {
+    for (std::int64_t k = 0; k < words; k += kWords, add = true) {
+      const std::int64_t run = least(kWords, words - k), at = tap * words + k;
+      for (std::int64_t t = 0; t < rows.count; ++t) {
+        copy_words(rows.at(t) + k * Element::kDepth, run, scratch + t * kWords);
+      }
+      each_group(call.channels, group_begin, group_end, [&](std::int64_t column, auto vectors) {
+        constexpr int N = vectors.count;
+        const float* panel = panel_of(call, call.taps, column) + at * N * kLanes;
+        const bool more = column + kColumns < least(group_end * kColumns, call.channels);
+        const std::int64_t next = more ? column + kColumns : group_begin * kColumns;
+        const std::int64_t width = least(kColumns, rounded_up(call.channels, kLanes) - next);
+        const float* next_panel = panel_of(call, call.taps, next) + (more ? at : at + run) * width;
+        const auto ahead = [&](std::int64_t share, std::int64_t shares) {
+          fetch(next_panel, run * width, share, shares);
+        };
+        float* own = sums + (column / kColumns - group_begin) * kSumsOfGroup;
+        const auto to = columns_of(call, first, column);
+        const auto done = [&](std::int64_t t) {
+          if (at + run < size) return;
+          write(to, t, least(kRows, rows.count - t),
+                [&](std::int64_t row, std::int64_t i) { return load(own + row * N * kLanes + i); });
+        };
+        const auto words_of = [&](std::int64_t t) { return scratch + t * kWords; };
+        pass_run<Element, N>(words_of, rows.count, panel, run, ahead, {own, N * kLanes, add}, done);
+      });
+    }
+  }
+}
+
+// Rows are read where they are.
+template <class In, class Out, class AnyRows>
+void direct_of_rows(const PackedConv<In, Out>& call, std::int64_t first, AnyRows rows, std::int64_t group_begin,
+                    std::int64_t group_end, float* scratch) {
   constexpr std::int64_t depth = ElementOf<In>::Type::kDepth;
   each_group(call.channels, group_begin, group_end, [&](std::int64_t column, auto vectors) {
     constexpr int N = vectors.count;
-    const auto group = [&](auto rows) {
-      const auto to = columns_of(call, first, column);
-      if (call.packed) {
-        const float* panel = panel_of(call, call.taps, column);
-        const auto weights_of = [&](std::int64_t tap) { return Packed<N>{panel + tap * call.C / depth * N * kLanes}; };
-        return direct_group<N>(call, count, rows, weights_of, to, scratch);
-      }
-      const auto* weights = static_cast<const In*>(call.weight) + column * call.taps * call.C;
-      const auto weights_of = [&](std::int64_t tap) {
-        return Unpacked<N, In>{weights + tap * call.C, call.taps * call.C, to.columns, scratch + kSumsOfTask};
-      };
-      direct_group<N>(call, count, rows, weights_of, to, scratch);
-    };
-    if (call.rows) {
-      group(ScatteredRows<In>{call.x, call.rows + first, count, call.C});
-    } else {
-      group(Rows<In>{call.x + first * call.row_step, call.row_step, count, call.C});
+    const auto to = columns_of(call, first, column);
+    if (call.packed) {
+      const float* panel = panel_of(call, call.taps, column);
+      const auto weights_of = [&](std::int64_t tap) { return Packed<N>{panel + tap * call.C / depth * N * kLanes}; };
+      return direct_group<N>(call, rows, weights_of, to, scratch);
     }
+    const auto* weights = static_cast<const In*>(call.weight) + column * call.taps * call.C;
+    const auto weights_of = [&](std::int64_t tap) {
+      return Unpacked<N, In>{weights + tap * call.C, call.taps * call.C, to.columns, scratch + kSumsOfTask};
+    };
+    direct_group<N>(call, rows, weights_of, to, scratch);
   });
+}
+
+template <class In, class Out>
+void direct(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t count, std::int64_t group_begin,
+            std::int64_t group_end, float* scratch) {
+  const auto groups_of = [&](const auto& rows) {
+    if constexpr (!kWidens<In>) {
+      if (!call.copies) return direct_of_rows(call, first, rows, group_begin, group_end, scratch);
+    }
+    const std::int64_t groups = group_end - group_begin, step = divided_up(groups, divided_up(groups, kGroups));
+    for (std::int64_t group = group_begin; group < group_end; group += step) {
+      direct_of_copies(call, first, rows, group, least(group + step, group_end), scratch);
+    }
+  };
+  if (call.rows) {
+    groups_of(ScatteredRows<In>{call.x, call.rows + first, count, call.C});
+  } else {
+    groups_of(Rows<In>{call.x + first * call.row_step, call.row_step, count, call.C});
+  }
 }
 
 // Minimal filtering of three taps at a stride of two. Of the input, odd rows o meet the middle tap only, and even rows e
@@ -297,7 +395,9 @@ void filtered(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t 
 }
 
 std::size_t scratch_size(std::int64_t C, bool is_filtered) {
-  if (!is_filtered) return kSumsOfTask + kWords * kColumns;
+  constexpr std::int64_t of_copies = kFrames * kWords + kGroups * kSumsOfGroup;
+  constexpr std::int64_t of_rows = kSumsOfTask + kWords * kColumns;
+  if (!is_filtered) return of_rows > of_copies ? of_rows : of_copies;
   return 4 * kTriples * rounded_up(C, kLanes) + (kSumRows + 2 * kTriples) * kColumns;
 }
 
@@ -315,8 +415,8 @@ void pack(const In* const* rows, std::int64_t columns, std::int64_t C, std::int6
 
 template <class In, class Out>
 constexpr PackedConvVariants<In, Out> variants() {
-  if constexpr (ElementOf<In>::Type::kDepth * sizeof(In) != sizeof(Word)) {
-    return {};
+  if constexpr (kWidens<In>) {
+    return {direct<In, Out>, nullptr, nullptr};
   } else {
     return {direct<In, Out>, filtered<In, Out>, pack<In>};
   }
@@ -334,7 +434,8 @@ const PackedConvKernels& packed_conv_kernels() {
                                                 scratch_size,
                                                 variants<float, float>(),
                                                 variants<float, bf16>(),
-                                                variants<bf16, bf16>()};
+                                                variants<bf16, bf16>(),
+                                                !kWidens<bf16>};
   return kernels;
 }
 

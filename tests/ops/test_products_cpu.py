@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cpu_rule import check_threads
 
 import wavlm_fast.ops
 from wavlm_fast import backends, derived
@@ -38,6 +39,27 @@ def assert_no_worse(op, args, out):
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
+@pytest.fixture(params=[False, True], ids=["rows", "copies"])
+def copies(request):
+    """Whether long rows are multiplied as copies, which is a processor's own choice elsewhere."""
+    skip_unless_usable(torch.float32)
+    own = torch.ops.wavlm_fast_cpu.copies_pay()
+    torch.ops.wavlm_fast_cpu.copies_pay(request.param)
+    yield
+    torch.ops.wavlm_fast_cpu.copies_pay(own)
+
+
+def test_copies_of_rows_give_the_same_bits():
+    skip_unless_usable(torch.float32)
+    x, weight, own = random(130, 1024), random(300, 1024, seed=1), torch.ops.wavlm_fast_cpu.copies_pay()
+    found = []
+    for pay in (False, True):
+        assert torch.ops.wavlm_fast_cpu.copies_pay(pay) == pay
+        found.append(cpu.TABLE["linear_act"].fn(x, weight, None, "gelu", False)[0])
+    torch.ops.wavlm_fast_cpu.copies_pay(own)
+    assert torch.equal(*found)
+
+
 @DTYPES
 @pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh", "relu"])
 @pytest.mark.parametrize(("channels", "bias"), [(40, True), (40, False), (7, True), (97, True)])
@@ -51,6 +73,21 @@ def test_linear_act(shape, channels, bias, activation, dtype):
     out, pre = cpu.TABLE["linear_act"].fn(*args, False)
     assert pre.numel() == 0
     assert_no_worse("linear_act", args, out)
+
+
+@DTYPES
+@pytest.mark.parametrize("width", [1000, 2048])
+def test_a_row_knows_of_no_other_and_of_no_thread(width, dtype, copies):
+    skip_unless_usable(torch.float32)
+    x, weight = random(150, width, dtype=dtype), random(500, width, dtype=dtype, seed=1, scale=0.05)
+    rest = (weight, random(500, dtype=dtype, seed=2), "gelu", False)
+    if packed_conv.in_onednn(x):
+        pytest.skip("bfloat16 products run in oneDNN here")
+    check_threads("linear_act", x, *rest)
+    whole = cpu.TABLE["linear_act"].fn(x, *rest)[0]
+    assert_no_worse("linear_act", (x, *rest[:-1]), whole)
+    for rows in (slice(0, 1), slice(5, 22), slice(40, 43), slice(149, 150)):
+        assert torch.equal(cpu.TABLE["linear_act"].fn(x[rows], *rest)[0], whole[rows])
 
 
 @DTYPES

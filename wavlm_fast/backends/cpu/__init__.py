@@ -12,9 +12,21 @@ import torch
 
 from .. import gather
 from . import extension
-from .extension import build_record, isa, isa_levels, threads
+from .extension import build_record, isa, isa_levels, isa_reason, threads
 
-__all__ = ["DEVICES", "NAME", "RANK", "TABLE", "build_record", "isa", "isa_levels", "mending", "threads", "why_not"]
+__all__ = [
+    "DEVICES",
+    "NAME",
+    "RANK",
+    "TABLE",
+    "build_record",
+    "isa",
+    "isa_levels",
+    "isa_reason",
+    "mending",
+    "threads",
+    "why_not",
+]
 
 NAME = "cpu"
 DEVICES = ("cpu",)

@@ -55,8 +55,8 @@ def why_not(
         return reason
     if packed_conv.in_onednn(x):
         return "bfloat16 products run in oneDNN here, one by one"
-    if not all(map(packed_conv.multiplies, weights)):
-        return "the C++ encoder_layer takes bfloat16 of even width where the CPU multiplies pairs (AVX-512 or ARM BF16)"
+    if packed_conv.multiplies_pairs() and not all(map(packed_conv.multiplies, weights)):
+        return "the C++ encoder_layer multiplies pairs of bfloat16 channels, a layer has an odd number"
     return None
 
 

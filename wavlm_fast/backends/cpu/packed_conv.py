@@ -29,6 +29,8 @@ _packed_conv = extension.kernel(
     f"bool filtered, str activation, {extension.RESIZED}) -> Tensor"
 )
 
+extension.kernel("copies_pay(bool? pay=None) -> bool")  # for tests
+
 
 def convolve(
     x: Tensor,
@@ -101,7 +103,12 @@ def can_filter(taps: int, stride: int) -> bool:
 
 def multiplies(x: Tensor) -> bool:
     """Whether the kernels multiply frames `[..., C]` in their own dtype: bfloat16 in pairs, where the CPU does that."""
-    return x.dtype == torch.float32 or (extension.isa() in extension.PAIRS and x.shape[-1] % 2 == 0)
+    return x.dtype == torch.float32 or (multiplies_pairs() and x.shape[-1] % 2 == 0)
+
+
+def multiplies_pairs() -> bool:
+    """Whether the kernels multiply pairs of bfloat16, which need an even width; else they widen it to float32."""
+    return extension.isa() in extension.PAIRS
 
 
 def in_onednn(x: Tensor) -> bool:
