@@ -190,7 +190,7 @@ def _all() -> Iterator[Case]:
     # OpenVINO in f32 is wrong for so long an utterance, and transformers has not the memory for ten minutes.
     yield of("base", 1, 120, "length", memory=True, families=_AND_FREED, dtypes=(torch.float32,))
     yield of("base", 1, 600, "length", memory=True, families=_PLAIN, dtypes=(torch.bfloat16,))
-    yield of("large", 1, 10, "latency", families=_PLAIN)
+    yield of("large", 1, 10, "latency", families=(*_PLAIN, "OpenVINO"))
     for model in ("ctc", "classification", "frames", "xvector"):
         yield of(model, 1, 10, "classes", families=_PLAIN)
     yield of("train", 2, 5, "training", train=True)
