@@ -26,10 +26,10 @@ struct Block {
   int64_t piece, first, count;
 };
 
-void add_blocks(int64_t piece, int64_t frames, bool filtered, std::vector<Block>& blocks) {
+void add_blocks(int64_t piece, int64_t frames, bool packed, bool filtered, std::vector<Block>& blocks) {
   if (frames == 0) return;
   const auto& kernels = packed_conv();
-  const int64_t most = filtered ? kernels.most_filtered : kernels.most_frames;
+  const int64_t most = filtered ? kernels.most_filtered : packed ? kernels.most_frames : kernels.most_unpacked;
   const int64_t tile = filtered ? 3 * kernels.rows : kernels.rows;
   const int64_t step = std::min(most, divided_up(divided_up(frames, divided_up(frames, most)), tile) * tile);
   for (int64_t first = 0; first < frames; first += step) {
@@ -161,7 +161,9 @@ Tensor pack_conv(std::vector<Tensor> weights, bool filtered) {
 template <class In, class Out>
 void convolve(const std::vector<ConvPiece<In, Out>>& pieces, bool filtered) {
   std::vector<Block> blocks;
-  for (size_t i = 0; i < pieces.size(); ++i) add_blocks(i, pieces[i].frames, filtered, blocks);
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    add_blocks(i, pieces[i].frames, pieces[i].call.packed != nullptr, filtered, blocks);
+  }
   if (blocks.empty() || pieces[0].call.channels == 0) return;
   // Tasks are a block of frames x a range of column groups, many enough for all threads.
   const int64_t row_tasks = blocks.size(), groups = divided_up(pieces[0].call.channels, packed_conv().columns);
@@ -190,7 +192,7 @@ void run(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bia
   const int64_t C = x.size(2), channels = out.size(2);
   PackedConv<In, Out> call{};
   call.x = data<In>(x);
-  call.packed = data<void>(packed);
+  (packed.dim() == 1 ? call.packed : call.weight) = data<void>(packed);
   call.bias = data<float>(bias);
   call.out = mutable_data<Out>(out);
   call.C = C, call.taps = taps, call.channels = channels;
@@ -217,7 +219,8 @@ void run(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bia
   convolve(call, false, total);
 }
 
-// [B, T, C] -> [B, T', channels] with a weight from pack_conv; or packed frames beside their offsets.
+// [B, T, C] -> [B, T', channels] with a weight from pack_conv, or where that would leave it in the dtype of x as it is,
+// [channels, taps, C]; or packed frames beside their offsets.
 Tensor packed_conv_op(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t channels,
                       int64_t taps, int64_t stride, int64_t dilation, bool filtered, const Text& activation,
                       const std::optional<Tensor>& offsets, const std::optional<Tensor>& out_offsets,
@@ -242,9 +245,10 @@ Tensor packed_conv_op(const Tensor& x, const Tensor& packed, const std::optional
   stride = std::min(stride, frames);  // no more than one output frame either way, and nothing overflows
   ENTRY_CHECK(!filtered || (taps == 3 && stride == 2 && dilation == 1),
               "packed_conv: expected three taps at a stride of two to filter, got ", taps, " at ", stride);
-  const int64_t size = packed_size(channels, taps, C, filtered);
-  ENTRY_CHECK(packed.is_contiguous() && packed.numel() == size, "packed_conv: expected a weight packed for ", taps,
-              " taps of ", C, " channels, got ", packed.numel(), " numbers");
+  const bool as_it_is = packed.dim() == 3 && !filtered && pairs == (dtype_of(x) == kBFloat16);
+  const int64_t size = as_it_is ? channels * taps * C : packed_size(channels, taps, C, filtered);
+  ENTRY_CHECK(packed.is_contiguous() && packed.numel() == size && (as_it_is || packed.dim() == 1),
+              "packed_conv: expected a weight packed for ", taps, " taps of ", C, " channels, got ", packed.sizes());
   check_vector("packed_conv", "bias", bias, channels);
   const auto bias_ = contiguous_of(bias, kFloat);
   const int number = activation_number(activation);

@@ -16,6 +16,7 @@ struct PackedConv {
   const In* x;
   const void* packed;   // [groups of columns][taps][C][columns of the group], the last group narrower; where In is
                         // bfloat16, channels in pairs: [C / 2][columns][2]
+  const void* weight;   // where `packed` is null: [channels][taps][C], bfloat16 in pairs as well. Not for `filtered`.
   const float* bias;    // [channels], or null
   const float* gain;    // [channels], or null: no gain and no offset
   const float* offset;  // [channels]
@@ -49,7 +50,8 @@ struct PackedConvKernels {
   std::int64_t lanes;          // what the width of the last group is rounded up to
   std::int64_t rows;           // `count` is best a multiple of it
   std::int64_t most_frames;    // and at most this,
-  std::int64_t most_filtered;  // or this, a multiple of 3
+  std::int64_t most_unpacked;  // where there is no packed weight this,
+  std::int64_t most_filtered;  // and if filtered this, a multiple of 3
   // Floats of 64-byte aligned scratch.
   std::size_t (*scratch_size)(std::int64_t C, bool filtered);
   PackedConvVariants<float, float> of_float;

@@ -17,6 +17,9 @@ namespace {
 constexpr std::int64_t kWords = kLanes == 16 ? 128 : 192;
 // A task reads its weights once for this many rows.
 constexpr std::int64_t kFrames = 128;
+// Where it packs them itself, for so many.
+constexpr std::int64_t kFramesOfUnpacked = 4 * kFrames;
+constexpr std::int64_t kSumsOfTask = (kFramesOfUnpacked + kRows) * kColumns;
 // Three frames each. A task's combinations of rows and its five sets of sums stay in the second cache.
 constexpr std::int64_t kTriples = 16;
 
@@ -57,15 +60,71 @@ struct Sums {
   bool add;  // to what is there
 };
 
-// sums[t] (+)= rows[t] * panel for all rows, and done(t) when the kRows rows from t have their sums.
+// Words of `columns` rows, row(i) being the bytes of one, -> [words][width], zeros in the columns without a row; in squares
+// of kLanes x kLanes, turned in registers.
+template <class Row>
+WAVLM_FAST_INLINE void turn(const Row& row, std::int64_t columns, std::int64_t words, std::int64_t width, float* to) {
+  for (std::int64_t k = 0; k < words; k += kLanes) {
+    const std::int64_t count = least(kLanes, words - k);
+    for (std::int64_t i = 0; i < width; i += kLanes) {
+      Floats square[kLanes] = {};
+      if (count == kLanes && columns - i >= kLanes) {
+        for (int r = 0; r < kLanes; ++r) std::memcpy(&square[r], row(i + r) + k * sizeof(Word), sizeof(Floats));
+      } else {
+        for (std::int64_t r = 0; r < least(kLanes, columns - i); ++r) {
+          std::memcpy(&square[r], row(i + r) + k * sizeof(Word), count * sizeof(Word));
+        }
+      }
+      transpose(square);
+      for (std::int64_t n = 0; n < count; ++n) store(to + (k + n) * width + i, square[n]);
+    }
+  }
+}
+
+// Weights of a group of columns and one tap: runs of words, each [run][N * kLanes].
+template <int N>
+struct Packed {
+  const float* at;
+
+  WAVLM_FAST_INLINE const float* run(std::int64_t k, std::int64_t) const { return at + k * N * kLanes; }
+  WAVLM_FAST_INLINE void prefetch(std::int64_t, std::int64_t, std::int64_t, std::int64_t) const {}
+};
+
+// The same as the layer has them, a channel a row: a weight that learns changes before a copy of it has paid.
+template <int N>
+struct Unpacked {
+  const char* at;
+  std::int64_t row_bytes, columns;
+  float* panel;
+
+  WAVLM_FAST_INLINE const float* run(std::int64_t k, std::int64_t count) const {
+    const auto row = [&](std::int64_t i) { return at + i * row_bytes + k * sizeof(Word); };
+    turn(row, columns, count, N * kLanes, panel);
+    return panel;
+  }
+
+  // A share, one of `shares`, of the run that comes next: its rows lie far apart, where no prefetcher expects them.
+  WAVLM_FAST_INLINE void prefetch(std::int64_t k, std::int64_t count, std::int64_t share, std::int64_t shares) const {
+    for (std::int64_t i = columns * share / shares; i < columns * (share + 1) / shares; ++i) {
+      for (std::int64_t n = 0; n < count; n += 64 / sizeof(Word)) {
+        __builtin_prefetch(at + i * row_bytes + (k + n) * sizeof(Word));
+      }
+    }
+  }
+};
+
+// sums[t] (+)= rows[t] * weights for all rows, and done(t) when the kRows rows from t have their sums.
 // Writes a whole number of tiles: sums of rows past the end are left with something that nobody reads.
-template <int N, class AnyRows, class Done>
-WAVLM_FAST_INLINE void pass(const AnyRows& rows, const float* panel, Sums sums, const Done& done) {
+template <int N, class AnyRows, class Weights, class Done>
+WAVLM_FAST_INLINE void pass(const AnyRows& rows, const Weights& weights, Sums sums, const Done& done) {
   using Element = typename ElementOf<typename AnyRows::Number>::Type;
   const std::int64_t words = rows.C / Element::kDepth;
   for (std::int64_t k = 0; k < words; k += kWords, sums.add = true) {
     const std::int64_t run = least(kWords, words - k);
+    const float* panel = weights.run(k, run);
+    const std::int64_t tiles = divided_up(rows.count, kRows), next = least(kWords, words - k - run);
     for (std::int64_t t = 0; t < rows.count; t += kRows) {
+      weights.prefetch(k + run, next, t / kRows, tiles);
       const Word* row[kRows];
       for (int r = 0; r < kRows; ++r) {
         row[r] = reinterpret_cast<const Word*>(rows.at(least(t + r, rows.count - 1))) + k;
@@ -75,7 +134,6 @@ WAVLM_FAST_INLINE void pass(const AnyRows& rows, const float* panel, Sums sums, 
       store_tile(acc, sums.add, sums.at + t * sums.step, sums.step);
       if (k + run == words) done(t);
     }
-    panel += run * N * kLanes;
   }
 }
 
@@ -126,20 +184,19 @@ void write(const Columns<Out>& to, std::int64_t first, std::int64_t count, const
   with_activation(to.activation, [&](auto of) { write_activated<of.activation>(to, first, count, sum_of); });
 }
 
-// One group of N vectors of columns.
-template <int N, class In, class Out, class AnyRows>
-void direct_group(const PackedConv<In, Out>& call, std::int64_t count, AnyRows rows, const float* panel,
+// One group of N vectors of columns; weights_of(tap) gives the weights of a tap.
+template <int N, class In, class Out, class AnyRows, class WeightsOf>
+void direct_group(const PackedConv<In, Out>& call, std::int64_t count, AnyRows rows, const WeightsOf& weights_of,
                   const Columns<Out>& to, float* sums) {
   constexpr std::int64_t width = N * kLanes;
-  const std::int64_t panel_size = call.C / ElementOf<In>::Type::kDepth * width;
   const auto finish = [&](std::int64_t t) {
     write(to, t, least(kRows, count - t),
           [&](std::int64_t row, std::int64_t i) { return load(sums + row * width + i); });
   };
-  for (std::int64_t tap = 0; tap + 1 < call.taps; ++tap, rows.x += call.tap_step, panel += panel_size) {
-    pass<N>(rows, panel, {sums, width, tap > 0}, kNothing);
+  for (std::int64_t tap = 0; tap + 1 < call.taps; ++tap, rows.x += call.tap_step) {
+    pass<N>(rows, weights_of(tap), {sums, width, tap > 0}, kNothing);
   }
-  pass<N>(rows, panel, {sums, width, call.taps > 1}, finish);
+  pass<N>(rows, weights_of(call.taps - 1), {sums, width, call.taps > 1}, finish);
 }
 
 // The packed weights of the group that begins with `column`.
@@ -151,10 +208,22 @@ const float* panel_of(const PackedConv<In, Out>& call, std::int64_t taps, std::i
 template <class In, class Out>
 void direct(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t count, std::int64_t group_begin,
             std::int64_t group_end, float* scratch) {
+  constexpr std::int64_t depth = ElementOf<In>::Type::kDepth;
   each_group(call.channels, group_begin, group_end, [&](std::int64_t column, auto vectors) {
+    constexpr int N = vectors.count;
     const auto group = [&](auto rows) {
-      const float* panel = panel_of(call, call.taps, column);
-      direct_group<vectors.count>(call, count, rows, panel, columns_of(call, first, column), scratch);
+      const auto to = columns_of(call, first, column);
+      if (call.packed) {
+        const float* panel = panel_of(call, call.taps, column);
+        const auto weights_of = [&](std::int64_t tap) { return Packed<N>{panel + tap * call.C / depth * N * kLanes}; };
+        return direct_group<N>(call, count, rows, weights_of, to, scratch);
+      }
+      const std::int64_t bytes = call.C / depth * sizeof(Word);
+      const char* weights = static_cast<const char*>(call.weight) + column * call.taps * bytes;
+      const auto weights_of = [&](std::int64_t tap) {
+        return Unpacked<N>{weights + tap * bytes, call.taps * bytes, to.columns, scratch + kSumsOfTask};
+      };
+      direct_group<N>(call, count, rows, weights_of, to, scratch);
     };
     if (call.rows) {
       group(ScatteredRows<In>{call.x, call.rows + first, count, call.C});
@@ -207,7 +276,7 @@ void filtered_group(const PackedConv<In, Out>& call, std::int64_t first, std::in
                     const Combinations<In>& rows, const float* panel, const Columns<Out>& to, float* sums) {
   constexpr std::int64_t width = N * kLanes;
   const std::int64_t C = call.C, panel_size = C / ElementOf<In>::Type::kDepth * width, triples = (count + 2) / 3;
-  const auto weights_of = [&](Tap tap) { return panel + tap * panel_size; };
+  const auto weights_of = [&](Tap tap) { return Packed<N>{panel + tap * panel_size}; };
   const auto rows_of = [&](Tap tap) { return Rows<In>{rows.of[tap], C, triples, C}; };
   float* half_sums = sums + kSumRows * width;
   float* half_differences = half_sums + kTriples * width;
@@ -251,24 +320,13 @@ void filtered(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t 
 }
 
 std::size_t scratch_size(std::int64_t C, bool is_filtered) {
-  if (!is_filtered) return (kFrames + kRows) * kColumns;
+  if (!is_filtered) return kSumsOfTask + kWords * kColumns;
   return 4 * kTriples * rounded_up(C, kLanes) + (kSumRows + 2 * kTriples) * kColumns;
 }
 
-// In squares of kLanes x kLanes, turned in registers: a weight that learns is packed at every step.
 void pack(const void* const* rows, std::int64_t columns, std::int64_t words, std::int64_t width, void* to) {
-  const auto place = [&](std::int64_t k, std::int64_t i) { return static_cast<float*>(to) + k * width + i; };
-  for (std::int64_t k = 0; k < words; k += kLanes) {
-    const std::int64_t count = least(kLanes, words - k);
-    for (std::int64_t i = 0; i < width; i += kLanes) {
-      Floats square[kLanes] = {};
-      for (std::int64_t r = 0; r < least(kLanes, columns - i); ++r) {
-        std::memcpy(&square[r], static_cast<const char*>(rows[i + r]) + k * sizeof(float), count * sizeof(float));
-      }
-      transpose(square);
-      for (std::int64_t n = 0; n < count; ++n) store(place(k + n, i), square[n]);
-    }
-  }
+  const auto row = [&](std::int64_t i) { return static_cast<const char*>(rows[i]); };
+  turn(row, columns, words, width, static_cast<float*>(to));
 }
 
 template <class In, class Out>
@@ -287,6 +345,7 @@ const PackedConvKernels& packed_conv_kernels() {
                                                 kLanes,
                                                 kRows,
                                                 kFrames,
+                                                kFramesOfUnpacked,
                                                 3 * kTriples,
                                                 scratch_size,
                                                 variants<float, float>(),

@@ -203,7 +203,8 @@ def test_replaced_parameters_leave_nothing_behind(form):
     for name in names:
         owner, _, leaf = name.rpartition(".")
         setattr(ours.get_submodule(owner), leaf, nn.Parameter(ours.get_parameter(name).detach().clone()))
-        warm_output(ours)
+        for _ in range(2):  # a time-delay layer's weight is packed when it is met again
+            warm_output(ours)
         assert (len(values(ours.parameters())), nbytes(ours.parameters())) == (count, size), name
 
 

@@ -8,7 +8,7 @@ import torch
 import wavlm_fast.ops
 from wavlm_fast import backends, derived
 from wavlm_fast.backends import cpu
-from wavlm_fast.backends.cpu import onednn
+from wavlm_fast.backends.cpu import onednn, packed_conv
 from wavlm_fast.ops import references
 
 
@@ -107,6 +107,44 @@ def test_a_weight_that_learns():
         weight.grad = torch.autograd.grad(out.square().sum(), weight)[0]
         torch.testing.assert_close(weight.grad, torch.autograd.grad(plain.square().sum(), weight)[0])
         optimizer.step()
+
+
+def _step(op, weight, x, bias):
+    table = cpu.TABLE[op].fn
+    if op == "linear_act":
+        return table(x, weight, bias, "none", True)[0]
+    if op == "strided_conv":
+        return table(x, weight, bias, 2, None, None, 1e-5, "none", True)[0]
+    return table(x, weight, bias, 3, 2, "relu")
+
+
+@DTYPES
+@pytest.mark.parametrize("op", ["linear_act", "strided_conv", "tdnn"])
+@pytest.mark.parametrize(("T", "C", "channels"), [(5, 1, 1), (9, 24, 7), (40, 300, 97), (700, 33, 50), (12, 16, 48)])
+def test_a_weight_is_taken_as_it_is_until_it_is_met_again(op, T, C, channels, dtype):
+    skip_unless_usable(dtype)
+    x, bias = random(1, T, C, dtype=dtype), random(channels, dtype=dtype, seed=2)
+    sizes = {"linear_act": (C,), "strided_conv": (C, 3), "tdnn": (3 * C,)}[op]
+    weight = torch.nn.Parameter(random(channels, *sizes, dtype=dtype, seed=1, scale=0.1))
+    if packed_conv.in_onednn(x) or not packed_conv.multiplies(x):
+        pytest.skip("packed weights have another dtype here")
+    with torch.no_grad():
+        for _ in range(2):
+            weight.add_(0.25)
+            as_it_is = _step(op, weight, x, bias)
+            assert derived.nbytes([weight]) == 0
+        assert torch.equal(_step(op, weight, x, bias), as_it_is)
+        assert derived.nbytes([weight]) > 0
+        assert torch.equal(_step(op, weight, x, bias), as_it_is)
+
+
+def test_a_weight_of_another_size_is_refused():
+    skip_unless_usable(torch.float32)
+    x = random(1, 9, 16)
+    sizes = ((24, 1, 15), (23, 1, 16), (24, 2, 16), (24, 16))
+    for weight in (*(random(*size) for size in sizes), random(24, 1, 16).bfloat16()):
+        with pytest.raises(RuntimeError, match="packed_conv: expected a weight"):
+            packed_conv._packed_conv(x, weight, None, 24, 1, 1, 1, False, "none", None, None, None)
 
 
 def test_gradients_flow_past_a_frozen_weight():

@@ -48,7 +48,7 @@ def why_not(
         return reason
     if packed_conv.in_onednn(x):
         return "bfloat16 products run in oneDNN here, one by one"
-    if extension.isa() != "avx512_bf16" or any(weight.shape[1] % 2 for weight in weights):
+    if not all(map(packed_conv.multiplies, weights)):
         return "the C++ encoder_layer takes bfloat16 of even width where the CPU multiplies pairs of it (AVX-512 BF16)"
     return None
 

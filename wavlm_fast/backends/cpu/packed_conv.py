@@ -5,8 +5,8 @@ C++ (csrc/packed_conv.cpp), float32 as fast as in oneDNN, whose rounding error i
 linear and conv1d. bfloat16 runs in oneDNN on CPUs with matrix units (AMX), or for want of the extension: packed frames
 in one call on a grid, for it would make itself ready anew for each length.
 
-A kernel runs below autograd and cannot see whether a gradient is recorded. While a weight learns it is packed anew at
-each optimizer step, which costs less than the faster product saves; gradients take the weight itself.
+A kernel runs below autograd and cannot see whether a gradient is recorded. While a weight learns it is another at each
+optimizer step, and a copy that is used once does not pay: kernels then take the weight as it is, as gradients do.
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ def convolve(
     activation: str,
     filtered: bool = False,
     packed: Resized = DENSE,
+    learns: bool = False,
 ) -> Tensor:
-    """`[B, T, C]` -> `[B, T', C']`; `filters` gives the weight as `[C', K, C]`."""
+    """`[B, T, C]` -> `[B, T', C']`; `filters` gives the weight as `[C', K, C]`, which may be another at the next call
+    where it `learns`."""
     if in_onednn(x):
         kind = f"onednn conv, {taps} taps, stride {stride}, dilation {dilation}"
         ready = derived(kind, (weight,), lambda: onednn.pack_conv(filters(), stride, dilation), replaces=True)
@@ -53,14 +55,18 @@ def convolve(
         span = (taps - 1) * dilation + 1
         grid = Grid(*resized_bounds("the convolution", packed, x.shape[1], span, stride), stride)
         return grid.pick_out(convolve(grid.place(x)))
-    ready = pack(weight, filters, taps, filtered)
+    ready = pack(weight, filters, taps, filtered, learns and multiplies(x))
+    if ready is None:
+        ready = filters().contiguous()
     return _packed_conv(x, ready, bias, weight.shape[0], taps, stride, dilation, filtered, activation, *packed)
 
 
-def pack(weight: Tensor, filters: Callable[[], Tensor], taps: int, filtered: bool = False) -> Tensor:
-    """`filters()` `[C', K, C]` of a weight in the order of packed_conv.cpp, remembered."""
+def pack(
+    weight: Tensor, filters: Callable[[], Tensor], taps: int, filtered: bool = False, if_met_before: bool = False
+) -> Tensor | None:
+    """`filters()` `[C', K, C]` of a weight in the order of packed_conv.cpp, remembered as by `derived`."""
     kind = f"packed conv, {taps} taps{', filtered' if filtered else ''}"
-    return derived(kind, (weight,), lambda: _pack_conv([filters()], filtered), replaces=True)
+    return derived(kind, (weight,), lambda: _pack_conv([filters()], filtered), True, if_met_before)
 
 
 def pack_together(kind: str, weights: list[Tensor]) -> Tensor:
@@ -85,6 +91,11 @@ def can_filter(taps: int, stride: int) -> bool:
     the error more. Gradients, which add up more roundings, are taken of the direct form.
     """
     return taps == 3 and stride == 2
+
+
+def multiplies(x: Tensor) -> bool:
+    """Whether the kernels multiply frames `[..., C]` in their own dtype: bfloat16 in pairs, where the CPU does that."""
+    return x.dtype == torch.float32 or (extension.isa() == "avx512_bf16" and x.shape[-1] % 2 == 0)
 
 
 def in_onednn(x: Tensor) -> bool:
