@@ -94,10 +94,9 @@ namespace {
 template <class T>
 struct Rows {
   std::vector<const T*> first;  // number of each row
-  int64_t taps, C, tap_step;
+  int64_t taps, C;
 
-  explicit Rows(const std::vector<Tensor>& weights)
-      : taps(weights[0].size(1)), C(weights[0].size(2)), tap_step(weights[0].size(2)) {
+  explicit Rows(const std::vector<Tensor>& weights) : taps(weights[0].size(1)), C(weights[0].size(2)) {
     for (const Tensor& weight : weights) {
       const T* at = data<T>(weight);
       const int64_t channels = weight.size(0), row_step = weight.stride(0);
@@ -106,19 +105,19 @@ struct Rows {
   }
 };
 
-// Groups of columns one after the other: of each the terms, of each term `depth` numbers of every channel, one word.
+// Groups of columns one after the other, of each the taps.
 template <class T>
-void pack_rows(const Rows<T>& rows, int64_t padded, int64_t depth, T* packed) {
+void pack_rows(const Rows<T>& rows, int64_t padded, T* packed) {
   const int64_t terms = rows.taps * rows.C, columns = packed_conv().columns, channels = rows.first.size();
   parallel_for(0, divided_up(padded, columns), 1, [&](int64_t begin, int64_t end) {
-    std::vector<const void*> from(columns);
+    std::vector<const T*> from(columns);
     for (int64_t group = begin; group < end; ++group) {
       const int64_t first = group * columns, width = std::min(columns, padded - first);
       const int64_t count = std::min(width, channels - first);
       for (int64_t tap = 0; tap < rows.taps; ++tap) {
-        for (int64_t i = 0; i < count; ++i) from[i] = rows.first[first + i] + tap * rows.tap_step;
+        for (int64_t i = 0; i < count; ++i) from[i] = rows.first[first + i] + tap * rows.C;
         T* to = packed + first * terms + tap * rows.C * width;
-        packed_conv().pack(from.data(), count, rows.C / depth, width, to);
+        variants<T, T>().pack(from.data(), count, rows.C, width, reinterpret_cast<float*>(to));
       }
     }
   });
@@ -146,14 +145,13 @@ Tensor pack_conv(std::vector<Tensor> weights, bool filtered) {
       fresh(like, {packed_size(channels, like.size(1), like.size(2), filtered)}, pairs ? kBFloat16 : kFloat);
   for (Tensor& weight : weights) {
     if (filtered) weight = filter_taps(weight);
-    if (!pairs && dtype_of(weight) != kFloat) weight = contiguous_of(weight, kFloat);
+    weight = contiguous_of(weight, dtype_of(packed));
   }
-  for (Tensor& weight : weights) weight = contiguous_of(weight);
   const int64_t padded = divided_up(channels, kernels.lanes) * kernels.lanes;
   if (pairs) {
-    pack_rows(Rows<bf16>(weights), padded, 2, mutable_data<bf16>(packed));
+    pack_rows(Rows<bf16>(weights), padded, mutable_data<bf16>(packed));
   } else {
-    pack_rows(Rows<float>(weights), padded, 1, mutable_data<float>(packed));
+    pack_rows(Rows<float>(weights), padded, mutable_data<float>(packed));
   }
   return packed;
 }

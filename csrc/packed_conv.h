@@ -33,17 +33,19 @@ template <class In, class Out>
 using PackedConvForward = void(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t count,
                                std::int64_t group_begin, std::int64_t group_end, float* scratch);
 
+// C numbers of each of `columns` rows -> one tap of a group of `width` columns as `packed` has it, zeros where there is no
+// row.
+template <class In>
+using PackRows = void(const In* const* rows, std::int64_t columns, std::int64_t C, std::int64_t width, float* to);
+
 // `filtered` is for three taps at a stride of two, with the weight's five combinations of taps for `packed` (see
 // kernel), row_step = 2 * C and tap_step = C.
 template <class In, class Out>
 struct PackedConvVariants {
   PackedConvForward<In, Out>* direct;
   PackedConvForward<In, Out>* filtered;
+  PackRows<In>* pack;
 };
-
-// Words (a float, or a pair of bfloat16) from each of `columns` rows, `words` of them, -> [words][width], zeros in the
-// columns without a row.
-using PackWords = void(const void* const* rows, std::int64_t columns, std::int64_t words, std::int64_t width, void* to);
 
 struct PackedConvKernels {
   std::int64_t columns;        // of a group
@@ -57,7 +59,6 @@ struct PackedConvKernels {
   PackedConvVariants<float, float> of_float;
   PackedConvVariants<float, bf16> to_bf16;
   PackedConvVariants<bf16, bf16> of_bf16;  // null where bfloat16 has no products of its own
-  PackWords* pack;
 };
 
 }  // namespace wavlm_fast

@@ -5,8 +5,8 @@
 #include "packed_conv.h"
 
 #include "activation.h"
+#include "rows.h"
 #include "tile.h"
-#include "transpose.h"
 #include "vec.h"
 
 namespace wavlm_fast {
@@ -60,27 +60,6 @@ struct Sums {
   bool add;  // to what is there
 };
 
-// Words of `columns` rows, row(i) being the bytes of one, -> [words][width], zeros in the columns without a row; in squares
-// of kLanes x kLanes, turned in registers.
-template <class Row>
-WAVLM_FAST_INLINE void turn(const Row& row, std::int64_t columns, std::int64_t words, std::int64_t width, float* to) {
-  for (std::int64_t k = 0; k < words; k += kLanes) {
-    const std::int64_t count = least(kLanes, words - k);
-    for (std::int64_t i = 0; i < width; i += kLanes) {
-      Floats square[kLanes] = {};
-      if (count == kLanes && columns - i >= kLanes) {
-        for (int r = 0; r < kLanes; ++r) std::memcpy(&square[r], row(i + r) + k * sizeof(Word), sizeof(Floats));
-      } else {
-        for (std::int64_t r = 0; r < least(kLanes, columns - i); ++r) {
-          std::memcpy(&square[r], row(i + r) + k * sizeof(Word), count * sizeof(Word));
-        }
-      }
-      transpose(square);
-      for (std::int64_t n = 0; n < count; ++n) store(to + (k + n) * width + i, square[n]);
-    }
-  }
-}
-
 // Weights of a group of columns and one tap: runs of words, each [run][N * kLanes].
 template <int N>
 struct Packed {
@@ -91,25 +70,24 @@ struct Packed {
 };
 
 // The same as the layer has them, a channel a row: a weight that learns changes before a copy of it has paid.
-template <int N>
+template <int N, class In>
 struct Unpacked {
-  const char* at;
-  std::int64_t row_bytes, columns;
+  const In* at;
+  std::int64_t step, columns;
   float* panel;
 
+  static constexpr int kDepth = ElementOf<In>::Type::kDepth;
+  static_assert(kWords % kLanes == 0, "panels are written by whole vectors of words");
+
   WAVLM_FAST_INLINE const float* run(std::int64_t k, std::int64_t count) const {
-    const auto row = [&](std::int64_t i) { return at + i * row_bytes + k * sizeof(Word); };
-    turn(row, columns, count, N * kLanes, panel);
+    copy_transposed<typename ElementOf<In>::Type>(at + k * kDepth, step, columns, count * kDepth, N * kLanes, panel);
     return panel;
   }
 
-  // A share, one of `shares`, of the run that comes next: its rows lie far apart, where no prefetcher expects them.
+  // A share, one of `shares`, of the run that comes next.
   WAVLM_FAST_INLINE void prefetch(std::int64_t k, std::int64_t count, std::int64_t share, std::int64_t shares) const {
-    for (std::int64_t i = columns * share / shares; i < columns * (share + 1) / shares; ++i) {
-      for (std::int64_t n = 0; n < count; n += 64 / sizeof(Word)) {
-        __builtin_prefetch(at + i * row_bytes + (k + n) * sizeof(Word));
-      }
-    }
+    const std::int64_t first = columns * share / shares, last = columns * (share + 1) / shares;
+    prefetch_rows(at + first * step + k * kDepth, step, last - first, count * kDepth);
   }
 };
 
@@ -218,10 +196,9 @@ void direct(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t co
         const auto weights_of = [&](std::int64_t tap) { return Packed<N>{panel + tap * call.C / depth * N * kLanes}; };
         return direct_group<N>(call, count, rows, weights_of, to, scratch);
       }
-      const std::int64_t bytes = call.C / depth * sizeof(Word);
-      const char* weights = static_cast<const char*>(call.weight) + column * call.taps * bytes;
+      const auto* weights = static_cast<const In*>(call.weight) + column * call.taps * call.C;
       const auto weights_of = [&](std::int64_t tap) {
-        return Unpacked<N>{weights + tap * bytes, call.taps * bytes, to.columns, scratch + kSumsOfTask};
+        return Unpacked<N, In>{weights + tap * call.C, call.taps * call.C, to.columns, scratch + kSumsOfTask};
       };
       direct_group<N>(call, count, rows, weights_of, to, scratch);
     };
@@ -324,9 +301,16 @@ std::size_t scratch_size(std::int64_t C, bool is_filtered) {
   return 4 * kTriples * rounded_up(C, kLanes) + (kSumRows + 2 * kTriples) * kColumns;
 }
 
-void pack(const void* const* rows, std::int64_t columns, std::int64_t words, std::int64_t width, void* to) {
-  const auto row = [&](std::int64_t i) { return static_cast<const char*>(rows[i]); };
-  turn(row, columns, words, width, static_cast<float*>(to));
+template <class In>
+void pack(const In* const* rows, std::int64_t columns, std::int64_t C, std::int64_t width, float* to) {
+  using Element = typename ElementOf<In>::Type;
+  constexpr int kNumbers = Element::kDepth * kLanes;
+  const std::int64_t whole = C / kNumbers * kNumbers;
+  copy_transposed<Element>([&](std::int64_t i) { return rows[i]; }, columns, whole, width, to);
+  if (whole == C) return;
+  float rest[kLanes * kColumns];
+  copy_transposed<Element>([&](std::int64_t i) { return rows[i] + whole; }, columns, C - whole, width, rest);
+  std::memcpy(to + whole / Element::kDepth * width, rest, (C - whole) / Element::kDepth * width * sizeof(float));
 }
 
 template <class In, class Out>
@@ -334,7 +318,7 @@ constexpr PackedConvVariants<In, Out> variants() {
   if constexpr (ElementOf<In>::Type::kDepth * sizeof(In) != sizeof(Word)) {
     return {};
   } else {
-    return {direct<In, Out>, filtered<In, Out>};
+    return {direct<In, Out>, filtered<In, Out>, pack<In>};
   }
 }
 
@@ -350,8 +334,7 @@ const PackedConvKernels& packed_conv_kernels() {
                                                 scratch_size,
                                                 variants<float, float>(),
                                                 variants<float, bf16>(),
-                                                variants<bf16, bf16>(),
-                                                pack};
+                                                variants<bf16, bf16>()};
   return kernels;
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -253,16 +253,13 @@ def _of_cases(title: str, heads: dict[str, str], rows: Sequence[Row]) -> Table:
     return table
 
 
-def _over_the_best(rows: Sequence[Row], cases: Iterable[str]) -> Iterator[tuple[str, ...]]:
+def _over_the_best(rows: Sequence[Row], cases: Collection[str]) -> Iterator[tuple[str, ...]]:
     """Of each dtype that several others ran, a line: ours over the fastest of them in each case."""
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        faster = {
-            case: [ratio for r in rows if (r["case"], r["dtype"]) == (case, dtype) and not is_ours(r)
-                   and (ratio := median(r, "ours_faster")) is not None]
-            for case in cases
-        }  # fmt: skip
-        if any(len(ratios) > 1 for ratios in faster.values()):
-            yield f"{dtype} over the best of them", *(f"{min(r):.2f}" if r else "" for r in faster.values())
+    timed = [row for row in rows if not is_ours(row) and median(row, "ours_faster") is not None]
+    for group in split(timed, "dtype"):
+        ratios = [[median(row, "ours_faster") for row in group if row["case"] == case] for case in cases]
+        if max(map(len, ratios)) > 1:
+            yield f"{group[0]['dtype']} over the best of them", *(f"{min(r):.2f}" if r else "" for r in ratios)
 
 
 _METHOD = {
