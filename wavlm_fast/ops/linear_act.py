@@ -35,7 +35,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     """
     if trained_by_torch(NAME, weight, x, weight, bias, activation, True):
         return reference(x, weight, bias, activation)
-    save = activation != "none" and needs_grad(x, weight, bias)
+    save = needs_grad(x, weight, bias)  # of no activation nothing is saved, but a weight may learn
     return _op(x.contiguous(), contiguous(weight), bias, activation, save)[0]
 
 
