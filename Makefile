@@ -7,6 +7,7 @@
 #   make lint    ruff and clang-format                make clean        remove everything made here
 #   make test-asan      the C++ kernels with addresses and undefined behaviour checked, at every level of this CPU
 #   make test-kernels   the Triton kernels emulated, with races, bounds and unwritten memory checked (Python 3.12 or 3.13)
+#   make test-arm       the C++ kernels compiled for aarch64 and emulated, at both of its levels (Linux, qemu-user)
 #   make test-gpu       the Triton kernels on this machine's GPU
 #   make test-clients   WavLM as s3prl, torchaudio, pyannote.audio and speechbrain run it, with ours and without
 #   make wheel   the wheel of this platform, in dist/     make sdist        the source distribution, in dist/
@@ -22,6 +23,7 @@ SHELL := /bin/sh
 VENV := .venv
 COMPAT_VENV := .venv-compat
 KERNELS_VENV := .venv-kernels
+ARM_VENV := .venv-arm
 CLIENTS_VENV := .venv-clients
 DIST_VENV := .venv-dist
 PYTHON ?=
@@ -90,6 +92,41 @@ test-kernels:
 	    cp constraints-kernels.txt $(KERNELS_VENV)/installed; \
 	fi; \
 	PYTHONPATH=. WAVLM_FAST_TEST_DEVICE=ttsem $(call PYTEST,$(KERNELS_VENV)) tests/kernels
+
+# An extension for aarch64 and a Python of that processor, emulated: some fifty times slower, so the tests are those of
+# single kernels, without the one that measures speed and the longest. Each CPU is to choose its level by itself: what
+# qemu calls max has bfloat16, neoverse-n1 has none. SVE and signed pointers, which our kernels are without, cost an
+# emulator most.
+.PHONY: test-arm
+ARM := build/arm
+ARM_PINS := constraints-arm.txt tests/arm/environment.sh
+ARM_TESTS := $(filter-out %/test_peak_cpu.py,$(wildcard tests/ops/test_*_cpu.py)) tests/ops/test_encoder_layer.py
+ARM_TOO_LONG := 2-255-112 or 1-2100-48 or 9-3-dtype or 1-700-1 or frames_that_meet_it
+ARM_CPUS := default:neoverse-n1 neon_bf16:max,sve=off,pauth-impdef=on
+test-arm: $(VENV)/installed
+	@set -e; \
+	leave_out() { echo "test-arm is left out: $$1"; exit 0; }; \
+	for tool in qemu-aarch64 aarch64-linux-gnu-g++ apt-get dpkg; do \
+	    command -v $$tool >/dev/null || leave_out "$$tool was not found (on Debian: qemu-user, g++-aarch64-linux-gnu)"; \
+	done; \
+	if ! cat $(ARM_PINS) | cmp -s - $(ARM_VENV)/installed; then \
+	    [ $$(df -Pk . | awk 'END { print $$4 }') -gt 4000000 ] || leave_out "its environment needs 4 GB of disk"; \
+	    echo "Installing into $(ARM_VENV): Python and torch for aarch64, some minutes."; \
+	    sh tests/arm/environment.sh $(ARM_VENV) $(VENV)/bin/python || leave_out "its environment could not be installed"; \
+	    cat $(ARM_PINS) > $(ARM_VENV)/installed; \
+	fi; \
+	mkdir -p $(ARM); echo "Building $(ARM)/wavlm_fast/_C.so; this takes some minutes."; \
+	CXX=aarch64-linux-gnu-g++ PYTHONPATH="$$PWD/$(ARM_VENV)/packages" $(VENV)/bin/python setup.py build_ext \
+	    --build-lib $(ARM) --build-temp $(ARM)/objects > $(ARM)/log 2>&1 && [ -e $(ARM)/wavlm_fast/_C.so ] || \
+	    { tail -n 40 $(ARM)/log; echo "no extension for aarch64 was built" >&2; exit 1; }; \
+	export WAVLM_FAST_EXTENSION="$$PWD/$(ARM)/wavlm_fast/_C.so" PYTHONPATH="$$PWD"; \
+	for level in $(ARM_CPUS); do \
+	    export QEMU_CPU="$${level#*:}"; level="$${level%%:*}"; echo "$$level, emulated ($$QEMU_CPU):"; \
+	    $(ARM_VENV)/bin/python -c "from wavlm_fast.backends import cpu; found = cpu.isa(); \
+	        found == '$$level' or exit(f'expected level $$level, got {found}: {cpu.extension.problem()}')"; \
+	    $(call PYTEST,$(ARM_VENV)) -q -p no:cacheprovider -k "not ($(ARM_TOO_LONG))" $(ARM_TESTS); \
+	    $(ARM_VENV)/bin/python -m wavlm_fast parity --backend cpu --quick; \
+	done
 
 # With the extension that is built in place. Of torchaudio's wheels those from the package index have an extension that
 # wants CUDA beside torch: no model needs it, and where the files are not there torchaudio is without.
@@ -168,7 +205,7 @@ lint-workflows: $(DIST_VENV)/installed
 	fi
 
 clean:
-	rm -rf $(VENV) $(COMPAT_VENV) $(KERNELS_VENV) $(CLIENTS_VENV) $(DIST_VENV) build dist *.egg-info wavlm_fast/_C*.so wavlm_fast/_build.json
+	rm -rf $(VENV) $(COMPAT_VENV) $(KERNELS_VENV) $(ARM_VENV) $(CLIENTS_VENV) $(DIST_VENV) build dist *.egg-info wavlm_fast/_C*.so wavlm_fast/_build.json
 	rm -rf .pytest_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -28,6 +28,10 @@ typedef unsigned words __attribute__((vector_size(64)));
 words probe(floats x) { return __builtin_convertvector(x, words); }
 #if defined(__AVX512BF16__)
 bool cpu() { return __builtin_cpu_supports("avx512bf16"); }
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#include <arm_neon.h>
+#include <sys/auxv.h>
+float32x4_t cpu(float32x4_t x, bfloat16x8_t y) { return getauxval(AT_HWCAP2) & 1 << 14 ? vbfdotq_f32(x, y, y) : x; }
 #endif
 """
 

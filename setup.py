@@ -44,14 +44,17 @@ from setuptools.command.build_py import build_py
 from build_backend import PROBE, TORCH_FLOOR, compiler_command, compiles, torch_folder, torch_version, why_no_extension
 
 FOLDERS = ["wavlm_fast.kernels", "wavlm_fast.benchmarks"]  # wavlm_fast/_folders.py finds them in a checkout
-# Level name -> flags. Order is slowest first, as in csrc/dispatch.h.
+# Level name -> flags, by processor. Order is slowest first, as in csrc/dispatch.h.
 AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mprefer-vector-width=512")
-LEVELS = {
+X86_LEVELS = {
     "default": (),
     "avx2": ("-mavx2", "-mfma"),
     "avx512": AVX512_FLAGS,
     "avx512_bf16": (*AVX512_FLAGS, "-mavx512bf16"),
 }
+# NEON is in every such processor. macOS, which calls it arm64, is not asked for bfloat16 and has the first level alone.
+ARM_LEVELS = {"default": (), "neon_bf16": ("-march=armv8.2-a+bf16",)}
+LEVELS = {"x86_64": X86_LEVELS, "amd64": X86_LEVELS, "aarch64": ARM_LEVELS}
 COMPILE_FLAGS = ("-O3", "-g0", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 # One file runs under TORCH_FLOOR and every newer torch: what the stable interface got later is not declared.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*TORCH_FLOOR)
@@ -80,10 +83,15 @@ def main() -> None:
 
 
 def available_levels(command: list[str]) -> dict[str, tuple[str, ...]]:
-    """The levels of LEVELS that exist on this platform and that the compiler knows."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return {"default": ()}
-    return {name: flags for name, flags in LEVELS.items() if compiles(command, PROBE, flags)}
+    """The levels of the processor that the compiler compiles for, as far as it knows them."""
+    levels = LEVELS.get(machine_of(command), {"default": ()})
+    return {name: flags for name, flags in levels.items() if compiles(command, PROBE, flags)}
+
+
+def machine_of(command: list[str]) -> str:
+    """The processor that the compiler compiles for, which need not be this one."""
+    said = subprocess.run([*command, "-dumpmachine"], capture_output=True, text=True, check=False).stdout
+    return (said.partition("-")[0].strip() or platform.machine()).lower()
 
 
 def flags_of(variable: str) -> list[str]:
@@ -154,7 +162,7 @@ class BuildExtension(build_ext):
         common = [*flags_of("CXXFLAGS"), *COMPILE_FLAGS, *known, "-Icsrc"]
         have = [f"-DWAVLM_FAST_HAVE_{name.upper()}=1" for name in self.levels]
         of_entries = [*common, *have, TORCH_TARGET, f"-isystem{self.torch}/include", *users]
-        folder = Path("build", f"objects-{platform.machine()}{'-own-flags' if users else ''}")
+        folder = Path("build", f"objects-{machine_of(command)}{'-own-flags' if users else ''}")
         jobs = [(folder / "entries", source, of_entries) for source in ext.sources]
         for name, flags in self.levels.items():
             of_level = [*common, *flags, f"-DWAVLM_FAST_ISA=isa_{name}", *users]

@@ -39,8 +39,9 @@ void run_forward(AddLayerNormForward<T>* kernel, const Tensor& x, const Tensor& 
   T *to_sum = sum.numel() ? mutable_data<T>(sum) : nullptr, *to = mutable_data<T>(normed);
   parallel_for(0, rows, std::max<int64_t>(1, kGrain / C), [&](int64_t begin, int64_t end) {
     const int64_t at = begin * C;
-    float* row = static_cast<float*>(scratch<Scratch::task>(C * sizeof(float)));
-    kernel(from + at, other + at, gain, offset, eps, end - begin, C, row, to_sum ? to_sum + at : nullptr, to + at);
+    const Memory row(Scratch::task, C * sizeof(float));
+    kernel(from + at, other + at, gain, offset, eps, end - begin, C, row.as<float>(), to_sum ? to_sum + at : nullptr,
+           to + at);
   });
 }
 
@@ -77,9 +78,11 @@ std::tuple<Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residua
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(const Tensor& grad_sum, const Tensor& grad_normed,
-                                                           const Tensor& sum, const Tensor& weight, double eps) {
+                                                           const Tensor& sum, const Tensor& weight, double eps,
+                                                           const std::vector<bool>& wanted) {
   check("add_layer_norm_backward", sum, grad_sum, "grad_sum", weight);
   check("add_layer_norm_backward", sum, grad_normed, "grad_normed", weight);
+  ENTRY_CHECK(wanted.size() == 3, "add_layer_norm_backward: expected 3 truth values, got ", wanted.size());
   const Tensor grad_sum_ = contiguous_of(grad_sum), grad_normed_ = contiguous_of(grad_normed),
                sum_ = contiguous_of(sum);
   const Tensor weight_ = contiguous_of(weight, kFloat);
@@ -92,9 +95,12 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(const Tensor& grad_su
   } else {
     run_backward<bf16>(kernels.backward_bf16, grad_sum_, grad_normed_, sum_, weight_, eps, dx, partials);
   }
-  const std::vector<float> totals = total_of<float>(partials, 2 * C);
-  return {dx, rounded(weight, {C}, totals.data(), dtype_of(weight)),
-          rounded(weight, {C}, totals.data() + C, dtype_of(weight))};
+  std::vector<float> totals;
+  if (wanted[1] || wanted[2]) totals = total_of<float>(partials, 2 * C);
+  const auto vector = [&](int64_t first, bool of) {
+    return of ? rounded(weight, {C}, totals.data() + first, dtype_of(weight)) : fresh(sum, {0});
+  };
+  return {wanted[0] ? dx : fresh(sum, {0}), vector(0, wanted[1]), vector(C, wanted[2])};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) {

@@ -4,10 +4,18 @@
 
 #include "library.h"
 
+#if defined(WAVLM_FAST_HAVE_NEON_BF16)
+#include <sys/auxv.h>
+#endif
+
 namespace wavlm_fast {
 namespace {
 
+#if defined(__aarch64__)
+constexpr Isa kAll[] = {Isa::default_, Isa::neon_bf16};
+#else
 constexpr Isa kAll[] = {Isa::default_, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
+#endif
 constexpr const char* kVariable = "WAVLM_FAST_CPU_ISA";
 
 // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
@@ -24,6 +32,8 @@ bool cpu_has(Isa level) {
              __builtin_cpu_supports("avx512dq");)
     WAVLM_FAST_IF_AVX512_BF16(case Isa::avx512_bf16:
       return cpu_has(Isa::avx512) && __builtin_cpu_supports("avx512bf16");)
+    WAVLM_FAST_IF_NEON_BF16(case Isa::neon_bf16:
+      return getauxval(AT_HWCAP2) & 1 << 14;)  // HWCAP2_BF16, which the C library of wheels does not name
     default:
       return false;
   }
@@ -77,6 +87,8 @@ std::string isa_name(Isa level) {
       return "avx512";
     case Isa::avx512_bf16:
       return "avx512_bf16";
+    case Isa::neon_bf16:
+      return "neon_bf16";
     default:
       return "default";
   }

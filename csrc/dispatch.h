@@ -8,7 +8,7 @@
 namespace wavlm_fast {
 
 // Slowest first, as LEVELS in setup.py.
-enum class Isa { default_, avx2, avx512, avx512_bf16 };
+enum class Isa { default_, avx2, avx512, avx512_bf16, neon_bf16 };
 
 // The level in use.
 Isa isa();
@@ -38,6 +38,11 @@ std::string isa_problem();
 #else
 #define WAVLM_FAST_IF_AVX512_BF16(...)
 #endif
+#if defined(WAVLM_FAST_HAVE_NEON_BF16)
+#define WAVLM_FAST_IF_NEON_BF16(...) __VA_ARGS__
+#else
+#define WAVLM_FAST_IF_NEON_BF16(...)
+#endif
 
 // Defines `const Kernels& name()`, the kernels of the level in use. Each level's kernel file defines
 // `const Kernels& name()` in its namespace WAVLM_FAST_ISA. Use in namespace wavlm_fast itself.
@@ -47,11 +52,13 @@ std::string isa_problem();
   WAVLM_FAST_IF_AVX2(namespace isa_avx2 { const Kernels& name(); })                                  \
   WAVLM_FAST_IF_AVX512(namespace isa_avx512 { const Kernels& name(); })                              \
   WAVLM_FAST_IF_AVX512_BF16(namespace isa_avx512_bf16 { const Kernels& name(); })                    \
+  WAVLM_FAST_IF_NEON_BF16(namespace isa_neon_bf16 { const Kernels& name(); })                        \
   static const Kernels& name() {                                                                     \
     switch (isa()) {                                                                                 \
       WAVLM_FAST_IF_AVX2(case Isa::avx2: return isa_avx2::name();)                                   \
       WAVLM_FAST_IF_AVX512(case Isa::avx512: return isa_avx512::name();)                             \
       WAVLM_FAST_IF_AVX512_BF16(case Isa::avx512_bf16: return isa_avx512_bf16::name();)              \
+      WAVLM_FAST_IF_NEON_BF16(case Isa::neon_bf16: return isa_neon_bf16::name();)                    \
       default: return isa_default::name();                                                           \
     }                                                                                                \
   }

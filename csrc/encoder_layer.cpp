@@ -19,8 +19,6 @@ namespace {
 
 // Rows of a group. With its four times wider feed-forward frames it fits in the last cache.
 constexpr int64_t kRows = 1024;
-// A thread keeps no more than that from call to call.
-constexpr int64_t kMostKept = 128 << 20;
 
 // n in equal parts of at most kRows, or a little more so that tasks of whole tiles remain.
 int64_t part_of(int64_t n) { return divided_up(divided_up(n, divided_up(n, kRows)), 16) * 16; }
@@ -129,8 +127,8 @@ void run(const Layer<T>& layer, const Tensor& x, const Tensor& rel_bias, const s
     work = std::max({work, layer.finish_size(group.rows), layer.norm_first ? group.rows * C : 0});
   }
   const int64_t size = 3 * most * C + work;
-  const Memory<Scratch::call> all(size * sizeof(T), kMostKept);
-  T *projected = static_cast<T*>(all.get()), *memory = projected + 3 * most * C, *to = mutable_data<T>(out);
+  const Memory all(Scratch::call, size * sizeof(T));
+  T *projected = all.as<T>(), *memory = projected + 3 * most * C, *to = mutable_data<T>(out);
   const T* from = data<T>(x);
   const ScalarType dtype = dtype_of(x);
   const auto all_lengths = contiguous_of(key_lengths, ScalarType::Long);

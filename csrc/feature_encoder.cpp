@@ -19,9 +19,17 @@
 namespace wavlm_fast {
 namespace {
 
-// Frames of the last layer in a piece: of the second layer, 64 times as many numbers per frame. Shorter utterances share
-// one.
+// Frames of the last layer in a piece: of the second layer, 64 times as many numbers per frame. What is filtered together
+// begins with a piece, whatever the number of threads.
 constexpr int64_t kPiece = 64;
+
+// Pieces that go through the layers together. Threads wait for each other after each layer, and the more there are, the
+// less each has to do till then; with them grows the last cache.
+int64_t pieces() {
+  constexpr int64_t kThreads = 4, kMost = 4;
+  return std::clamp<int64_t>(num_threads() / kThreads, 1, kMost);
+}
+
 // Tasks per thread, so that threads end together.
 constexpr int64_t kTasksPerThread = 6;
 
@@ -53,10 +61,12 @@ struct Layer {
 // An utterance's frames of one layer.
 template <class T>
 struct Kept {
-  T* frames = nullptr;  // those that the next layer still needs, and then new ones
-  int64_t first = 0;    // which frame is at `frames`
-  int64_t done = 0;     // how many there have been
-  int64_t end = 0;      // and will have been after this piece
+  T* frames = nullptr;        // those that the next layer still needs, and then new ones
+  int64_t first = 0;          // which frame is at `frames`
+  int64_t done = 0;           // how many there have been
+  std::vector<int64_t> ends;  // and will have been after each of the next pieces
+
+  int64_t end() const { return ends.back(); }
 
   T* at(int64_t frame, int64_t C) const { return frames + (frame - first) * C; }
 };
@@ -68,13 +78,18 @@ struct Utterance {
   std::vector<Kept<T>> kept;  // of every layer; nothing of the first
 };
 
-// How far every layer goes in the next piece; whether it is the last.
+// How far every layer goes in the next pieces; whether they are the last.
 template <class T>
 bool plan(const std::vector<Layer<T>>& layers, Utterance<T>& utterance) {
   auto& kept = utterance.kept;
-  kept.back().end = std::min(kept.back().done + kPiece, utterance.frames);
-  for (size_t l = layers.size() - 1; l-- > 1;) kept[l].end = layers[l + 1].needs(kept[l + 1].end);
-  return kept.back().end == utterance.frames;
+  for (auto& layer : kept) layer.ends.clear();
+  int64_t done = kept.back().done;
+  do {
+    done = std::min(done + kPiece, utterance.frames);
+    int64_t end = done;
+    for (size_t l = layers.size(); l-- > 1; end = layers[l].needs(end)) kept[l].ends.push_back(end);
+  } while (done < utterance.frames && static_cast<int64_t>(kept.back().ends.size()) < pieces());
+  return done == utterance.frames;
 }
 
 // Frames of the first layer for one block of the second, on this thread.
@@ -98,7 +113,7 @@ void first_two(const std::vector<Layer<T>>& layers, std::vector<Utterance<T>>& g
   const auto& kernels = packed_conv();
   const Layer<T>& second = layers[1];
   int64_t total = 0;
-  for (const auto& u : group) total += u.kept[1].end - u.kept[1].done;
+  for (const auto& u : group) total += u.kept[1].end() - u.kept[1].done;
   const int64_t most = second.filtered ? kernels.most_filtered : kernels.most_frames;
   const int64_t tile = second.filtered ? 3 * kernels.rows : kernels.rows, C = second.conv.C;
   const int64_t even = divided_up(total, kTasksPerThread * num_threads());
@@ -110,8 +125,10 @@ void first_two(const std::vector<Layer<T>>& layers, std::vector<Utterance<T>>& g
   std::vector<Task> tasks;
   for (auto& u : group) {
     Kept<T>& kept = u.kept[1];
-    for (; kept.done < kept.end; kept.done += tasks.back().count) {
-      tasks.push_back({&u, kept.done, std::min(block, kept.end - kept.done)});
+    for (const int64_t end : kept.ends) {
+      for (; kept.done < end; kept.done += tasks.back().count) {
+        tasks.push_back({&u, kept.done, std::min(block, end - kept.done)});
+      }
     }
   }
   // Floats: of the first layer's frames in whole cache lines, and of what the kernels work in.
@@ -153,43 +170,48 @@ void advance(const std::vector<Layer<T>>& layers, size_t l, std::vector<Utteranc
   const Layer<T>& layer = layers[l];
   const int64_t C = layer.conv.C;
   std::vector<ConvPiece<T, T>> pieces;
-  for (const auto& u : group) {
-    auto call = layer.conv;
-    call.x = u.kept[l - 1].at(u.kept[l].done * layer.stride, C);
-    call.out = u.kept[l].at(u.kept[l].done, call.channels);
-    pieces.push_back({call, u.kept[l].end - u.kept[l].done});
+  for (auto& u : group) {
+    Kept<T>& kept = u.kept[l];
+    for (const int64_t end : kept.ends) {
+      auto call = layer.conv;
+      call.x = u.kept[l - 1].at(kept.done * layer.stride, C);
+      call.out = kept.at(kept.done, call.channels);
+      pieces.push_back({call, end - kept.done});
+      kept.done = end;
+    }
   }
   convolve(pieces, layer.filtered);
   normalise(layer.norm, pieces);
   for (auto& u : group) {
     Kept<T>&kept = u.kept[l], &before = u.kept[l - 1];
-    kept.done = kept.end;
-    const int64_t needed = kept.end * layer.stride;
+    const int64_t needed = kept.done * layer.stride;
     std::memmove(before.frames, before.at(needed, C), (before.done - needed) * C * sizeof(T));
     before.first = needed;
   }
 }
 
-// Places for the frames of every layer but the first, whose are never kept, and the last, whose are the output.
+// Places for the frames of every layer but the first, whose are never kept, and the last, whose are the output; in
+// memory that lives as long as what is returned.
 template <class T>
-void allot(const std::vector<Layer<T>>& layers, std::vector<Utterance<T>>& group) {
+Memory allot(const std::vector<Layer<T>>& layers, std::vector<Utterance<T>>& group) {
   std::vector<std::pair<T**, int64_t>> places;
   int64_t total = 0;
   for (auto& u : group) {
     plan(layers, u);
     for (size_t l = 1; l + 1 < layers.size(); ++l) {
       places.emplace_back(&u.kept[l].frames, total);
-      total += divided_up(u.kept[l].end * layers[l].conv.channels, 64) * 64;
+      total += divided_up(u.kept[l].end() * layers[l].conv.channels, 64) * 64;
     }
   }
-  T* memory = static_cast<T*>(scratch<Scratch::call>(total * sizeof(T)));
-  for (const auto& [frames, at] : places) *frames = memory + at;
+  Memory memory(Scratch::call, total * sizeof(T));
+  for (const auto& [frames, at] : places) *frames = memory.as<T>() + at;
+  return memory;
 }
 
 // One utterance piece by piece, or several that are no longer than a piece.
 template <class T>
 void encode(const std::vector<Layer<T>>& layers, std::vector<Utterance<T>>& group) {
-  allot(layers, group);
+  const Memory kept = allot(layers, group);
   for (bool last = false; !last;) {
     for (auto& u : group) last = plan(layers, u);
     first_two(layers, group);
@@ -275,7 +297,7 @@ Tensor run(const Arguments& a) {
   int64_t together = 0;
   for (int64_t b = 0; b < utterances.count(); ++b) {
     const int64_t frames = utterances.out_frames(b);
-    if (!group.empty() && together + frames > kPiece) {
+    if (!group.empty() && together + frames > kPiece * pieces()) {
       encode(layers, group);
       group.clear();
       together = 0;

@@ -74,26 +74,30 @@ struct GatedAttentionBackward : AttentionInputs<T> {
   float* dgate;  // [B, H, frames]
 };
 
-// The blocks' part of the gradients: dq and dgate of their queries, and into `sums` and `dbias` what they add to those
-// of the keys and of the bias. dbias[x] is of the bias at x = i - j + T - 1, T being the utterance's; `queries` floats
-// before and behind it are written too.
+// The blocks of an utterance and head in parts, whose number depends on theirs alone: sums over queries are sums of the
+// parts' sums, in their order, whoever computes which of them.
+//
+// Computes parts first .. end - 1: dq and dgate of their queries, into `sums` what they add to those of the keys, all
+// together, and into `dbias` what each adds to that of the bias, one behind the other. dbias[x] is of the bias at
+// x = i - j + T - 1, T being the utterance's; `queries` floats before and behind it are written too.
 template <class T>
-using GatedAttentionBackwardBlocks = void(const GatedAttentionBackward<T>& call, const Utterance& of, std::int64_t h,
-                                          std::int64_t first_block, std::int64_t end_block, float* sums, float* dbias,
-                                          float* scratch);
+using GatedAttentionBackwardParts = void(const GatedAttentionBackward<T>& call, const Utterance& of, std::int64_t h,
+                                         std::int64_t first, std::int64_t end, float* sums, float* dbias,
+                                         float* scratch);
 
-// dk and dv of one utterance and head from the sums of `parts` ranges of blocks, which lie one behind the other.
+// dk and dv of keys first .. end - 1 of one utterance and head from `count` sums, which lie one behind the other.
 template <class T>
 using GatedAttentionBackwardKeys = void(const GatedAttentionBackward<T>& call, const Utterance& of, std::int64_t h,
-                                        const float* sums, std::int64_t parts);
+                                        std::int64_t first, std::int64_t end, const float* sums, std::int64_t count);
 
 struct GatedAttentionBackwardKernels {
   std::int64_t queries;
-  // Floats of 64-byte aligned memory for an utterance of T frames: scratch, and the sums of a range of blocks.
+  std::int64_t (*parts)(std::int64_t blocks);
+  // Floats of 64-byte aligned memory for an utterance of T frames: scratch, and the sums of keys.
   std::size_t (*scratch_size)(std::int64_t T, std::int64_t D);
   std::size_t (*sums_size)(std::int64_t T, std::int64_t D);
-  GatedAttentionBackwardBlocks<float>* blocks_float;
-  GatedAttentionBackwardBlocks<bf16>* blocks_bf16;
+  GatedAttentionBackwardParts<float>* parts_float;
+  GatedAttentionBackwardParts<bf16>* parts_bf16;
   GatedAttentionBackwardKeys<float>* keys_float;
   GatedAttentionBackwardKeys<bf16>* keys_bf16;
 };

@@ -5,13 +5,20 @@
 // second cache holds. The weights are recomputed from the saved log-sum-exp and divided by their sum once more, as the
 // reference does.
 //
-// A task walks over blocks of queries of one utterance and head. Their shares in dk and dv are added up in order.
+// A task walks over blocks of queries of one utterance and head. Their shares in dk and dv are added up in order: those of
+// a part's blocks first, and then those of the parts.
 #include "attention_block.h"
 #include "attention_diagonals.h"
 
 namespace wavlm_fast {
 namespace WAVLM_FAST_ISA {
 namespace {
+
+// Parts of an utterance and head: of a block each as long as that gives no more parts than any machine has use for, and
+// their sums have to be kept apart where not one thread computes them all.
+constexpr int kMostSingle = 12, kMostParts = 8;
+
+std::int64_t parts_of(std::int64_t blocks) { return blocks <= kMostSingle ? blocks : kMostParts; }
 
 constexpr int kKeys = 64;  // of a tile: what is computed of it is used again while the first cache has it
 
@@ -26,9 +33,14 @@ struct Sizes {
         slots(keys / kLanes + kVectors) {}
 
   std::int64_t square() const { return rounded_up(channels, kRows) * kQueries; }
+  std::int64_t sums() const { return 2 * T * channels; }
   std::int64_t scratch() const {
-    return keys * (2 * channels + 2 * kQueries) + 5 * square() + slots * kLanes * (kLanes + 1) + 4 * kQueries;
+    return keys * (2 * channels + 2 * kQueries) + 5 * square() + slots * kLanes * (kLanes + 1) + 4 * kQueries +
+           (single() ? 0 : sums());
   }
+  std::int64_t blocks() const { return divided_up(T, kQueries); }
+  std::int64_t parts() const { return parts_of(blocks()); }
+  bool single() const { return parts() == blocks(); }
 };
 
 // What a task works in.
@@ -47,6 +59,7 @@ struct Work {
   float* share;      // 1 / sum of weights
   float* dgate;
   float* bias_gate;  // gate * share
+  float* part;       // sums of a part's keys, where it has several blocks
 
   Work(const Sizes& sizes, float* at) {
     const auto take = [&](std::int64_t size) { return (at += size) - size; };
@@ -56,6 +69,7 @@ struct Work {
     q_panels = take(sizes.square()), grad_panels = take(sizes.square());
     diagonals = take(sizes.slots * kLanes * (kLanes + 1));
     gate = take(kQueries), share = take(kQueries), dgate = take(kQueries), bias_gate = take(kQueries);
+    part = at;
   }
 };
 
@@ -310,41 +324,56 @@ void block_gradients(const GatedAttentionBackward<T>& call, const Utterance& of,
   for (std::int64_t i = 0; i < block.count; ++i) call.dgate[block.row + i] = work.dgate[i] * work.share[i];
 }
 
+// One block of queries; its sums of keys take the place of those there, or are added to them.
 template <class T>
-void blocks(const GatedAttentionBackward<T>& call, const Utterance& of, std::int64_t h, std::int64_t first_block,
-            std::int64_t end_block, float* sums, float* dbias, float* scratch) {
+void add_block(const GatedAttentionBackward<T>& call, const Utterance& of, std::int64_t h, std::int64_t i,
+               std::int64_t keys, const Sizes& sizes, const Work& work, bool add, float* sums, float* dbias) {
+  const std::int64_t first = first_query(i, of.T), end = first_query(i + 1, of.T), width = end - first;
+  const Block block = {first, least(end, of.T) - first, row_of(call, of, h, first)};
+  start(call, of, h, block, width, work);
+  with_vectors(width / kLanes, [&](auto group) {
+    block_gradients<group.count>(call, of, h, block, keys, sizes, work, add, sums, sums + of.T * sizes.channels, dbias);
+  });
+}
+
+template <class T>
+void parts(const GatedAttentionBackward<T>& call, const Utterance& of, std::int64_t h, std::int64_t first,
+           std::int64_t end, float* sums, float* dbias, float* scratch) {
   const Sizes sizes(of.T, call.D);
   const Work work(sizes, scratch);
-  const std::int64_t keys = keys_of(call, of);
-  float* dk = sums;
-  float* dv = sums + of.T * sizes.channels;
-  std::memset(dbias - kQueries, 0, (2 * of.T - 1 + 2 * kQueries) * sizeof(float));
+  const std::int64_t keys = keys_of(call, of), bias_size = 2 * of.T - 1 + 2 * kQueries;
+  std::memset(dbias - kQueries, 0, (end - first) * bias_size * sizeof(float));
   std::memset(work.diagonals, 0, sizes.slots * kLanes * kLanes * sizeof(float));
   copy_rows<Single>(head_of(call.k, call.k_strides, of, h), call.k_strides.t, keys, call.D, sizes.channels, work.k);
   copy_rows<Single>(head_of(call.v, call.v_strides, of, h), call.v_strides.t, keys, call.D, sizes.channels, work.v);
-  for (std::int64_t i = first_block; i < end_block; ++i) {
-    const std::int64_t first = first_query(i, of.T), end = first_query(i + 1, of.T), width = end - first;
-    const Block block = {first, least(end, of.T) - first, row_of(call, of, h, first)};
-    const bool add = i > first_block;
-    start(call, of, h, block, width, work);
-    with_vectors(width / kLanes, [&](auto group) {
-      block_gradients<group.count>(call, of, h, block, keys, sizes, work, add, dk, dv, dbias);
-    });
+  for (std::int64_t p = first; p < end; ++p, dbias += bias_size) {
+    const std::int64_t begin = p * sizes.blocks() / sizes.parts();
+    const std::int64_t behind = (p + 1) * sizes.blocks() / sizes.parts();
+    float* const own = p == first || sizes.single() ? sums : work.part;
+    for (std::int64_t i = begin; i < behind; ++i) {
+      add_block(call, of, h, i, keys, sizes, work, i > begin || (p > first && own == sums), own, dbias);
+    }
+    if (own == sums) continue;
+    for (std::int64_t at = 0; at < sizes.sums(); at += of.T * sizes.channels) {  // of dk, of dv
+      for (std::int64_t n = at; n < at + keys * sizes.channels; n += kLanes) {
+        store(sums + n, load(sums + n) + load(own + n));
+      }
+    }
   }
 }
 
 template <class T>
-void keys(const GatedAttentionBackward<T>& call, const Utterance& of, std::int64_t h, const float* sums,
-          std::int64_t parts) {
+void keys(const GatedAttentionBackward<T>& call, const Utterance& of, std::int64_t h, std::int64_t first,
+          std::int64_t end, const float* sums, std::int64_t count) {
   const Sizes sizes(of.T, call.D);
   const std::int64_t size = of.T * sizes.channels, keys = keys_of(call, of);
   T* const outs[] = {call.dk, call.dv};
   for (T* out : outs) {
-    T* to = out + contiguous(call, of, h, 0);
-    for (std::int64_t j = 0; j < of.T; ++j, to += call.H * call.D) {
+    T* to = out + contiguous(call, of, h, first);
+    for (std::int64_t j = first; j < end; ++j, to += call.H * call.D) {
       sweep(call.D, [&](std::int64_t d, auto lanes, int) {
         Floats sum = {};
-        for (std::int64_t p = 0; p < parts && j < keys; ++p) sum += load(sums + 2 * p * size + j * sizes.channels + d);
+        for (std::int64_t p = 0; p < count && j < keys; ++p) sum += load(sums + 2 * p * size + j * sizes.channels + d);
         lanes.store(to + d, sum);
       });
     }
@@ -354,13 +383,13 @@ void keys(const GatedAttentionBackward<T>& call, const Utterance& of, std::int64
 
 std::size_t scratch_size(std::int64_t T, std::int64_t D) { return Sizes(T, D).scratch(); }
 
-std::size_t sums_size(std::int64_t T, std::int64_t D) { return 2 * T * Sizes(T, D).channels; }
+std::size_t sums_size(std::int64_t T, std::int64_t D) { return Sizes(T, D).sums(); }
 
 }  // namespace
 
 const GatedAttentionBackwardKernels& gated_attention_backward_kernels() {
-  static constexpr GatedAttentionBackwardKernels kernels = {kQueries,     scratch_size, sums_size, blocks<float>,
-                                                            blocks<bf16>, keys<float>,  keys<bf16>};
+  static constexpr GatedAttentionBackwardKernels kernels = {kQueries,     parts_of,    scratch_size, sums_size,
+                                                            parts<float>, parts<bf16>, keys<float>,  keys<bf16>};
   return kernels;
 }
 

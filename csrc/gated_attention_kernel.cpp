@@ -52,10 +52,9 @@ void start(const GatedAttention<T>& call, const Utterance& of, std::int64_t h, c
   }
 }
 
+// Lane i of a pair of rows, rounded: weight of the first key in the low half, of the second in the high half.
 #if defined(__AVX512BF16__)
-template <int N>
-WAVLM_FAST_INLINE void weigh(Pair, float* scores, std::int64_t keys, const Softmax (&softmax)[N], Floats (&total)[N]) {
-  // Lane i of a pair of rows: weight of the first key in the low half, of the second in the high half.
+struct Pairing {
   alignas(64) static constexpr auto kInterleave = [] {
     struct {
       std::uint16_t index[32];
@@ -63,7 +62,25 @@ WAVLM_FAST_INLINE void weigh(Pair, float* scores, std::int64_t keys, const Softm
     for (int i = 0; i < 32; ++i) table.index[i] = i / 2 + i % 2 * 16;
     return table;
   }();
-  const __m512i interleave = _mm512_load_si512(&kInterleave);
+  __m512i interleave = _mm512_load_si512(&kInterleave);
+
+  WAVLM_FAST_INLINE Floats operator()(Floats even, Floats odd) const {
+    return (Floats)_mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+  }
+};
+#elif WAVLM_FAST_HAS_PAIRS
+struct Pairing {
+  WAVLM_FAST_INLINE Floats operator()(Floats even, Floats odd) const {
+    const bfloat16x8_t first = vcvtq_low_bf16_f32((float32x4_t)even), second = vcvtq_low_bf16_f32((float32x4_t)odd);
+    return (Floats)vzip1q_u16((uint16x8_t)first, (uint16x8_t)second);
+  }
+};
+#endif
+
+#if WAVLM_FAST_HAS_PAIRS
+template <int N>
+WAVLM_FAST_INLINE void weigh(Pair, float* scores, std::int64_t keys, const Softmax (&softmax)[N], Floats (&total)[N]) {
+  const Pairing pairing;
   float* weights = scores;
   for (std::int64_t j = 0; j < keys; j += 2, scores += 2 * N * kLanes, weights += N * kLanes) {
     const bool both = j + 1 < keys;
@@ -72,8 +89,7 @@ WAVLM_FAST_INLINE void weigh(Pair, float* scores, std::int64_t keys, const Softm
       const Floats even = softmax[n].weight(load(scores + n * kLanes));
       const Floats odd = both ? softmax[n].weight(load(scores + (N + n) * kLanes)) : Floats{};
       total[n] += even + odd;
-      const __m512bh halves = _mm512_cvtne2ps_pbh(odd, even);
-      store(weights + n * kLanes, (Floats)_mm512_permutexvar_epi16(interleave, (__m512i)halves));
+      store(weights + n * kLanes, pairing(even, odd));
     }
   }
 }
@@ -123,6 +139,7 @@ void attend(const GatedAttention<T>& call, const Utterance& of, std::int64_t h, 
   Floats top[N], total[N] = {};
   Softmax softmax[N];
   alignas(64) float fade[N * kLanes + kRows];
+  if constexpr (N * kLanes % kRows != 0) store(fade + N * kLanes, Floats{});  // the last tile of rows is half a block's
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n) top[n] = load(block.top + n * kLanes);
   const Keys keys = {tile.keys, sizes.words, tile.count, divided_up(call.D, Element::kDepth)};

@@ -38,20 +38,18 @@ float loop(std::int64_t rounds) {
   return sum(total);
 }
 
-#if defined(__AVX512BF16__)
+#if WAVLM_FAST_HAS_PAIRS
 struct Pair {
   static constexpr double kOperations = 4.0 * kLanes;
 
-  static WAVLM_FAST_INLINE Floats step(Floats sum, Floats a, Floats b) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-  }
+  static WAVLM_FAST_INLINE Floats step(Floats sum, Floats a, Floats b) { return add_pairs(sum, a, b); }
 };
 #endif
 
 }  // namespace
 
 const PeakKernels& peak_kernels() {
-#if defined(__AVX512BF16__)
+#if WAVLM_FAST_HAS_PAIRS
   static constexpr PeakKernels kernels = {loop<Single>, kAccumulators * Single::kOperations, loop<Pair>,
                                           kAccumulators * Pair::kOperations};
 #else

@@ -64,16 +64,14 @@ void for_blocks(const Tensor& x, const Parameters& parameters, int64_t first, in
   }
 }
 
-float* work_for(int64_t H) { return static_cast<float*>(scratch<Scratch::task>(gate_scratch(H) * sizeof(float))); }
-
 template <class T>
 void run_forward(PositionGateForward<T>* kernel, const Tensor& x, const Parameters& parameters, const Tensor& out) {
   const int64_t T_ = x.size(1), H = parameters.scale.size(0);
   float* to = mutable_data<float>(out);
   parallel_for(0, x.size(0) * T_, kGateFrames, [&](int64_t first, int64_t last) {
-    float* work = work_for(H);
+    const Memory work(Scratch::task, gate_scratch(H) * sizeof(float));
     for_blocks<T>(x, parameters, first, last, [&](const GateFrames<T>& frames, int64_t b, int64_t t) {
-      kernel(frames, work, to + b * H * T_ + t, T_);
+      kernel(frames, work.as<float>(), to + b * H * T_ + t, T_);
     });
   });
 }
@@ -86,12 +84,12 @@ void run_backward(PositionGateBackward<T>* kernel, const Tensor& grad, const Ten
   const float* from = data<float>(grad);
   T* to = mutable_data<T>(dx);
   parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    float* work = work_for(H);
+    const Memory work(Scratch::task, gate_scratch(H) * sizeof(float));
     for (int64_t part = begin; part < end; ++part) {
       float* sums = partials.data() + part * size;
       const int64_t first = rows * part / parts, last = rows * (part + 1) / parts;
       for_blocks<T>(x, parameters, first, last, [&](const GateFrames<T>& frames, int64_t b, int64_t t) {
-        kernel(frames, work, from + b * H * T_ + t, T_, to + (b * T_ + t) * C, sums);
+        kernel(frames, work.as<float>(), from + b * H * T_ + t, T_, to + (b * T_ + t) * C, sums);
       });
     }
   });
@@ -117,11 +115,13 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> position_gate_backward(const Tensor& grad, const Tensor& x,
                                                                   const Tensor& weight, const Tensor& bias,
-                                                                  const Tensor& scale) {
+                                                                  const Tensor& scale,
+                                                                  const std::vector<bool>& wanted) {
   check("position_gate_backward", x, weight, bias, scale);
   const int64_t H = scale.size(0), D = weight.size(1);
   ENTRY_CHECK(grad.sizes().equals({x.size(0), H, x.size(1)}), "position_gate_backward: expected grad of [", x.size(0),
               ", ", H, ", ", x.size(1), "], got ", grad.sizes());
+  ENTRY_CHECK(wanted.size() == 4, "position_gate_backward: expected 4 truth values, got ", wanted.size());
   const Tensor grad_ = contiguous_of(grad, kFloat), x_ = with_channels_contiguous(x);
   const Parameters parameters(weight, bias, scale);
   const Tensor dx = fresh_like(x);
@@ -141,8 +141,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> position_gate_backward(const Tensor& 
     dweight.insert(dweight.end(), row, row + D);
     dbias.push_back(total[2 * D + n / 4]);
   }
-  return {dx, rounded(x, {8, D}, dweight.data(), dtype_of(weight)), rounded(x, {8}, dbias.data(), dtype_of(bias)),
-          rounded(x, {H}, total.data() + 2 * D + 2, dtype_of(scale))};
+  const auto of = [&](int64_t i, Sizes sizes, const float* sums, const Tensor& parameter) {
+    return wanted[i] ? rounded(x, sizes, sums, dtype_of(parameter)) : fresh(x, {0});
+  };
+  return {wanted[0] ? dx : fresh(x, {0}), of(1, {8, D}, dweight.data(), weight), of(2, {8}, dbias.data(), bias),
+          of(3, {H}, total.data() + 2 * D + 2, scale)};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) {

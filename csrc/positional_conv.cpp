@@ -26,7 +26,9 @@ constexpr int64_t kTasksPerThread = 4;
 // Spectra of the rows of one pass over the filters. More rows read the filters less often, and less of them stays in the
 // second cache: from 1 to 4 MB it is all the same.
 constexpr int64_t kPassBytes = 2 << 20;
-// Of the spectra of a group, which each thread keeps.
+// Channels of a part of a group, at least.
+constexpr int64_t kLeastEntering = 8;
+// Of the spectra of a group, which a thread works in.
 constexpr int64_t kMostBytes = 1 << 26;
 
 // Coefficients of a transform: frames of a block, and at least taps of a filter.
@@ -145,12 +147,39 @@ struct Passes {
     const int64_t most = std::max(kernels.rows, bytes / row_bytes / kernels.rows * kernels.rows);
     const int64_t even = divided_up(rows, std::max(least, divided_up(rows, most)));
     per_pass = std::min(rows, divided_up(even, kernels.rows) * kernels.rows);
+    if (divided_up(rows, per_pass) < least) per_pass = even;  // better a part of a tile than threads without work
     count = divided_up(rows, per_pass);
   }
 
   int64_t first(int64_t pass) const { return pass * per_pass; }
   int64_t size(int64_t pass) const { return std::min(per_pass, rows - first(pass)); }
 };
+
+// In how many parts of channels that enter the work on a group's filters is cut, so that all threads have some. Each
+// number is made by one task either way.
+template <class T>
+int64_t parts_of_group(const PositionalConv<T>& call, int64_t tasks) {
+  const int64_t most = std::max<int64_t>(1, call.channels / kLeastEntering);
+  return std::clamp<int64_t>(divided_up(tasks, call.C / call.channels), 1, most);
+}
+
+template <class T>
+Entering entering(const PositionalConv<T>& call, int64_t part, int64_t parts) {
+  return {call.channels * part / parts, call.channels * (part + 1) / parts};
+}
+
+template <class T>
+void transform_filters(const PositionalConv<T>& call, float* spectra) {
+  const auto& kernels = positional_conv_kernels();
+  const int64_t size = kernels.filters_size(call.P, call.channels);
+  const int64_t parts = parts_of_group(call, kTasksPerThread * num_threads());
+  const int64_t work = kernels.scratch_size(call.P, 0, call.channels);
+  for_each_task(call.C / call.channels * parts, work, [&](int64_t task, float* memory) {
+    const int64_t group = task / parts;
+    kernels_for<T>().transform_filters(call, group, entering(call, task % parts, parts), spectra + group * size,
+                                       memory);
+  });
+}
 
 // `spectra` of all groups' filters, or null: each task then makes those that it needs.
 template <class T>
@@ -164,27 +193,32 @@ void convolve(const PositionalConv<T>& call, int64_t rows, const float* spectra)
   for_each_task(groups * parts, spectra ? work : work + filters, [&](int64_t task, float* memory) {
     const int64_t group = task / parts, part = task % parts;
     const float* own = spectra ? spectra + group * filters : memory + work;
-    if (!spectra) kernels_for<T>().transform_filters(call, group, memory + work, memory);
+    if (!spectra) kernels_for<T>().transform_filters(call, group, {0, call.channels}, memory + work, memory);
     for (int64_t pass = passes.count * part / parts; pass < passes.count * (part + 1) / parts; ++pass) {
       kernels_for<T>().convolve(call, group, passes.first(pass), passes.size(pass), own, memory);
     }
   });
 }
 
-// The gradient of the filters; a group is summed by one thread in the order of its rows.
+// The gradient of the filters; a part of a group is summed by one thread in the order of its rows.
 template <class T>
 void gradient(const PositionalConv<T>& call, int64_t rows) {
   const auto& kernels = positional_conv_kernels();
   const Passes passes(call, rows, kPassBytes / 2, 1);
   const int64_t filters = kernels.filters_size(call.P, call.channels);
   const int64_t work = kernels.scratch_size(call.P, passes.per_pass, call.channels);
-  for_each_task(call.C / call.channels, work + filters, [&](int64_t group, float* memory) {
+  // Each part transforms the gradient's rows: no more parts than threads need.
+  const int64_t groups = call.C / call.channels, threads = num_threads();
+  const int64_t parts = threads < groups ? 1 : parts_of_group(call, kTasksPerThread * threads);
+  for_each_task(groups * parts, work + filters, [&](int64_t task, float* memory) {
+    const int64_t group = task / parts;
+    const Entering of = entering(call, task % parts, parts);
     float* spectra = memory + work;
     for (int64_t pass = 0; pass < passes.count; ++pass) {
       const auto kernel = pass > 0 ? kernels_for<T>().add_gradient : kernels_for<T>().begin_gradient;
-      kernel(call, group, passes.first(pass), passes.size(pass), spectra, memory);
+      kernel(call, group, of, passes.first(pass), passes.size(pass), spectra, memory);
     }
-    kernels_for<T>().finish_gradient(call, group, spectra, memory);
+    kernels_for<T>().finish_gradient(call, group, of, spectra, memory);
   });
 }
 
@@ -199,10 +233,7 @@ Tensor positional_spectra(const Tensor& weight) {
   with_type(dtype_of(weight), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const PositionalConv<T> call = call_on<T>(weight_, roots);
-    const int64_t work = positional_conv_kernels().scratch_size(call.P, 0, call.channels);
-    for_each_task(groups(weight), work, [&](int64_t group, float* memory) {
-      kernels_for<T>().transform_filters(call, group, to + group * size, memory);
-    });
+    transform_filters(call, to);
   });
   return spectra;
 }
@@ -267,7 +298,11 @@ std::tuple<Tensor, Tensor> positional_conv_backward(const Tensor& grad, const st
       call.padding = call.K - 1 - call.padding;
       call.residual = data<T>(residual_);
       call.out = mutable_data<T>(dx);
-      convolve(call, rows.size(), nullptr);
+      // More threads than groups share the spectra; each of a few makes them where it will read them.
+      if (num_threads() <= groups(weight)) return convolve(call, rows.size(), nullptr);
+      const Memory spectra(Scratch::call, groups(weight) * filters_size(weight) * sizeof(float));
+      transform_filters(call, spectra.as<float>());
+      convolve(call, rows.size(), spectra.as<float>());
     }
   });
   return {dx, dweight};

@@ -42,14 +42,20 @@ struct PositionalConv {
   int activation;                                  // as Activation in activation.h
 };
 
+// Some of the channels that enter a group.
+struct Entering {
+  std::int64_t begin, end;
+};
+
 template <class T>
-using PositionalConvGradient = void(const PositionalConv<T>& call, std::int64_t group, std::int64_t first,
+using PositionalConvGradient = void(const PositionalConv<T>& call, std::int64_t group, Entering of, std::int64_t first,
                                     std::int64_t count, float* spectra, float* scratch);
 
 template <class T>
 struct PositionalConvOf {
   // The spectra of a group's filters, a row being a channel that enters.
-  void (*transform_filters)(const PositionalConv<T>& call, std::int64_t group, float* spectra, float* scratch);
+  void (*transform_filters)(const PositionalConv<T>& call, std::int64_t group, Entering of, float* spectra,
+                            float* scratch);
   // Frames of rows first .. first + count - 1, channels of one group.
   void (*convolve)(const PositionalConv<T>& call, std::int64_t group, std::int64_t first, std::int64_t count,
                    const float* spectra, float* scratch);
@@ -57,7 +63,8 @@ struct PositionalConvOf {
   PositionalConvGradient<T>* begin_gradient;
   PositionalConvGradient<T>* add_gradient;
   // The gradient of a group's filters from its spectra.
-  void (*finish_gradient)(const PositionalConv<T>& call, std::int64_t group, const float* spectra, float* scratch);
+  void (*finish_gradient)(const PositionalConv<T>& call, std::int64_t group, Entering of, const float* spectra,
+                          float* scratch);
 };
 
 struct PositionalConvKernels {

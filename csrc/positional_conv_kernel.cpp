@@ -62,10 +62,10 @@ std::size_t scratch_size(std::int64_t P, std::int64_t rows, std::int64_t channel
 }
 
 // Spectra of the frames of rows first .. first + count - 1: of each row's own frames, or of 2P that begin `lead` frames
-// before it. Frames outside of the utterance are zero.
+// before it. Frames outside of the utterance are zero. Channels are those of vectors `from` .. `end` - 1, in channels.
 template <bool kAlone, class T>
 void transform_rows(const PositionalConv<T>& call, const T* frames, std::int64_t lead, std::int64_t group,
-                    std::int64_t first, std::int64_t count, const RowSpectra& to) {
+                    std::int64_t first, std::int64_t count, Entering vectors, const RowSpectra& to) {
   const Transform transform{call.P, call.roots};
   static constexpr T zeros[kLanes] = {};
   for (std::int64_t r = 0; r < count; ++r) {
@@ -73,6 +73,7 @@ void transform_rows(const PositionalConv<T>& call, const T* frames, std::int64_t
     const T* at = frames + row.first * call.C + group * call.channels;
     const std::int64_t begin = kAlone ? 0 : -row.before, end = kAlone ? row.count : row.after;
     each_vector(call.channels, [&](std::int64_t c, auto lanes) {
+      if (c < vectors.begin || c >= vectors.end) return;
       const auto frame = [&](std::int64_t n) {
         const std::int64_t t = n - lead;
         return lanes.load(t >= begin && t < end ? at + t * call.C + c : zeros);
@@ -97,12 +98,12 @@ WAVLM_FAST_INLINE void each_vector_in_panels(std::int64_t channels, std::int64_t
 }
 
 template <class T>
-void transform_filters(const PositionalConv<T>& call, std::int64_t group, float* spectra, float* scratch) {
+void transform_filters(const PositionalConv<T>& call, std::int64_t group, Entering of, float* spectra, float* scratch) {
   const Transform transform{call.P, call.roots};
   const Scratch at(scratch, call.P, 0, call.channels);
   const std::int64_t step = root_step(call.channels);
   std::memset(at.frames, 0, call.P * kLanes * sizeof(float));
-  for (std::int64_t in = 0; in < call.channels; ++in) {
+  for (std::int64_t in = of.begin; in < of.end; ++in) {
     const T* filters = call.filters.at + group * call.filters.group_step + in * call.filters.in_step;
     each_vector_in_panels(call.channels, in, [&](std::int64_t out, std::int64_t offset, std::int64_t im) {
       for (int lane = 0; lane < kLanes; ++lane) {
@@ -183,7 +184,7 @@ void convolve(const PositionalConv<T>& call, std::int64_t group, std::int64_t fi
   const std::int64_t width = width_of(call.channels);
   const Scratch at(scratch, call.P, count, call.channels);
   const RowSpectra rows(at.rows, call.P, call.channels);
-  transform_rows<false>(call, call.x, call.padding, group, first, count, rows);
+  transform_rows<false>(call, call.x, call.padding, group, first, count, {0, width}, rows);
   for (std::int64_t f = 0; f < call.P; ++f) {
     // The product takes the place of its operand.
     gather(rows, f, count, 0, width, at.root);
@@ -198,33 +199,37 @@ void convolve(const PositionalConv<T>& call, std::int64_t group, std::int64_t fi
 }
 
 template <bool kAdd, class T>
-void add_gradient(const PositionalConv<T>& call, std::int64_t group, std::int64_t first, std::int64_t count,
-                  float* spectra, float* scratch) {
+void add_gradient(const PositionalConv<T>& call, std::int64_t group, Entering of, std::int64_t first,
+                  std::int64_t count, float* spectra, float* scratch) {
   const std::int64_t width = width_of(call.channels);
+  const Entering vectors = {of.begin / kLanes * kLanes, rounded_up(of.end, kLanes)};
+  const std::int64_t own = vectors.end - vectors.begin;
   const Scratch at(scratch, call.P, count, call.channels);
   const RowSpectra rows(at.rows, call.P, call.channels), grads(at.grad_rows, call.P, call.channels);
-  transform_rows<false>(call, call.x, call.padding, group, first, count, rows);
-  transform_rows<true>(call, call.grad, 0, group, first, count, grads);
+  transform_rows<false>(call, call.x, call.padding, group, first, count, vectors, rows);
+  transform_rows<true>(call, call.grad, 0, group, first, count, {0, width}, grads);
   for (std::int64_t f = 0; f < call.P; ++f) {
-    gather(rows, f, count, 0, width, at.root);
+    gather(rows, f, count, vectors.begin, own, at.root);
     each_panel(width, [&](std::int64_t begin, std::int64_t columns) {
       gather(grads, f, count, begin, columns, at.grad_root + 2 * count * begin);
     });
     float* root = spectra + f * root_step(call.channels);
-    complex_product<kAdd>({at.root, 1, 2 * width, width}, at.grad_root, count, width, call.channels,
-                          [&](std::int64_t begin, std::int64_t columns) {
-                            return Result{root + 2 * call.channels * begin, 2 * columns, kLanes, columns};
+    complex_product<kAdd>({at.root + of.begin - vectors.begin, 1, 2 * own, own}, at.grad_root, count, width,
+                          of.end - of.begin, [&](std::int64_t begin, std::int64_t columns) {
+                            float* to = root + 2 * (call.channels * begin + of.begin * columns);
+                            return Result{to, 2 * columns, kLanes, columns};
                           });
   }
 }
 
 template <class T>
-void finish_gradient(const PositionalConv<T>& call, std::int64_t group, const float* spectra, float* scratch) {
+void finish_gradient(const PositionalConv<T>& call, std::int64_t group, Entering of, const float* spectra,
+                     float* scratch) {
   const Transform transform{call.P, call.roots};
   const Scratch at(scratch, call.P, 0, call.channels);
   const std::int64_t step = root_step(call.channels);
   const float scale = 1.0f / static_cast<float>(call.P);
-  for (std::int64_t in = 0; in < call.channels; ++in) {
+  for (std::int64_t in = of.begin; in < of.end; ++in) {
     each_vector_in_panels(call.channels, in, [&](std::int64_t out, std::int64_t offset, std::int64_t im) {
       transform.inverse(
           at.work,

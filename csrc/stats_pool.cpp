@@ -51,7 +51,8 @@ void for_blocks(const Tensor& x, const Utterances& utterances, const std::option
   const T* from = data<T>(x);
   const int64_t* valid = data<int64_t>(lengths);
   parallel_for(0, (utterances.first(B) + B) * blocks, 1, [&](int64_t begin, int64_t end) {
-    auto& work = *static_cast<PoolWork*>(scratch<Scratch::task>(sizeof(PoolWork)));
+    const Memory memory(Scratch::task, sizeof(PoolWork));
+    auto& work = *memory.as<PoolWork>();
     for (int64_t task = 0; task < B * blocks; ++task) {
       const int64_t b = task / blocks, block = task % blocks, c = block * kPoolChannels;
       const int64_t frames = utterances.frames_of(b);

@@ -34,13 +34,13 @@ struct Single {
   }
 };
 
-#if defined(__AVX512BF16__)
+#if WAVLM_FAST_HAS_PAIRS
 // bfloat16: a word is a pair, and so is each lane of a column.
 struct Pair {
   static constexpr int kDepth = 2;
 
   static WAVLM_FAST_INLINE Floats multiply_add(Floats sum, Floats column, Word word) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)column, (__m512bh)_mm512_set1_ps(word));
+    return add_pairs(sum, column, splat(word));
   }
 };
 using OfBf16 = Pair;

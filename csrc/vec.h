@@ -11,6 +11,9 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#include <arm_neon.h>
+#endif
 
 #define WAVLM_FAST_INLINE inline __attribute__((always_inline))
 
@@ -77,6 +80,22 @@ WAVLM_FAST_INLINE Floats maximum(Floats a, Floats b) {
   return a > b ? a : b;
 #endif
 }
+
+// Two bfloat16 in each lane, where the level multiplies such pairs: sum + a's first times b's first + a's second times
+// b's second. Both kinds of processor take denormals for zero, and ARM's rounds these sums to odd.
+#if defined(__AVX512BF16__)
+#define WAVLM_FAST_HAS_PAIRS 1
+WAVLM_FAST_INLINE Floats add_pairs(Floats sum, Floats a, Floats b) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define WAVLM_FAST_HAS_PAIRS 1
+WAVLM_FAST_INLINE Floats add_pairs(Floats sum, Floats a, Floats b) {
+  return (Floats)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)a, (bfloat16x8_t)b);
+}
+#else
+#define WAVLM_FAST_HAS_PAIRS 0
+#endif
 
 WAVLM_FAST_INLINE Floats magnitude(Floats value) { return floats_of(bits_of(value) & 0x7fffffffu); }
 

@@ -17,8 +17,9 @@ WAVLM_FAST_DISPATCH(WaveformConvKernels, waveform_conv_kernels)
 
 namespace {
 
-// Windows are summed in parts of this many, whatever the number of threads: the result does not depend on it.
-constexpr int64_t kPart = 4096;
+// Windows are summed in so many parts at most, and of so many windows at least, whatever the number of threads: the result
+// does not depend on it.
+constexpr int64_t kMostParts = 64, kLeastWindows = 512;
 // Their products take the square of the taps, for each part.
 constexpr int64_t kMostTaps = 128;
 
@@ -26,14 +27,15 @@ constexpr int64_t kMostTaps = 128;
 
 WindowStatistics::WindowStatistics(const float* utterance, int64_t windows, int64_t stride, int64_t K)
     : mean_(K), covariance_(K * K) {
-  const int64_t parts = divided_up(windows, kPart), size = K + K * K;
+  const int64_t own = std::max(kLeastWindows, divided_up(windows, kMostParts));
+  const int64_t parts = divided_up(windows, own), size = K + K * K;
   std::vector<double> partial(parts * size);
   const auto add_windows = waveform_conv_kernels().add_windows;
   parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       double* sums = partial.data() + part * size;
-      const int64_t first = part * kPart;
-      add_windows(utterance + first * stride, std::min(kPart, windows - first), stride, K, sums, sums + K);
+      const int64_t first = part * own;
+      add_windows(utterance + first * stride, std::min(own, windows - first), stride, K, sums, sums + K);
     }
   });
   for (int64_t part = 0; part < parts; ++part) {
@@ -92,10 +94,11 @@ void FirstConv::listen(const float* waveform, const ResizedFrames& utterances) {
   for (int64_t b = 0; b < B; ++b) samples_.push_back(waveform + utterances.in(b));
   if (!group_norm_) return;
   for (std::vector<float>* vectors : {&bias_, &gain_, &offset_}) vectors->resize(B * channels_);
-  // A single utterance is divided over the threads inside.
-  parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
+  // Fewer utterances than threads are divided over all of them inside.
+  const auto some = [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) normalise(b, frames(utterances.in_frames(b)));
-  });
+  };
+  B < num_threads() ? some(0, B) : parallel_for(0, B, 1, some);
 }
 
 template <class Out>
@@ -122,7 +125,7 @@ void FirstConv::normalise(int64_t b, int64_t windows) {
   const float *norm_bias = data<float>(norm_bias_), *own_bias = data<float>(own_bias_);
   const auto own = [&](std::vector<float>& vectors) { return vectors.data() + b * channels_; };
   float *bias = own(bias_), *gain = own(gain_), *offset = own(offset_);
-  for (int64_t i = 0; i < channels_; ++i, w += K) {
+  const auto of_channel = [&](int64_t i, const float* w) {
     // The conv's own bias moves the mean and nothing else, so the norm takes it out again, if it is finite.
     bias[i] = (own_bias ? 0.0f * own_bias[i] : 0.0f) - statistics.mean_of(w);
     gain[i] = (norm_weight ? norm_weight[i] : 1.0) / std::sqrt(statistics.variance_of(w) + eps_);
@@ -130,11 +133,14 @@ void FirstConv::normalise(int64_t b, int64_t windows) {
     if (windows == 1) gain[i] *= 0.0f;
     offset[i] = norm_bias ? norm_bias[i] : 0.0f;
     // Differences from the mean have both signs; torch multiplies first and subtracts then.
-    if (std::isfinite(gain[i])) continue;
+    if (std::isfinite(gain[i])) return;
     const float mean = -bias[i];
     bias[i] = own_bias ? own_bias[i] : 0.0f;
     offset[i] -= (mean + bias[i]) * gain[i];
-  }
+  };
+  parallel_for(0, channels_, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) of_channel(i, w + i * K);
+  });
 }
 
 namespace {

@@ -83,7 +83,8 @@ void spread(const WaveformGradient<T>& call, int64_t frames, int64_t samples, fl
       const int64_t last = std::min(frames, own + kSpreadFrames);
       const int64_t from = own * stride, to = std::min(samples, (own + kSpreadFrames) * stride);
       if (first >= last) continue;
-      float* windows = static_cast<float*>(scratch<Scratch::task>((last - first) * K * sizeof(float)));
+      const Memory memory(Scratch::task, (last - first) * K * sizeof(float));
+      float* windows = memory.as<float>();
       spread_kernel<T>()(call, first, last - first, windows);
       for (int64_t t = first; t < last; ++t) {
         for (int64_t k = 0; k < K; ++k) {
@@ -102,7 +103,7 @@ struct Gradients {
 
 template <class OfChannel>
 void for_channels(int64_t channels, const OfChannel& of_channel) {
-  parallel_for(0, channels, 64, [&](int64_t begin, int64_t end) {
+  parallel_for(0, channels, 16, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) of_channel(c);
   });
 }
@@ -141,7 +142,7 @@ void add_utterance(WaveformGradient<T> call, const float* weight, double eps, in
 void centre(const float* samples, int64_t count, std::vector<float>& centred) {
   const int64_t parts = divided_up(count, kPart);
   std::vector<double> sums(parts);
-  parallel_for(0, parts, 16, [&](int64_t begin, int64_t end) {
+  parallel_for(0, parts, 4, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       sums[part] = std::accumulate(samples + part * kPart, samples + std::min(count, (part + 1) * kPart), 0.0);
     }
@@ -149,7 +150,7 @@ void centre(const float* samples, int64_t count, std::vector<float>& centred) {
   const double mean = std::accumulate(sums.begin(), sums.end(), 0.0) / count;
   const double shift = std::isfinite(mean) ? mean : 0.0;  // not finite: for what no window may have seen
   centred.resize(count);
-  parallel_for(0, count, 16 * kPart, [&](int64_t begin, int64_t end) {
+  parallel_for(0, count, 4 * kPart, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) centred[s] = static_cast<float>(samples[s] - shift);
   });
 }

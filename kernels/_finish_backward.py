@@ -17,7 +17,7 @@ PARTS = 512
 
 @triton.jit
 def _finish_bwd_kernel(
-    grad_ptr, pre_ptr, norm_weight_ptr, norm_bias_ptr, dpre_ptr, parts_ptr,  # [1 or 3, programs, C] fp32
+    grad_ptr, pre_ptr, norm_weight_ptr, norm_bias_ptr, dpre_ptr, parts_ptr,  # [1 or 3, programs, C] fp32, or None
     rows, rows_per_program, C, eps,
     NORM: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -45,8 +45,9 @@ def _finish_bwd_kernel(
             rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + eps)
             hat = centred * rstd[:, None]
             grad *= activate_slope(hat * gain[None, :] + shift[None, :], ACTIVATION)
-            dgain += tl.sum(grad * hat, axis=0)
-            dshift += tl.sum(grad, axis=0)
+            if parts_ptr is not None:
+                dgain += tl.sum(grad * hat, axis=0)
+                dshift += tl.sum(grad, axis=0)
             g = grad * gain[None, :]
             along = tl.sum(g * hat, axis=1) / C
             dpre = rstd[:, None] * (g - tl.sum(g, axis=1)[:, None] / C - hat * along[:, None])
@@ -55,14 +56,16 @@ def _finish_bwd_kernel(
         else:
             pre = tl.load(pre_ptr + at, mask=inside, other=0.0).to(tl.float32)
             dpre = grad * activate_slope(pre, ACTIVATION)
-        dbias += tl.sum(tl.where(inside, dpre, 0.0), axis=0)
+        if parts_ptr is not None:
+            dbias += tl.sum(tl.where(inside, dpre, 0.0), axis=0)
         tl.store(dpre_ptr + at, dpre.to(dpre_ptr.dtype.element_ty), mask=inside)
-    part = program * C + channel
-    size = tl.num_programs(0) * C
-    tl.store(parts_ptr + part, dbias, mask=inside_c)
-    if NORM:
-        tl.store(parts_ptr + size + part, dgain, mask=inside_c)
-        tl.store(parts_ptr + 2 * size + part, dshift, mask=inside_c)
+    if parts_ptr is not None:
+        part = program * C + channel
+        size = tl.num_programs(0) * C
+        tl.store(parts_ptr + part, dbias, mask=inside_c)
+        if NORM:
+            tl.store(parts_ptr + size + part, dgain, mask=inside_c)
+            tl.store(parts_ptr + 2 * size + part, dshift, mask=inside_c)
 
 
 @tunable
@@ -84,26 +87,33 @@ def finish_backward(
     pre: torch.Tensor,
     norm: tuple[torch.Tensor, torch.Tensor | None, float] | None,
     activation: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient of the product, `[..., C]` in the dtype of `grad`, and sums `[3, C]` fp32: of bias, gain and shift, or
-    without a norm `[1, C]`, of bias.
+    summed: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradient of the product, `[..., C]` in the dtype of `grad`, and if `summed` its sums over rows, `[3, C]` fp32: of
+    bias, gain and shift, or without a norm `[1, C]`, of bias.
 
-    `grad` is contiguous, and so is `pre` unless there is neither a norm nor an activation.
+    `grad` is contiguous, and so is `pre` unless there is neither a norm nor an activation: without sums either, it is
+    the gradient itself that is returned.
     """
+    if norm is None and activation == "none" and not summed:
+        return grad, None
     C = grad.shape[-1]
     rows = grad.numel() // C
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
     dpre = torch.empty_like(grad)
 
-    def run(config: Config) -> torch.Tensor:
+    def run(config: Config) -> torch.Tensor | None:
         rows_per_program = triton.cdiv(triton.cdiv(rows, PARTS), config["BLOCK_T"]) * config["BLOCK_T"]
         programs = triton.cdiv(rows, rows_per_program)
-        parts = torch.empty(1 if norm is None else 3, programs, C, dtype=torch.float32, device=grad.device)
+        parts = None
+        if summed:
+            parts = torch.empty(1 if norm is None else 3, programs, C, dtype=torch.float32, device=grad.device)
         _finish_bwd_kernel[(programs, triton.cdiv(C, config["BLOCK_C"]))](
             grad, pre, norm_weight, norm_bias, dpre, parts, rows, rows_per_program, C, eps,
             NORM=norm is not None, ACTIVATION=activation, **config,
         )  # fmt: skip
-        return parts.sum(1)
+        return None if parts is None else parts.sum(1)
 
-    sums = finish_configs.launch(run, grad.device, (C, norm is not None), (rows,), (grad.dtype, activation))
+    also = (grad.dtype, activation, summed)
+    sums = finish_configs.launch(run, grad.device, (C, norm is not None), (rows,), also)
     return dpre, sums

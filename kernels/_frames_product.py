@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ._activation import activate
 from ._packed import apart, extent, first_place, following, places, utterance_at
-from ._precision import dot_precision
+from ._precision import conv_precision
 from ._tuning import Config, tunable
 
 
@@ -265,7 +265,7 @@ def frames_product(
     G, taps, C, N = weight.shape
     to_group, to_k, to_n = weight.view(G, taps * C, N).stride()
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
-    precision = dot_precision(x.dtype, x.device)
+    precision = conv_precision(x.dtype, x.device)
     utterances = None if offsets is None else offsets.shape[0] - 1
     if utterances:
         units = places(out.shape[1], utterances, out_stride)
@@ -322,7 +322,7 @@ def frames_product_weight_gradient(
     B, frames_out, N = grad.shape
     B = B if offsets is None else offsets.shape[0] - 1
     C, N = x.shape[2] // groups, N // groups
-    length, precision = taps * C, dot_precision(x.dtype, x.device)
+    length, precision = taps * C, conv_precision(x.dtype, x.device)
 
     def run(config: Config) -> torch.Tensor:
         tiles = triton.cdiv(length, config["BLOCK_K"]) * triton.cdiv(N, config["BLOCK_N"])

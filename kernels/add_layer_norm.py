@@ -4,6 +4,8 @@ A program holds whole rows in registers, so a row is read once and its statistic
 once. Several rows share what is read of weight and bias. Arithmetic is fp32 whatever the inputs are.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,9 @@ from ._tuning import Config, tunable
 MAX_CHANNELS = 16384
 # Programs of the backward, each with its own part of the weight's and bias's gradients: enough to fill a GPU, few
 # enough that adding up the parts costs nothing. Not the number of processors: sums would differ between GPUs.
-PARTS = 256
+PARTS = 512
+# Programs of the forward, below which they take fewer rows: two for each multiprocessor of an A100 or H100.
+FEW = 256
 
 
 @triton.jit
@@ -49,43 +53,50 @@ def _add_layer_norm_bwd_kernel(
     sum_ptr,
     weight_ptr,
     dx_ptr,
-    dweight_ptr,  # [programs, C] fp32
-    dbias_ptr,  # [programs, C] fp32
+    parts_ptr,  # of weight and bias, [2, programs, C] fp32, or None
     rows,
     rows_per_program,
     C,
     eps,
+    BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     program = tl.program_id(0)
     channel = tl.arange(0, BLOCK_C)
-    inside = channel < C
-    weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    dweight = tl.zeros([BLOCK_C], dtype=tl.float32)
-    dbias = tl.zeros([BLOCK_C], dtype=tl.float32)
+    inside_c = channel < C
+    weight = tl.load(weight_ptr + channel, mask=inside_c, other=0.0).to(tl.float32)
+    dweight = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
+    dbias = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
     first = program * rows_per_program
-    for step in range(tl.minimum(rows_per_program, rows - first)):
-        row = (first + step).to(tl.int64) * C
-        total = tl.load(sum_ptr + row + channel, mask=inside, other=0.0).to(tl.float32)
-        centred = tl.where(inside, total - tl.sum(total, axis=0) / C, 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / C + eps)
+    last = tl.minimum(first + rows_per_program, rows)
+    for start in range(first, last, BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)
+        at = row[:, None].to(tl.int64) * C + channel[None, :]
+        inside = (row < last)[:, None] & inside_c[None, :]
+        total = tl.load(sum_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        centred = tl.where(inside, total - tl.sum(total, axis=1)[:, None] / C, 0.0)
+        rstd = (1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + eps))[:, None]
         hat = centred * rstd
-        grad = tl.load(grad_normed_ptr + row + channel, mask=inside, other=0.0).to(tl.float32)
-        dweight += grad * hat
-        dbias += grad
-        g = grad * weight
-        dx = rstd * (g - tl.sum(g, axis=0) / C - hat * (tl.sum(g * hat, axis=0) / C))
-        dx += tl.load(grad_sum_ptr + row + channel, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + row + channel, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-    tl.store(dweight_ptr + program * C + channel, dweight, mask=inside)
-    tl.store(dbias_ptr + program * C + channel, dbias, mask=inside)
+        grad = tl.load(grad_normed_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if parts_ptr is not None:
+            dweight += grad * hat
+            dbias += grad
+        g = grad * weight[None, :]
+        dx = rstd * (g - tl.sum(g, axis=1)[:, None] / C - hat * (tl.sum(g * hat, axis=1)[:, None] / C))
+        dx += tl.load(grad_sum_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    if parts_ptr is not None:
+        tl.store(parts_ptr + program * C + channel, tl.sum(dweight, axis=0), mask=inside_c)
+        tl.store(parts_ptr + (tl.num_programs(0) + program) * C + channel, tl.sum(dbias, axis=0), mask=inside_c)
 
 
 @tunable
-def forward_configs(C: int, target: str) -> tuple[Config, ...]:
-    """Rows of a program, and warps: 8192 numbers are 32 in each thread of eight warps."""
+def forward_configs(C: int, few: bool, target: str) -> tuple[Config, ...]:
+    """Rows of a program, and warps: 8192 numbers are 32 in each thread of eight warps. `few` says that programs of so
+    many rows would leave a GPU without work.
+    """
     block = triton.next_power_of_2(C)
-    rows = max(1, min(8, 8192 // block))
+    rows = max(1, min(8, (2048 if few else 8192) // block))
     warps = min(max(rows * block // 1024, 1), 16)
     default = {"BLOCK_R": rows, "BLOCK_C": block, "num_warps": warps}
     fewer = {**default, "BLOCK_R": max(rows // 2, 1), "num_warps": max(warps // 2, 1) if rows > 1 else warps}
@@ -93,21 +104,25 @@ def forward_configs(C: int, target: str) -> tuple[Config, ...]:
 
 
 @tunable
-def row_configs(C: int, target: str) -> tuple[Config, ...]:
-    """Warps for a row: eight channels in each thread. More threads hide the loads better, fewer reduce faster."""
+def backward_configs(C: int, target: str) -> tuple[Config, ...]:
+    """Rows of a step, and warps: 2048 numbers are 16 in each thread of four warps, of each of six tiles. The loads of
+    several rows are under way at a time; fewer threads reduce faster.
+    """
     block = triton.next_power_of_2(C)
-    warps = min(max(block // 256, 1), 16)
-    fewer_and_more = {max(warps // 2, 1), min(warps * 2, 16)} - {warps}
-    return tuple({"BLOCK_C": block, "num_warps": w} for w in (warps, *sorted(fewer_and_more)))
+    rows = max(1, min(8, 2048 // block))
+    warps = min(max(rows * block // 512, 1), 16)
+    default = {"BLOCK_R": rows, "BLOCK_C": block, "num_warps": warps}
+    one = {**default, "BLOCK_R": 1, "num_warps": max(warps // rows, 1)}
+    return default, {**default, "num_warps": min(2 * warps, 16)}, one
 
 
 def add_layer_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, keep_sum: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The op `add_layer_norm`: two tensors `[..., C]` in the dtype of `x`, the first empty without `keep_sum`."""
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The op `add_layer_norm`: two tensors `[..., C]` in the dtype of `x`, or None and one without `keep_sum`."""
     x, residual, weight, bias = (t.contiguous() for t in (x, residual, weight, bias))
     C = x.shape[-1]
-    total, normed = torch.empty_like(x) if keep_sum else x.new_empty(0), torch.empty_like(x)
+    total, normed = torch.empty_like(x) if keep_sum else None, torch.empty_like(x)
     if not x.numel():
         return total, normed
     rows = x.numel() // C
@@ -117,29 +132,36 @@ def add_layer_norm(
             x, residual, weight, bias, total, normed, rows, C, eps, KEEP_SUM=keep_sum, **config
         )
 
-    forward_configs.launch(run, x.device, (C,), (rows,), (x.dtype, keep_sum))
+    few = rows * triton.next_power_of_2(C) < FEW * 8192
+    forward_configs.launch(run, x.device, (C, few), (rows,), (x.dtype, keep_sum))
     return total, normed
 
 
 def add_layer_norm_backward(
-    grad_sum: torch.Tensor, grad_normed: torch.Tensor, total: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The op `add_layer_norm_backward`: gradients of `x` `[..., C]`, of weight and of bias `[C]`."""
+    grad_sum: torch.Tensor,
+    grad_normed: torch.Tensor,
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    wanted: Sequence[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """The op `add_layer_norm_backward`: gradients of `x` `[..., C]`, of weight and of bias `[C]`, those wanted."""
     grad_sum, grad_normed, total, weight = (t.contiguous() for t in (grad_sum, grad_normed, total, weight))
     C = total.shape[-1]
     rows = total.numel() // C
     dx = torch.empty_like(total)
     if rows == 0:
-        return dx, torch.zeros_like(weight), torch.zeros_like(weight)
-    rows_per_program = triton.cdiv(rows, PARTS)
-    programs = triton.cdiv(rows, rows_per_program)
-    parts = torch.empty(2, programs, C, dtype=torch.float32, device=total.device)
+        return tuple(torch.zeros_like(t) if w else None for t, w in zip((total, weight, weight), wanted, strict=True))
+    summed = any(wanted[1:])
 
-    def run(config: Config) -> None:
+    def run(config: Config) -> torch.Tensor | tuple[None, None]:
+        rows_per_program = triton.cdiv(triton.cdiv(rows, PARTS), config["BLOCK_R"]) * config["BLOCK_R"]
+        programs = triton.cdiv(rows, rows_per_program)
+        parts = torch.empty(2, programs, C, dtype=torch.float32, device=total.device) if summed else None
         _add_layer_norm_bwd_kernel[(programs,)](
-            grad_sum, grad_normed, total, weight, dx, parts[0], parts[1], rows, rows_per_program, C, eps, **config
+            grad_sum, grad_normed, total, weight, dx, parts, rows, rows_per_program, C, eps, **config
         )
+        return parts.sum(1).to(weight.dtype) if summed else (None, None)
 
-    row_configs.launch(run, total.device, (C,), (rows,), (total.dtype,))
-    dweight, dbias = parts.sum(1).to(weight.dtype)
-    return dx, dweight, dbias
+    sums = backward_configs.launch(run, total.device, (C,), (rows,), (total.dtype, summed))
+    return tuple(t if w else None for t, w in zip((dx, *sums), wanted, strict=True))

@@ -12,6 +12,8 @@ operands before the loops and keeps them: with wide heads there are no registers
 a loop with masks.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -308,15 +310,19 @@ def gated_attention_backward(
     dropout_p: float,
     seed: torch.Tensor | None,
     scale: float,
+    wanted: Sequence[bool],
     offsets: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The op `gated_attention_backward`: dq, dk, dv `[B, T, H, D]`, dgate `[B, H, T]`, drel_bias `[H, 2T - 1]`."""
+) -> tuple[torch.Tensor | None, ...]:
+    """The op `gated_attention_backward`: dq, dk, dv `[B, T, H, D]`, dgate `[B, H, T]`, drel_bias `[H, 2T - 1]`, those
+    wanted.
+    """
     _, T, H, D = q.shape
     grad, out, lse, gate, rel_bias = (t.contiguous() for t in (grad, out, lse, gate, rel_bias))
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
     dgate, delta = torch.empty_like(gate), torch.empty_like(gate)
     if not q.numel():
-        return dq, dk, dv, dgate, torch.zeros_like(rel_bias)
+        found = dq, dk, dv, dgate, torch.zeros_like(rel_bias)
+        return tuple(t if w else None for t, w in zip(found, wanted, strict=True))
     # A row whose scores all are -inf has weights of 0. Here, not in the kernels: there it would be done for each tile.
     lse = lse.nan_to_num(float("nan"), float("inf"), 0.0)
     copies, ends = toeplitz(rel_bias, both=True)
@@ -354,9 +360,10 @@ def gated_attention_backward(
             num_warps=config["num_warps"], num_stages=config["num_stages"],
         )  # fmt: skip
 
-    for name, run in (("dq", run_dq), ("dkv", run_dkv)):
+    # The first finds the row sums that the others need.
+    for name, run in (("dq", run_dq), *([("dkv", run_dkv)] if wanted[1] or wanted[2] else [])):
         depends_on = (D, q.dtype, constants["PRECISION"])
         also = (name, constants["DROPOUT"], *(["packed"] if constants["PACKED"] else []))
         backward_configs.launch(run, q.device, depends_on, sizes(q, offsets), also)
-    drel_bias = rel_bias_gradient(operands, grad, lse, delta, numbers, constants, offsets)
-    return dq, dk, dv, dgate, drel_bias
+    drel_bias = rel_bias_gradient(operands, grad, lse, delta, numbers, constants, offsets) if wanted[4] else None
+    return tuple(t if w else None for t, w in zip((dq, dk, dv, dgate, drel_bias), wanted, strict=True))

@@ -6,6 +6,8 @@ whose epilogue is bias and activation. Longer sums make the product the larger p
 fp32 tiles fill what the epilogue would need: there, product and activation stay apart.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -26,14 +28,13 @@ def _activated(pre: torch.Tensor, activation: str) -> torch.Tensor:
 
 def linear_act(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str, save: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The op `linear_act`: `[..., C']`, and the product before its activation when `save` asks for it."""
-    empty = x.new_empty(0)
     if activation == "none" or not x.numel():
-        return F.linear(x, weight, bias), empty
+        return F.linear(x, weight, bias), None
     if x.dtype == torch.float32 or x.shape[-1] > FUSED_CHANNELS:
         pre = F.linear(x, weight, bias)
-        return _activated(pre, activation), pre if save else empty
+        return _activated(pre, activation), pre if save else None
     rows = x.contiguous().view(1, -1, x.shape[-1])
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
     pre = torch.empty_like(out) if save else None
@@ -41,7 +42,7 @@ def linear_act(
         rows, weight.contiguous().t()[None, None], out.view(1, -1, weight.shape[0]), rows.shape[1],
         bias=bias, activation=activation, pre=pre,
     )  # fmt: skip
-    return out, empty if pre is None else pre
+    return out, pre
 
 
 def linear_act_backward(
@@ -51,13 +52,15 @@ def linear_act_backward(
     bias: torch.Tensor | None,
     pre: torch.Tensor,
     activation: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The op `linear_act_backward`: gradients of x, weight and bias, the products by the vendor."""
+    wanted: Sequence[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """The op `linear_act_backward`: gradients of x, weight and bias, those that are wanted, products by the vendor."""
     grad = grad.contiguous()
     if not grad.numel():
-        return torch.zeros_like(x), torch.zeros_like(weight), grad.new_zeros(0 if bias is None else bias.shape)
-    dpre, sums = finish_backward(grad, pre.contiguous(), None, activation)
+        given = zip((x, weight, bias), wanted, strict=True)
+        return tuple(torch.zeros_like(t) if w else None for t, w in given)
+    dpre, sums = finish_backward(grad, pre.contiguous(), None, activation, wanted[2])
     rows = dpre.view(-1, weight.shape[0])
-    dx = (rows @ weight).view(x.shape)
-    dweight = rows.t() @ x.reshape(-1, weight.shape[1])
-    return dx, dweight, grad.new_empty(0) if bias is None else sums[0].to(bias.dtype)
+    dx = (rows @ weight).view(x.shape) if wanted[0] else None
+    dweight = rows.t() @ x.reshape(-1, weight.shape[1]) if wanted[1] else None
+    return dx, dweight, sums[0].to(bias.dtype) if wanted[2] else None

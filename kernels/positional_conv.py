@@ -1,5 +1,7 @@
 """Convolutional positional embedding: a wide grouped convolution with bias, activation and residual in its epilogue."""
 
+from collections.abc import Sequence
+
 import torch
 
 from ._finish_backward import finish_backward
@@ -26,7 +28,7 @@ def positional_conv(
     residual: bool,
     save: bool,
     offsets: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The op `positional_conv`: `[B, T, C]`, and the convolution before its activation when `save` asks for it."""
     x, (offsets,) = x.contiguous(), in_memory(offsets)
     out = torch.empty_like(x)
@@ -37,7 +39,7 @@ def positional_conv(
             residual=x if residual else None, first=-(weight.shape[2] // 2), padded=True, offsets=offsets,
             out_offsets=offsets,
         )  # fmt: skip
-    return out, x.new_empty(0) if pre is None else pre
+    return out, pre
 
 
 def positional_conv_backward(
@@ -49,20 +51,24 @@ def positional_conv_backward(
     groups: int,
     activation: str,
     residual: bool,
+    wanted: Sequence[bool],
     offsets: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The op `positional_conv_backward`: gradients of x, weight and bias."""
+) -> tuple[torch.Tensor | None, ...]:
+    """The op `positional_conv_backward`: gradients of x, weight and bias, those wanted."""
     x, grad, (offsets,) = x.contiguous(), grad.contiguous(), in_memory(offsets)
     taps, half = weight.shape[2], weight.shape[2] // 2
-    dpre, sums = finish_backward(grad, pre, None, activation)
-    dx = torch.empty_like(x)
-    transposed = _taps(weight, groups).transpose(2, 3).contiguous()
-    frames_product(
-        dpre, transposed, dx, x.shape[1], residual=grad if residual else None, step=-1, first=half, padded=True,
-        offsets=offsets, out_offsets=offsets,
-    )  # fmt: skip
-    dweight = frames_product_weight_gradient(
-        x, dpre, taps, groups, first=-half, offsets=offsets, out_offsets=offsets
-    )  # [G, K, in, out]
-    dweight = dweight.permute(0, 3, 2, 1).flatten(0, 1).to(weight.dtype, memory_format=torch.contiguous_format)
-    return dx, dweight, x.new_empty(0) if bias is None else sums[0].to(bias.dtype)
+    dpre, sums = finish_backward(grad, pre, None, activation, wanted[2])
+    dx = dweight = None
+    if wanted[0]:
+        dx = torch.empty_like(x)
+        transposed = _taps(weight, groups).transpose(2, 3).contiguous()
+        frames_product(
+            dpre, transposed, dx, x.shape[1], residual=grad if residual else None, step=-1, first=half, padded=True,
+            offsets=offsets, out_offsets=offsets,
+        )  # fmt: skip
+    if wanted[1]:
+        dweight = frames_product_weight_gradient(
+            x, dpre, taps, groups, first=-half, offsets=offsets, out_offsets=offsets
+        )  # [G, K, in, out]
+        dweight = dweight.permute(0, 3, 2, 1).flatten(0, 1).to(weight.dtype, memory_format=torch.contiguous_format)
+    return dx, dweight, sums[0].to(bias.dtype) if wanted[2] else None

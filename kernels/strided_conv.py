@@ -1,5 +1,7 @@
 """Strided convolution over time-major frames, with bias, layer norm over channels and activation in its epilogue."""
 
+from collections.abc import Sequence
+
 import torch
 
 from ._finish_backward import finish_backward
@@ -20,7 +22,7 @@ def strided_conv(
     offsets: torch.Tensor | None = None,
     out_offsets: torch.Tensor | None = None,
     out_frames: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The op `strided_conv`: `[B, T', C']`, and the same before norm and activation when `save` asks for it."""
     x, (offsets, out_offsets) = x.contiguous(), in_memory(offsets, out_offsets)
     frames = (x.shape[1] - weight.shape[2]) // stride + 1 if out_frames is None else out_frames
@@ -33,7 +35,7 @@ def strided_conv(
             norm=None if norm_weight is None else (norm_weight, norm_bias, eps), stride=stride,
             offsets=offsets, out_offsets=out_offsets,
         )  # fmt: skip
-    return out, x.new_empty(0) if pre is None else pre
+    return out, pre
 
 
 def strided_conv_backward(
@@ -47,22 +49,26 @@ def strided_conv_backward(
     norm_bias: torch.Tensor | None,
     eps: float,
     activation: str,
+    wanted: Sequence[bool],
     offsets: torch.Tensor | None = None,
     out_offsets: torch.Tensor | None = None,
     out_frames: int | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """The op `strided_conv_backward`: gradients of x, weight, bias, norm_weight and norm_bias."""
+) -> tuple[torch.Tensor | None, ...]:
+    """The op `strided_conv_backward`: gradients of x, weight, bias, norm_weight and norm_bias, those wanted."""
     x, grad = x.contiguous(), grad.contiguous()
     offsets, out_offsets = in_memory(offsets, out_offsets)
     norm = None if norm_weight is None else (norm_weight, norm_bias, eps)
-    dpre, sums = finish_backward(grad, pre, norm, activation)
-    dx = input_gradient(dpre, weight, x, stride, offsets, out_offsets)
-    dweight = frames_product_weight_gradient(
-        x, dpre, weight.shape[2], 1, stride=stride, offsets=offsets, out_offsets=out_offsets
-    )[0]
-    dweight = dweight.permute(2, 1, 0).to(weight.dtype, memory_format=torch.contiguous_format)
-    vectors = (bias, norm_weight, norm_bias)
-    return dx, dweight, *(x.new_empty(0) if v is None else sums[i].to(v.dtype) for i, v in enumerate(vectors))
+    dpre, sums = finish_backward(grad, pre, norm, activation, any(wanted[2:]))
+    dx = dweight = None
+    if wanted[0]:
+        dx = input_gradient(dpre, weight, x, stride, offsets, out_offsets)
+    if wanted[1]:
+        dweight = frames_product_weight_gradient(
+            x, dpre, weight.shape[2], 1, stride=stride, offsets=offsets, out_offsets=out_offsets
+        )[0]
+        dweight = dweight.permute(2, 1, 0).to(weight.dtype, memory_format=torch.contiguous_format)
+    vectors = zip((bias, norm_weight, norm_bias), wanted[2:], strict=True)
+    return dx, dweight, *(sums[i].to(v.dtype) if wants else None for i, (v, wants) in enumerate(vectors))
 
 
 def input_gradient(

@@ -1,5 +1,7 @@
 """Dilated convolution of the x-vector head, with bias and activation in its epilogue."""
 
+from collections.abc import Sequence
+
 import torch
 
 from ._finish_backward import finish_backward
@@ -40,21 +42,27 @@ def tdnn_backward(
     kernel_size: int,
     dilation: int,
     activation: str,
+    wanted: Sequence[bool],
     offsets: torch.Tensor | None = None,
     out_offsets: torch.Tensor | None = None,
     out_frames: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The op `tdnn_backward`: gradients of x, weight and bias. Where relu let a value through, `out` is it."""
+) -> tuple[torch.Tensor | None, ...]:
+    """The op `tdnn_backward`: gradients of x, weight and bias, those wanted. Where relu let a value through, `out` is
+    it.
+    """
     x, grad, out = x.contiguous(), grad.contiguous(), out.contiguous()
     offsets, out_offsets = in_memory(offsets, out_offsets)
-    dpre, sums = finish_backward(grad, out, None, activation)
-    dx = torch.empty_like(x)
-    taps = weight.unflatten(1, (kernel_size, -1)).transpose(0, 1).contiguous()  # [K, C', C]
-    frames_product(
-        dpre, taps[None], dx, x.shape[1], step=-dilation, padded=True, offsets=out_offsets, out_offsets=offsets
-    )
-    dweight = frames_product_weight_gradient(
-        x, dpre, kernel_size, 1, step=dilation, offsets=offsets, out_offsets=out_offsets
-    )[0]  # [K, C, C']
-    dweight = dweight.flatten(0, 1).t().to(weight.dtype, memory_format=torch.contiguous_format)
-    return dx, dweight, x.new_empty(0) if bias is None else sums[0].to(bias.dtype)
+    dpre, sums = finish_backward(grad, out, None, activation, wanted[2])
+    dx = dweight = None
+    if wanted[0]:
+        dx = torch.empty_like(x)
+        taps = weight.unflatten(1, (kernel_size, -1)).transpose(0, 1).contiguous()  # [K, C', C]
+        frames_product(
+            dpre, taps[None], dx, x.shape[1], step=-dilation, padded=True, offsets=out_offsets, out_offsets=offsets
+        )
+    if wanted[1]:
+        dweight = frames_product_weight_gradient(
+            x, dpre, kernel_size, 1, step=dilation, offsets=offsets, out_offsets=out_offsets
+        )[0]  # [K, C, C']
+        dweight = dweight.flatten(0, 1).t().to(weight.dtype, memory_format=torch.contiguous_format)
+    return dx, dweight, sums[0].to(bias.dtype) if wanted[2] else None

@@ -6,6 +6,8 @@ from it what each window contributes to the weight. Only where the waveform's ow
 product with the taps says what each frame gives back to its window.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -224,12 +226,12 @@ def waveform_conv_backward(
     norm_bias: torch.Tensor | None,
     eps: float,
     activation: str,
-    wanted: bool,
+    wanted: Sequence[bool],
     offsets: torch.Tensor | None = None,
     out_offsets: torch.Tensor | None = None,
     out_frames: int | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """The op `waveform_conv_backward`: gradients of waveform, if `wanted`, weight, bias, norm_weight and norm_bias."""
+) -> tuple[torch.Tensor | None, ...]:
+    """The op `waveform_conv_backward`: gradients of waveform, weight, bias, norm_weight and norm_bias, those wanted."""
     grad, waveform, weight = grad.contiguous(), waveform.contiguous(), weight.contiguous()
     offsets, out_offsets = packed = in_memory(offsets, out_offsets)
     (rows, S), (C, _, K), T = waveform.shape, weight.shape, grad.shape[1]
@@ -256,7 +258,7 @@ def waveform_conv_backward(
 
         sums = backward_configs.launch(run_sums, grad.device, (C, norm, constants["DOT"]), (T, B), ("sums", *also))
 
-    dy = torch.empty(rows, T, C, dtype=waveform.dtype, device=grad.device) if wanted else None
+    dy = torch.empty(rows, T, C, dtype=waveform.dtype, device=grad.device) if wanted[0] else None
     # sm_100 has no registers to keep them in fp32, and gfx90a none for reading them early.
     taps_again = norm == "layer" and not constants["DOT"] and target(grad.device) != "cdna"
 
@@ -276,14 +278,16 @@ def waveform_conv_backward(
         return dtaps.sum(0), vectors.sum(0) if norm == "layer" else (None, None)
 
     arguments = (C, norm, constants["DOT"])
-    dtaps, (dgain, dshift) = backward_configs.launch(run, grad.device, arguments, (T, B), (wanted, *also))
-    dwaveform = waveform.new_empty(0) if dy is None else _waveform_gradient(dy, waveform, weight, stride, *packed)
+    dtaps, (dgain, dshift) = backward_configs.launch(run, grad.device, arguments, (T, B), (wanted[0], *also))
+    dwaveform = dweight = None
+    if dy is not None:
+        dwaveform = _waveform_gradient(dy, waveform, weight, stride, *packed)
+    if wanted[1]:
+        dweight = dtaps[:K].t()[:, None].to(weight.dtype, memory_format=torch.contiguous_format)
     if norm == "group":
         dshift, dgain = sums.sum(0)
-    dweight = dtaps[:K].t()[:, None].to(weight.dtype, memory_format=torch.contiguous_format)
-    present = (bias, *((None, None) if norm == "none" else (norm_weight, norm_bias)))
-    vectors = zip((dtaps[K], dgain, dshift), present, strict=True)
-    return dwaveform, dweight, *(waveform.new_empty(0) if v is None else g.to(v.dtype) for g, v in vectors)
+    vectors = zip((dtaps[K], dgain, dshift), (bias, norm_weight, norm_bias), wanted[2:], strict=True)
+    return dwaveform, dweight, *(g.to(v.dtype) if wants else None for g, v, wants in vectors)
 
 
 def _waveform_gradient(

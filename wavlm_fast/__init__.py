@@ -13,6 +13,7 @@ _guard()  # first: what follows takes seconds
 from transformers import WavLMConfig
 
 from .backends import use_backend
+from .cache import empty_cache
 from .extraction.extractor import Extractor
 from .graphed import graphed
 from .models import (
@@ -38,6 +39,7 @@ __all__ = [
     "WavLMForXVector",
     "WavLMModel",
     "accelerate",
+    "empty_cache",
     "forward_ragged",
     "graphed",
     "install",

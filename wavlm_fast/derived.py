@@ -49,6 +49,7 @@ def derived(
     build: Callable[[], Any],
     replaces: bool = False,
     if_met_before: bool = False,
+    keep: bool = True,
 ) -> Any:
     """`build()`, remembered under `kind` until the storage, version, dtype, device or shape of a source changes.
 
@@ -63,6 +64,8 @@ def derived(
         replaces: whether who has the value does without the sources, parameters: `releasing` may then free them.
         if_met_before: whether to give None, and build nothing, unless the sources are what they were at an earlier
             call: for what does not pay if it is used once. What frees its sources is built at once.
+        keep: whether to remember what is built now; what is remembered already is used either way. What frees its
+            sources is always kept.
 
     Raises:
         RuntimeError: the sources were freed, and this was not derived before.
@@ -75,14 +78,21 @@ def derived(
         return build()
     if learning or not all(map(_can_watch, sources)):
         return None if if_met_before else build()
-    return _remembered(kind, sources, build, replaces, if_met_before)
+    return _remembered(kind, sources, build, replaces, if_met_before, keep or _releases.get())
 
 
 def _remembered(
-    kind: str, sources: tuple[torch.Tensor, ...], build: Callable[[], Any], replaces: bool, if_met_before: bool
+    kind: str,
+    sources: tuple[torch.Tensor, ...],
+    build: Callable[[], Any],
+    replaces: bool = False,
+    if_met_before: bool = False,
+    keep: bool = True,
 ) -> Any:
     key = (kind, *map(id, sources))
     state = [_state(s) for s in sources]
+    if not keep and ((entry := _store.get(key)) is None or entry.value is None or entry.state != state):
+        return build()
     with _lock:
         entry = _store.get(key)
         known = entry is not None and entry.state == state
@@ -124,7 +134,7 @@ def linked(
     learning = torch.is_grad_enabled() and any(s.requires_grad for s in sources)
     if not learning or _only_once() or not all(map(_can_watch, sources)):
         return derived(kind, sources, lambda: function(*sources))
-    value = _remembered(kind, sources, lambda: function(*sources), False, False)
+    value = _remembered(kind, sources, lambda: function(*sources))
     result = _Link.apply([value], function, *sources)
     result._linked_value = value
     return result

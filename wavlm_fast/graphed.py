@@ -271,6 +271,7 @@ def _look_at(model: nn.Module) -> dict[str, Any]:
         "backend, precision or determinism are not as they were at the capture": (
             backends.current(),
             torch.backends.cuda.matmul.fp32_precision,
+            torch.backends.cudnn.conv.fp32_precision,
             torch.are_deterministic_algorithms_enabled(),
         ),
         "the config asks for other outputs than at the capture": [getattr(config, name, None) for name in _FLAGS],

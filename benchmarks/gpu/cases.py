@@ -133,7 +133,8 @@ def _calls(
         return
     name, given = f"{op.name}_backward", _given_backward(op, arguments)
     for first in (False, True) if "waveform" in arguments else (True,):
-        wanted = [first, *(arguments[a] is not None for a in _tensors(op)[1:])]
+        gradients = schemas[name].partition("->")[2].count("Tensor")
+        wanted = [first, *(arguments[a] is not None for a in _tensors(op)[1:gradients])]
         also = TO_WAVEFORM if first and "waveform" in arguments else what
         yield Case(model, name, _in_order(name, {**given, "wanted": wanted}), also)
 

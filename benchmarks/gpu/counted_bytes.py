@@ -98,7 +98,8 @@ def attention(batch: int, frames: int, head_dim: int, dtype: torch.dtype, target
         out, lse = TABLE["gated_attention"].fn(q, k, v, gate, rel_bias, *options)
         found["gated_attention"] = sum((c.bytes for c in launches), Bytes())
         launches.clear()
-        TABLE["gated_attention_backward"].fn(out, q, k, v, gate, rel_bias, options[0], out, lse, *options[1:])
+        saved = options[0], out, lse, *options[1:]
+        TABLE["gated_attention_backward"].fn(out, q, k, v, gate, rel_bias, *saved, [True] * 5)
         found["gated_attention_backward"] = sum((c.bytes for c in launches), Bytes())
     return found
 

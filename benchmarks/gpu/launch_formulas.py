@@ -84,6 +84,11 @@ def _vectors(a: dict[str, Any], names: tuple[str, ...], first: int, count: int) 
     return [Touch(count * _size(t), (id(t), "vector"), first, count, _size(t)) for t in present]
 
 
+def _parts(a: dict[str, Any], name: str, numbers: int) -> list[Touch]:
+    """A program's part of sums that are gradients, in fp32; none where nobody wants them."""
+    return [] if a[name] is None else [Touch(numbers * 4)]
+
+
 def _convolved(a: dict[str, Any], b: int, first: int, count: int) -> Touch:
     """The waveform under `count` frames from `first` on: tap after tap, or tiles of windows for a product."""
     asked = count * a["K"]
@@ -192,7 +197,8 @@ def _add_layer_norm_bwd(a: dict[str, Any]) -> Programs:
 
     def program(i: int, _: int, __: int) -> list[Touch]:
         n = _within(a["rows_per_program"], i, a["rows"])
-        return [*_vectors(a, ("weight_ptr",), 0, C), Touch(n * C * 4 * _size(a["dx_ptr"])), Touch(2 * C * 4)]
+        parts = _parts(a, "parts_ptr", 2 * C)
+        return [*_vectors(a, ("weight_ptr",), 0, C), Touch(n * C * 4 * _size(a["dx_ptr"])), *parts]
 
     return program
 
@@ -203,12 +209,12 @@ def _gate_weight(a: dict[str, Any]) -> list[Touch]:
 
 
 def _gate(a: dict[str, Any]) -> Programs:
-    H, D = a["H"], a["D"]
+    D, e = a["D"], _size(a["const_ptr"])
 
-    def program(i: int, _: int, __: int) -> list[Touch]:
-        n = _within(a["BLOCK_T"], i, a["T"])
-        const = Touch(H * _size(a["const_ptr"]), ("const",), 0, H, _size(a["const_ptr"]))
-        return [*_gate_weight(a), const, Touch(H * n * (D * _size(a["x_ptr"]) + 4))]
+    def program(i: int, _: int, group: int) -> list[Touch]:
+        n, heads = _within(a["BLOCK_T"], i, a["T"]), _within(a["heads_per_program"], group, a["H"])
+        const = Touch(heads * e, ("const",), group * a["heads_per_program"], heads, e)
+        return [*_gate_weight(a), const, Touch(heads * n * (D * _size(a["x_ptr"]) + 4))]
 
     return program
 
@@ -218,11 +224,11 @@ def _gate_bwd(a: dict[str, Any]) -> Programs:
     tiles = -(-a["T"] // a["BLOCK_T"])
 
     def program(i: int, _: int, __: int) -> list[Touch]:
-        first = i * a["tiles_per_program"]
-        mine = range(first, min(first + a["tiles_per_program"], a["B"] * tiles))
-        n = sum(_within(a["BLOCK_T"], index % tiles, a["T"]) for index in mine)
-        const = Touch(len(mine) * H * _size(a["const_ptr"]), ("const",), 0, H, _size(a["const_ptr"]))
-        return [*_gate_weight(a), const, Touch(H * n * (2 * D * e + 4)), Touch((2 * D + 2 + H) * 4)]
+        first = i * a["heads_per_program"]
+        mine = range(first, min(first + a["heads_per_program"], a["B"] * tiles * H))
+        n = sum(_within(a["BLOCK_T"], index // H % tiles, a["T"]) for index in mine)
+        const = Touch(len(mine) * _size(a["const_ptr"]), ("const",), 0, H, _size(a["const_ptr"]))
+        return [*_gate_weight(a), const, Touch(n * (2 * D * e + 4)), *_parts(a, "dweight_ptr", 2 * D + 2 + H)]
 
     return program
 
@@ -266,7 +272,8 @@ def _finish(a: dict[str, Any]) -> Programs:
     def program(i: int, column: int, _: int) -> list[Touch]:
         c, n = _within(a["BLOCK_C"], column, C), _within(a["rows_per_program"], i, a["rows"])
         vectors = _vectors(a, ("norm_weight_ptr", "norm_bias_ptr"), column * a["BLOCK_C"], c) if norm else []
-        return [*vectors, Touch(tensors * n * c * _size(a["grad_ptr"])), Touch((3 if norm else 1) * c * 4)]
+        parts = _parts(a, "parts_ptr", (3 if norm else 1) * c)
+        return [*vectors, Touch(tensors * n * c * _size(a["grad_ptr"])), *parts]
 
     return program
 

@@ -125,9 +125,9 @@ def trips(launch: Launch) -> float:
         "gated_attention_bwd_dbias_kernel": lambda: (
             a["batch"] * blocks("T", "BLOCK_M") * blocks("T", "BLOCK_N") / (launch.grid[0] * launch.grid[1])
         ),
-        "add_layer_norm_bwd_kernel": lambda: a["rows_per_program"],
-        "position_gate_fwd_kernel": lambda: a["H"],
-        "position_gate_bwd_kernel": lambda: a["tiles_per_program"] * a["H"],
+        "add_layer_norm_bwd_kernel": lambda: blocks("rows_per_program", "BLOCK_R"),
+        "position_gate_fwd_kernel": lambda: a["heads_per_program"],
+        "position_gate_bwd_kernel": lambda: a["heads_per_program"],
         "waveform_gram_kernel": lambda: a["K"],
         "waveform_conv_fwd_kernel": lambda: a["tiles_per_program"],
         "waveform_conv_bwd_sums_kernel": lambda: a["tiles_per_program"],

@@ -98,13 +98,16 @@ def pretended(architecture: Architecture) -> str:
 
 @contextmanager
 def _multiplying(dtype: str) -> Iterator[None]:
-    """Set torch, and with it the kernels, to multiply fp32 matrices in TF32 or exactly."""
-    matmul = torch.backends.cuda.matmul
-    before, matmul.allow_tf32 = matmul.allow_tf32, dtype == TF32
+    """Set torch, and with it the kernels, to multiply fp32 in TF32 or exactly."""
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [setting.allow_tf32 for setting in settings]
+    for setting in settings:
+        setting.allow_tf32 = dtype == TF32
     try:
         yield
     finally:
-        matmul.allow_tf32 = before
+        for setting, allowed in zip(settings, before, strict=True):
+            setting.allow_tf32 = allowed
 
 
 def launches(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 pytest.importorskip("triton")
@@ -25,3 +27,13 @@ def test_every_grid_is_within_the_limits(model, dtype, size):
         assert all(1 <= n <= limit for n, limit in zip(launch.grid, LIMITS, strict=False)), (launch.kernel, launch.grid)
 
 
+
+@pytest.mark.parametrize("model", MODELS)
+def test_ten_seconds_fill_a_gpu(model):
+    """One program and more for each of 132 multiprocessors, of what is short and of every layer."""
+    names = {"position_gate_fwd_kernel", "position_gate_bwd_kernel", "add_layer_norm_fwd_kernel",
+             "add_layer_norm_bwd_kernel"}  # fmt: skip
+    found = {launch.name: math.prod(launch.grid) for case in cases(model, DTYPES["bf16"], batch=1)
+             for launch in case.launches() if launch.name in names}  # fmt: skip
+    assert set(found) == names
+    assert min(found.values()) >= 132, found

@@ -58,9 +58,16 @@ def test_every_op_is_compiled():
 def test_tf32_is_compiled_where_it_exists():
     found = {name: tasks([name], ["tf32"], "", [0]) for name in ("sm_80", "gfx942", "gfx90a")}
     assert {task.op for task in found["sm_80"]} >= {"gated_attention", "gated_attention_backward", "strided_conv"}
+    assert {task.op for task in found["gfx942"]} == {"gated_attention", "gated_attention_backward"}
     assert {t.launch.arguments["PRECISION"] for t in found["sm_80"] + found["gfx942"]} == {"tf32"}
     assert not found["gfx90a"]
     assert not torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cudnn.allow_tf32
+
+
+def test_without_tf32_nothing_is_compiled_for_it():
+    found = tasks(["sm_80"], ["fp32"], "", [0])
+    assert {t.launch.arguments.get("PRECISION", "ieee") for t in found} == {"ieee"}
 
 
 def test_attention_is_compiled_with_wide_heads_and_for_packed_frames():

@@ -132,6 +132,11 @@ def test_cpu_features_are_read_from_the_system(monkeypatch):
     assert machine.cpu_features() == ["AVX2", "FMA", "AVX-512", "AVX-512 BF16", "AMX", "AMX BF16"]
 
 
+def test_features_of_an_arm_processor_are_read_too(monkeypatch):
+    monkeypatch.setattr(machine, "_cpuinfo", lambda: ["processor : 0", "Features : fp asimd sve i8mm bf16"])
+    assert machine.cpu_features() == ["NEON", "SVE", "ARM BF16"]
+
+
 def test_a_system_without_cpuinfo(monkeypatch):
     monkeypatch.setattr(machine, "_cpuinfo", list)
     assert machine.cpu_name()

@@ -45,7 +45,10 @@ def every_launch_is_checked(request):
 @pytest.fixture(autouse=True)
 def tf32_off():
     """Errors of float32 are those of float32; the tests of TF32 switch it on."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [setting.allow_tf32 for setting in settings]
+    for setting in settings:
+        setting.allow_tf32 = False
     yield
-    torch.backends.cuda.matmul.allow_tf32 = before
+    for setting, allowed in zip(settings, before, strict=True):
+        setting.allow_tf32 = allowed

@@ -46,12 +46,14 @@ def frames(*shape, seed=0):
 
 
 TRUE = [True] * 5
+ONLY_X = [True, False, False, False, False]
 CASES = {
     "waveform_conv group": ("waveform_conv", waveform(2, 5 * 700 + 5, 24, "group")),
     "waveform_conv layer fp32": ("waveform_conv", waveform(1, 5 * 130 + 8, 520, "layer", torch.float32)),
     "waveform_conv none": ("waveform_conv", waveform(2, 400, 512, "none")),
     "waveform_conv_backward group": (
-        "waveform_conv_backward", (frames(2, 240, 72), *waveform(2, 5 * 241 + 2, 72, "group"), TRUE),
+        "waveform_conv_backward",
+        (frames(2, 240, 72), *waveform(2, 5 * 241 + 2, 72, "group"), [True, True, False, True, True]),
     ),
     "waveform_conv_backward layer": (
         "waveform_conv_backward", (frames(1, 19, 40), *waveform(1, 101, 40, "layer"), TRUE),
@@ -63,10 +65,14 @@ CASES = {
         "add_layer_norm", (frames(19, 1100), frames(19, 1100), frames(1100), frames(1100, seed=1), 1e-5, False),
     ),
     "add_layer_norm_backward": (
-        "add_layer_norm_backward", (frames(300, 40), frames(300, 40), frames(300, 40), frames(40), 1e-5),
+        "add_layer_norm_backward", (frames(300, 40), frames(300, 40), frames(300, 40), frames(40), 1e-5, TRUE[:3]),
+    ),
+    "add_layer_norm_backward of x": (
+        "add_layer_norm_backward", (frames(300, 40), frames(300, 40), frames(300, 40), frames(40), 1e-5, ONLY_X[:3]),
     ),
     "position_gate": ("position_gate", gate(2, 37, 3, 48)),
-    "position_gate_backward": ("position_gate_backward", (randn(2, 3, 37), *gate(2, 37, 3, 48))),
+    "position_gate_backward": ("position_gate_backward", (randn(2, 3, 37), *gate(2, 37, 3, 48), TRUE[:4])),
+    "position_gate_backward of x": ("position_gate_backward", (randn(2, 3, 37), *gate(2, 37, 3, 48), ONLY_X[:4])),
     "stats_pool": ("stats_pool", pool(2, 300, 70)),
     "stats_pool_backward": ("stats_pool_backward", (frames(2, 140), *pool(2, 300, 70), frames(2, 140))),
     "strided_conv": ("strided_conv", (*strided(2, 301, 40, 72, 3, False), False)),
@@ -80,7 +86,13 @@ CASES = {
     "tdnn dilated": ("tdnn", (frames(1, 150, 32), frames(40, 3 * 32), frames(40), 3, 3, "relu")),
     "tdnn_backward": (
         "tdnn_backward",
-        (frames(1, 144, 40), frames(1, 150, 32), frames(40, 3 * 32), None, frames(1, 144, 40), 3, 3, "relu", TRUE[:3]),
+        (frames(1, 144, 40), frames(1, 150, 32), frames(40, 3 * 32), frames(40), frames(1, 144, 40), 3, 3, "relu",
+         TRUE[:3]),
+    ),
+    "tdnn_backward of x": (
+        "tdnn_backward",
+        (frames(1, 144, 40), frames(1, 150, 32), frames(40, 3 * 32), frames(40), frames(1, 144, 40), 3, 3, "relu",
+         ONLY_X[:3]),
     ),
     "positional_conv": (
         "positional_conv", (frames(1, 200, 96), frames(96, 48, 16), frames(96), 2, "gelu", True, False),

@@ -54,7 +54,7 @@ def test_a_race_between_programs_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(gated_attention_backward, "rel_bias_gradient", module.rel_bias_gradient)
     grad = randn(*args[0].shape).to("cuda")
     with pytest.raises(KernelFault, match="program instances .* both touch element"):
-        kernel("gated_attention_backward")(grad, *args[:6], *saved, *args[6:])
+        kernel("gated_attention_backward")(grad, *args[:6], *saved, *args[6:], [True] * 5)
 
 
 def test_memory_that_nobody_wrote_reads_as_nan(tmp_path):

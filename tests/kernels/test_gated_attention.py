@@ -9,6 +9,7 @@ from wavlm_fast.kernels._precision import dot_precision
 from wavlm_fast.kernels._target import pretend
 
 NAMES = ("dq", "dk", "dv", "dgate", "drel_bias")
+ALL = [True] * 5
 
 
 def inputs(B, T, H, D, lengths=None, dropout_p=0.0, dtype=torch.float32, far=None):
@@ -34,9 +35,9 @@ def check(args):
     assert_close(found[1], truth[1], plain[1], tiny=4 * steps)
     grad = randn(*args[0].shape, seed=3, dtype=args[0].dtype)
     backward = REFERENCE["gated_attention_backward"].fn
-    true = backward(*wide([grad, *args[:6], *truth, *args[6:]]))
-    theirs = backward(grad, *args[:6], *plain, *args[6:])
-    ours = kernel("gated_attention_backward")(grad, *args[:6], *found, *args[6:])
+    true = backward(*wide([grad, *args[:6], *truth, *args[6:9], ALL, *args[9:]]))
+    theirs = backward(grad, *args[:6], *plain, *args[6:9], ALL, *args[9:])
+    ours = kernel("gated_attention_backward")(grad, *args[:6], *found, *args[6:9], ALL, *args[9:])
     # dscores are rounded to the dtype of the values before each product, unlike the reference's, and may cancel.
     eps = torch.finfo(args[0].dtype).eps
     # The rounding of a saved log-sum-exp is a relative error of its size in every weight of its row, as in the parity
@@ -111,7 +112,7 @@ def test_deterministic_bias_gradient(dtype, deterministic):
 def test_deterministic_gradients_repeat(deterministic):
     args = inputs(9, 33, 1, 16)
     grad, saved = randn(*args[0].shape, seed=3), kernel("gated_attention")(*args)
-    first, second = (kernel("gated_attention_backward")(grad, *args[:6], *saved, *args[6:]) for _ in range(2))
+    first, second = (kernel("gated_attention_backward")(grad, *args[:6], *saved, *args[6:], ALL) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
@@ -121,7 +122,7 @@ def test_strides():
 
     def run(*args):
         out = kernel("gated_attention")(*args)
-        return *out, *kernel("gated_attention_backward")(grad, *args[:6], *out, *args[6:])[:4]
+        return *out, *kernel("gated_attention_backward")(grad, *args[:6], *out, *args[6:9], ALL, *args[9:])[:4]
 
     contiguous = run(*(a.contiguous() if isinstance(a, torch.Tensor) else a for a in args))
     args[1] = args[1].transpose(1, 2).contiguous().transpose(1, 2)
@@ -186,11 +187,11 @@ def test_tf32_gradients(D):
     def reference(grad, q, k, v, *rest):
         values = wide([grad, q, k, v, *rest])
         saved = REFERENCE["gated_attention"].fn(*values[1:])
-        return REFERENCE["gated_attention_backward"].fn(*values[:7], *saved, *values[7:])
+        return REFERENCE["gated_attention_backward"].fn(*values[:7], *saved, *values[7:10], ALL, *values[10:])
 
     truth, coarse = reference(grad, *args), reference(*map(cut_off, (grad, *args[:3])), *args[3:])
     torch.backends.cuda.matmul.allow_tf32 = True
-    found = kernel("gated_attention_backward")(grad, *args[:6], *kernel("gated_attention")(*args), *args[6:])
+    found = kernel("gated_attention_backward")(grad, *args[:6], *kernel("gated_attention")(*args), *args[6:], ALL)
     for name, a, t, c in zip(NAMES, found, truth, coarse, strict=True):
         error, allowed = ((x.double() - t).abs().max().item() for x in (a, c))
         assert error <= 2 * allowed, name
@@ -247,7 +248,7 @@ def test_scores_of_minus_infinity(far, of_all):
     for f, t, p in zip(found, truth, plain, strict=True):
         assert_close(f, t, p)
     grad = randn(*q.shape, seed=3)
-    operands = [grad, *args[:6], *plain, *args[6:]]
+    operands = [grad, *args[:6], *plain, *args[6:9], ALL, *args[9:]]
     theirs = REFERENCE["gated_attention_backward"].fn(*operands)
     ours = kernel("gated_attention_backward")(*operands)
     for name, a, p in zip(NAMES, ours, theirs, strict=True):

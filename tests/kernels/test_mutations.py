@@ -75,7 +75,7 @@ def add_norm():
     x, residual, grad_sum, grad_normed = (randn(260, 8, seed=i) for i in range(4))
     weight, bias = (randn(8, seed=i) for i in range(2))
     forward = [x, residual, weight, bias, 1e-5, True]
-    backward = [grad_sum, grad_normed, x + residual, weight, 1e-5]
+    backward = [grad_sum, grad_normed, x + residual, weight, 1e-5, [True] * 3]
     for op, args in (("add_layer_norm", forward), ("add_layer_norm_backward", backward)):
         truth, plain = (REFERENCE[op].fn(*a) for a in (wide(args), args))
         for found, true, theirs in zip(kernel(op)(*args), truth, plain, strict=True):
@@ -317,17 +317,16 @@ MISTAKES = {
         GATE_BWD, "tl.where(head == h, tl.sum(grad * a * c, axis=0), 0.0)", "0.0", gate,
     ),
     "position_gate's gradient: last tile dropped": (
-        GATE_BWD, "first + tiles_per_program, B * tiles)", "first + tiles_per_program, B * tiles - 1)", gate,
+        GATE_BWD, "first + heads_per_program, B * tiles * H)", "first + heads_per_program, B * tiles * H - 1)", gate,
     ),
     "add_layer_norm: residual dropped": (NORM, "(x + residual)", "x", add_norm),
     "add_layer_norm: unbiased variance": (NORM, "axis=1) / C + eps)", "axis=1) / (C - 1) + eps)", add_norm),
     "add_layer_norm: last row dropped": (NORM, "(row < rows)", "(row < rows - 1)", add_norm),
     "add_layer_norm's gradient: the sum's own dropped": (
-        NORM_BWD, "dx += tl.load(grad_sum_ptr + row + channel, mask=inside, other=0.0).to(tl.float32)", "dx += 0.0",
-        add_norm,
+        NORM_BWD, "dx += tl.load(grad_sum_ptr + at, mask=inside, other=0.0).to(tl.float32)", "dx += 0.0", add_norm,
     ),
     "add_layer_norm's gradient: last row dropped": (
-        NORM_BWD, "tl.minimum(rows_per_program, rows - first)", "tl.minimum(rows_per_program, rows - first - 1)",
+        NORM_BWD, "tl.minimum(first + rows_per_program, rows)", "tl.minimum(first + rows_per_program, rows - 1)",
         add_norm,
     ),
 }  # fmt: skip

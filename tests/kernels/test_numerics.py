@@ -37,7 +37,8 @@ def test_add_layer_norm(gain, offset, dtype):
     total = x + residual
     grads = [randn(9, 70, seed=i, dtype=dtype) for i in (2, 3)]
     forward = [total, torch.zeros_like(total), weight, bias, 1e-5, True]  # the norm is of the sum as it was rounded
-    for op, args in (("add_layer_norm", forward), ("add_layer_norm_backward", [*grads, total, weight, 1e-5])):
+    backward = [*grads, total, weight, 1e-5, [True] * 3]
+    for op, args in (("add_layer_norm", forward), ("add_layer_norm_backward", backward)):
         truth, plain = (REFERENCE[op].fn(*a) for a in (wide(args), args))
         for found, true, theirs in zip(kernel(op)(*args), truth, plain, strict=True):
             assert_close(found, true, theirs, tiny=8)

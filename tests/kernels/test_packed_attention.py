@@ -42,7 +42,7 @@ def own(args, lengths):
 
 def gradients(args, grad, table):
     out = table(FORWARD)(*args)
-    return *out, *table(BACKWARD)(grad, *args[:6], *out, *args[6:])
+    return *out, *table(BACKWARD)(grad, *args[:6], *out, *args[6:9], [True] * 5, *args[9:])
 
 
 def reference(op):
@@ -117,7 +117,7 @@ def test_deterministic_bias_gradient(lengths, deterministic):  # noqa: F811
     args = packed(lengths, dtype=DTYPES[-1])
     check(args)
     grad, saved = randn(*args[0].shape, seed=3, dtype=DTYPES[-1]), kernel(FORWARD)(*args)
-    first, second = (kernel(BACKWARD)(grad, *args[:6], *saved, *args[6:]) for _ in range(2))
+    first, second = (kernel(BACKWARD)(grad, *args[:6], *saved, *args[6:9], [True] * 5, *args[9:]) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 

@@ -5,6 +5,7 @@ import torch
 from cases import DTYPES, assert_close, kernel, randn, wide
 
 from wavlm_fast.backends.reference import TABLE as REFERENCE
+from wavlm_fast.kernels import add_layer_norm as add_layer_norm_kernels
 from wavlm_fast.kernels import position_gate as position_gate_kernels
 
 
@@ -13,7 +14,7 @@ def compare(op, args, saved=False, tiny=8.0, floor=0.0, packed=()):
     found = kernel(op)(*args, *packed)
     assert_close(found, truth, plain, tiny=tiny)
     grad = randn(*found.shape, seed=5, dtype=found.dtype)
-    given = [grad, *args, *([plain] if saved else []), *packed]
+    given = [grad, *args, *([plain] if saved else [[True] * len(args)]), *packed]
     true, theirs = (REFERENCE[f"{op}_backward"].fn(*a) for a in (wide(given), given))
     ours = kernel(f"{op}_backward")(*given)
     if isinstance(ours, torch.Tensor):
@@ -32,7 +33,7 @@ def compare_add_layer_norm(shape, dtype):
     plain = REFERENCE["add_layer_norm"].fn(*args)
     found = kernel("add_layer_norm")(*args)
     assert torch.equal(kernel("add_layer_norm")(*args[:-1], False)[1], found[1])
-    given = [grad_sum, grad_normed, x + residual, parameters[0], 1e-5]
+    given = [grad_sum, grad_normed, x + residual, parameters[0], 1e-5, [True] * 3]
     truth += REFERENCE["add_layer_norm_backward"].fn(*wide(given))
     plain += REFERENCE["add_layer_norm_backward"].fn(*given)
     found += kernel("add_layer_norm_backward")(*given)
@@ -55,6 +56,17 @@ def test_position_gate(B, T, H, D, dtype):
     compare("position_gate", [x, weight, bias, randn(H, dtype=dtype) + 1])
 
 
+@pytest.mark.parametrize("programs", [1, 14, 30])
+def test_position_gate_in_programs_that_take_several_heads(monkeypatch, programs):
+    monkeypatch.setattr(position_gate_kernels, "PROGRAMS", programs)
+    compare("position_gate", [randn(2, 37, 5 * 16), randn(8, 16, scale=1 / 4), randn(8), randn(5) + 1])
+
+
+def test_add_layer_norm_in_programs_that_take_several_steps(monkeypatch):
+    monkeypatch.setattr(add_layer_norm_kernels, "PARTS", 2)
+    compare_add_layer_norm((37, 96), DTYPES[-1])
+
+
 def test_position_gate_in_programs_that_take_several_tiles(monkeypatch):
     monkeypatch.setattr(position_gate_kernels, "PARTS", 2)
     compare("position_gate", [randn(3, 37, 2 * 16), randn(8, 16, scale=1 / 4), randn(8), randn(2) + 1])
@@ -64,7 +76,7 @@ def test_position_gate_of_a_strided_view():
     x = randn(2, 20, 3, 64)[:, :, 1]
     args = [x, randn(8, 32), randn(8), randn(2)]
     compare("position_gate", args)
-    dx = kernel("position_gate_backward")(randn(2, 2, 20), *args)[0]
+    dx = kernel("position_gate_backward")(randn(2, 2, 20), *args, [True] * 4)[0]
     assert dx.is_contiguous()
 
 

@@ -6,6 +6,8 @@ from cases import DEVICE, DTYPES, assert_close, kernel, randn, wide
 
 from wavlm_fast.backends.reference import TABLE as REFERENCE
 from wavlm_fast.kernels import _finish_backward
+from wavlm_fast.kernels._precision import conv_precision, dot_precision
+from wavlm_fast.kernels._target import pretend
 
 SUMS = 8  # sums over frames, in another order than the reference's
 
@@ -76,12 +78,26 @@ def test_tf32():
     """Where torch's setting allows it: inputs of ten bits, so errors as of fp16 inputs."""
     args = [randn(2, 37, 32), randn(32, 32, 3, scale=96**-0.5), None, 2, None, None, 1e-5, "none", False]
     truth, coarse = (REFERENCE["strided_conv"].fn(*wide(args, dtype))[0] for dtype in (torch.float64, torch.float16))
-    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
     found = kernel("strided_conv")(*args)[0]
     error, allowed = ((x.double() - truth).abs().max().item() for x in (found, coarse))
     assert error <= 2 * allowed
     if DEVICE == "cuda":  # the interpreter multiplies in full precision
         assert error > 1e-5
+
+
+def test_convolutions_follow_the_setting_of_convolutions():
+    """Which is not that of products, and is on unless somebody switches it off; torch's on AMD have no TF32."""
+    device = torch.device("cpu")
+    for products, convolutions in ((True, False), (False, True)):
+        torch.backends.cuda.matmul.allow_tf32 = products
+        torch.backends.cudnn.allow_tf32 = convolutions
+        assert conv_precision(torch.float32, device) == ("tf32" if convolutions else "ieee")
+        assert dot_precision(torch.float32, device) == ("tf32" if products else "ieee")
+        assert conv_precision(torch.float16, device) == "ieee"
+        for target in ("cdna3", "cdna"):
+            with pretend(target):
+                assert conv_precision(torch.float32, device) == "ieee"
 
 
 def test_strided_conv_with_wider_norm_parameters():

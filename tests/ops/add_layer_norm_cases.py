@@ -35,7 +35,7 @@ def fast(table, x, residual, weight, bias, grad_sum, grad_normed):
     total, normed = table["add_layer_norm"].fn(x, residual, weight, bias, 1e-5, True)
     _, alone = table["add_layer_norm"].fn(x, residual, weight, bias, 1e-5, False)
     assert torch.equal(normed, alone)
-    gradients = table["add_layer_norm_backward"].fn(grad_sum, grad_normed, total, weight, 1e-5)
+    gradients = table["add_layer_norm_backward"].fn(grad_sum, grad_normed, total, weight, 1e-5, [True] * 3)
     return total, normed, *gradients
 
 

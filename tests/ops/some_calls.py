@@ -267,13 +267,13 @@ def _backward(op: str, d: Draw) -> list:
 def _backward_operands(op: str, d: Draw, args: list, outputs: tuple) -> list:
     if op == "add_layer_norm":
         x, residual, weight, _, eps, _ = args
-        return [d.tensor(*x.shape), x + residual, weight, eps]
+        return [d.tensor(*x.shape), x + residual, weight, eps, _wanted(d, [x, weight, weight])]
     if op == "gated_attention":
-        return [*args[:6], *outputs, *args[6:]]
+        return [*args[:6], *outputs, *args[6:], _wanted(d, args[:5])]
     if op == "stats_pool":
         return [*args, outputs[0]]
     if op == "position_gate":
-        return args
+        return [*args, _wanted(d, args)]
     if op == "tdnn":
         return [*args[:3], outputs[0], *args[3:], _wanted(d, args[:3])]
     if op == "waveform_conv":

@@ -13,7 +13,7 @@ import torch
 from wavlm_fast.backends import cpu, triton
 
 CASES = Path(__file__).with_name("add_layer_norm_cases.py")
-LEVELS = ("default", "avx2", "avx512", "avx512_bf16")
+LEVELS = ("default", "avx2", "avx512", "avx512_bf16", "neon_bf16")
 needs_extension = pytest.mark.skipif(cpu.extension.problem() is not None, reason=str(cpu.extension.problem()))
 
 
@@ -60,7 +60,7 @@ def test_interpreter_refuses_bfloat16(monkeypatch):
 @needs_extension
 class TestCpp:
     forward = staticmethod(lambda *args: cpu.TABLE["add_layer_norm"].fn(*args, 1e-5, True))
-    backward = staticmethod(lambda *args: cpu.TABLE["add_layer_norm_backward"].fn(*args, 1e-5))
+    backward = staticmethod(lambda *args: cpu.TABLE["add_layer_norm_backward"].fn(*args, 1e-5, [True] * 3))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_strided_inputs(self, dtype):

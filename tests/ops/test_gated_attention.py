@@ -73,7 +73,8 @@ def test_registration(lengths, dropout):
     tail = (dropout, torch.tensor([7]) if dropout else None, 0.5)
     contract.check_registration("gated_attention", *contract.learning(*args), lengths, *tail)
     out, lse = torch.ops.wavlm_fast.gated_attention(*args, lengths, *tail)
-    contract.check_registration("gated_attention_backward", torch.ones_like(out), *args, lengths, out, lse, *tail)
+    given = torch.ones_like(out), *args, lengths, out, lse, *tail
+    contract.check_registration("gated_attention_backward", *given, [True] * 5)
 
 
 @pytest.mark.parametrize("lengths", [None, torch.tensor([2, 0])])

@@ -12,6 +12,7 @@ from packed_calls import CALLS, EXTRA, offsets_of
 from some_calls import native_call
 from test_encoder_layer import operands as layer_operands
 from test_encoder_layer import options
+from test_gated_attention_backward_cpu import ALL
 from test_gated_attention_backward_cpu import check as check_gradients
 
 from wavlm_fast import backends, ops
@@ -50,7 +51,7 @@ def tail(lengths, D, dropout=(0.0, None)):
 
 def backward_args(inputs, lengths, *tail):
     grad = randn(*inputs[0].shape, seed=4, dtype=inputs[0].dtype)
-    return (grad, *inputs, None, *cpu.TABLE["gated_attention"].fn(*inputs, None, *tail), *tail)
+    return (grad, *inputs, None, *cpu.TABLE["gated_attention"].fn(*inputs, None, *tail), *tail[:3], ALL, *tail[3:])
 
 
 def within(lengths):
@@ -102,7 +103,7 @@ def test_nothing_passes_a_boundary(poisoned, dtype):
                 (x[..., own] if x.dim() == 3 else x[:, own]).fill_(value)
         mine, rest = (*frames[1:], rel_bias), tail(lengths, D, (0.3, torch.tensor([5])))
         out, lse = kernel(*mine, None, *rest)
-        dq, dk, dv, dgate, _ = backward(frames[0], *mine, None, out, lse, *rest)
+        dq, dk, dv, dgate, _ = backward(frames[0], *mine, None, out, lse, *rest[:3], ALL, *rest[3:])
         found.append([out, dq, dk, dv, lse.transpose(1, 2), dgate.transpose(1, 2)])
     others = torch.ones(sum(lengths), dtype=torch.bool)
     others[own] = False

@@ -49,7 +49,7 @@ def test_parameters_may_be_wider_than_frames():
 def test_registration():
     args = operands(dtype=torch.float32)
     contract.check_registration("position_gate", *contract.learning(*args))
-    contract.check_registration("position_gate_backward", torch.ones(2, 2, 3), *args)
+    contract.check_registration("position_gate_backward", torch.ones(2, 2, 3), *args, [True] * 4)
 
 
 def test_gradients():

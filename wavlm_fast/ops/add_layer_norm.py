@@ -13,7 +13,9 @@ from ._define import (
     define,
     differentiate,
     needs_grad,
+    only,
     or_empty,
+    or_none,
     trained_by_torch,
 )
 from ._registry import Arguments, Operand, Place, Sizes, describe, vector
@@ -82,9 +84,12 @@ def check_norm(op: str, name: str, x: Tensor, weight: Tensor) -> None:
     check.same_device(op, name, x, weight=weight)
 
 
-def _check_backward(grad_sum: Tensor, grad_normed: Tensor, total: Tensor, weight: Tensor, eps: float) -> None:
+def _check_backward(
+    grad_sum: Tensor, grad_normed: Tensor, total: Tensor, weight: Tensor, eps: float, wanted: list[bool]
+) -> None:
     check_norm(BACKWARD, "sum", total, weight)
     check.alike(BACKWARD, tuple(total.shape), "sum", total, grad_sum=grad_sum, grad_normed=grad_normed)
+    check.wanted(BACKWARD, wanted, sum=total, weight=weight, bias=weight)
 
 
 def _fake(
@@ -94,21 +99,22 @@ def _fake(
 
 
 def _backward_kernel(
-    grad_sum: Tensor, grad_normed: Tensor, total: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_sum: Tensor, grad_normed: Tensor, total: Tensor, weight: Tensor, eps: float, wanted: list[bool]
+) -> tuple[Tensor, ...]:
     shape = list(weight.shape)
     wide = total.to(weight.dtype)
     _, mean, rstd = torch.ops.aten.native_layer_norm(wide, shape, None, None, eps)
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        grad_normed.to(weight.dtype), wide, shape, mean, rstd, weight, weight, [True, True, True]
+        grad_normed.to(weight.dtype), wide, shape, mean, rstd, weight, weight, wanted
     )
-    return dx.to(total.dtype).add_(grad_sum), dweight, dbias
+    dx = dx.to(total.dtype).add_(grad_sum) if wanted[0] else None
+    return only(wanted, dx, dweight, dbias, like=total)
 
 
 def _backward_fake(
-    grad_sum: Tensor, grad_normed: Tensor, total: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(total), torch.empty_like(weight), torch.empty_like(weight)
+    grad_sum: Tensor, grad_normed: Tensor, total: Tensor, weight: Tensor, eps: float, wanted: list[bool]
+) -> tuple[Tensor, ...]:
+    return only(wanted, *(torch.empty_like(t) for t in (total, weight, weight)), like=total)
 
 
 _op = define(
@@ -120,7 +126,8 @@ _op = define(
 )
 _backward_op = define(
     BACKWARD,
-    "(Tensor grad_sum, Tensor grad_normed, Tensor sum, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad_sum, Tensor grad_normed, Tensor sum, Tensor weight, float eps, bool[] wanted) "
+    "-> (Tensor, Tensor, Tensor)",
     check=_check_backward,
     fake=_backward_fake,
     kernel=_backward_kernel,
@@ -129,8 +136,9 @@ _backward_op = define(
 
 def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
     _, _, weight, _, eps, _ = inputs
-    dx, dweight, dbias = _backward_op(*(g.contiguous() for g in grads), *saved, weight, eps)
-    return dx, dx, dweight, dbias, None
+    wanted = (wanted[0] or wanted[1], *wanted[2:4])
+    dx, *dvectors = or_none(wanted, _backward_op(*(g.contiguous() for g in grads), *saved, weight, eps, wanted))
+    return dx, dx, *dvectors, None
 
 
 differentiate(NAME, reference, _backward, save=lambda outputs: outputs[:1], flowing=2, unread="keep_sum")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _check as check
-from ._define import accumulation_dtype, autocast, define, differentiate
+from ._define import accumulation_dtype, autocast, define, differentiate, only, or_none
 from ._dropout import keep_mask
 from ._packed import bounds, check_either, check_packed
 from ._registry import Arguments, Operand, Place, Sizes, describe
@@ -241,10 +241,12 @@ def _backward_kernel(
     dropout_p: float,
     seed: Tensor | None,
     scale: float,
+    wanted: list[bool],
     offsets: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     if offsets is None:
-        return _gradients(grad, q, k, v, gate, rel_bias, key_lengths, lse, dropout_p, seed, scale)
+        found = _gradients(grad, q, k, v, gate, rel_bias, key_lengths, lse, dropout_p, seed, scale)
+        return only(wanted, *found, like=q)
     found, drel_bias, frames = [], torch.zeros_like(rel_bias), q.shape[1]
     for first, end in bounds(NAME, offsets, frames):
         own = (x[:, first:end] for x in (grad, q, k, v))
@@ -254,7 +256,7 @@ def _backward_kernel(
         found.append(gradients)
         drel_bias[:, entries] += dbias
     dq, dk, dv, dgate = zip(*found, strict=True)
-    return *(torch.cat(parts, 1) for parts in (dq, dk, dv)), torch.cat(dgate, 2), drel_bias
+    return only(wanted, *(torch.cat(parts, 1) for parts in (dq, dk, dv)), torch.cat(dgate, 2), drel_bias, like=q)
 
 
 def _gradients(
@@ -319,26 +321,29 @@ def _diagonal_sums(x: Tensor) -> Tensor:
 
 def _check_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, rel_bias: Tensor, key_lengths: Tensor | None,
-    out: Tensor, lse: Tensor, dropout_p: float, seed: Tensor | None, scale: float, offsets: Tensor | None = None,
+    out: Tensor, lse: Tensor, dropout_p: float, seed: Tensor | None, scale: float, wanted: list[bool],
+    offsets: Tensor | None = None,
 ) -> None:  # fmt: skip
     _check(q, k, v, gate, rel_bias, key_lengths, dropout_p, seed, scale, offsets)
     check.alike(BACKWARD, tuple(q.shape), "q", q, grad=grad, out=out)
     check.alike(BACKWARD, tuple(gate.shape), "gate", gate, lse=lse)
+    check.wanted(BACKWARD, wanted, q=q, k=k, v=v, gate=gate, rel_bias=rel_bias)
 
 
 def _backward_fake(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, rel_bias: Tensor, *rest: object
-) -> tuple[Tensor, ...]:
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    return dq, dk, dv, gate.new_empty(gate.shape), rel_bias.new_empty(rel_bias.shape)
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, rel_bias: Tensor, key_lengths: Tensor | None,
+    out: Tensor, lse: Tensor, dropout_p: float, seed: Tensor | None, scale: float, wanted: list[bool], *rest: object,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return only(wanted, *(x.new_empty(x.shape) for x in (q, k, v, gate, rel_bias)), like=q)
 
 
 _OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor gate, Tensor rel_bias, Tensor? key_lengths"
-_TAIL = "float dropout_p, Tensor? seed, float scale, Tensor? offsets=None"
-_op = define(NAME, f"({_OPERANDS}, {_TAIL}) -> (Tensor, Tensor)", check=_check, fake=_fake, kernel=_kernel)
+_TAIL, _PACKED = "float dropout_p, Tensor? seed, float scale", "Tensor? offsets=None"
+_op = define(NAME, f"({_OPERANDS}, {_TAIL}, {_PACKED}) -> (Tensor, Tensor)", check=_check, fake=_fake, kernel=_kernel)
 _backward_op = define(
     BACKWARD,
-    f"(Tensor grad, {_OPERANDS}, Tensor out, Tensor lse, {_TAIL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad, {_OPERANDS}, Tensor out, Tensor lse, {_TAIL}, bool[] wanted, {_PACKED}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     check=_check_backward,
     fake=_backward_fake,
     kernel=_backward_kernel,
@@ -346,8 +351,9 @@ _backward_op = define(
 
 
 def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
-    operands, tail = inputs[:6], inputs[6:]
-    return _backward_op(grads[0].contiguous(), *operands, *saved, *tail)
+    operands, numbers, packed = inputs[:6], inputs[6:9], inputs[9:]
+    wanted = wanted[:5]
+    return or_none(wanted, _backward_op(grads[0].contiguous(), *operands, *saved, *numbers, wanted, *packed))
 
 
 differentiate(NAME, reference, _backward, save=lambda outputs: outputs)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _check as check
-from ._define import accumulation_dtype, autocast, define, differentiate
+from ._define import accumulation_dtype, autocast, define, differentiate, only, or_none
 from ._registry import Arguments, Operand, Place, Sizes, describe, multiplied, vector
 
 NAME = "position_gate"
@@ -61,12 +61,15 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, const: Tensor) -> None:
         check.floating(NAME, name, parameter)
 
 
-def _check_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, const: Tensor) -> None:
+def _check_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, const: Tensor, wanted: list[bool]
+) -> None:
     _check(x, weight, bias, const)
     check.shape(BACKWARD, "grad", grad, (x.shape[0], const.shape[0], x.shape[1]))
     if grad.dtype != accumulation_dtype(x.dtype):
         raise TypeError(f"{BACKWARD} wants grad of {accumulation_dtype(x.dtype)} for x of {x.dtype}, got {grad.dtype}")
     check.same_device(BACKWARD, "x", x, grad=grad)
+    check.wanted(BACKWARD, wanted, x=x, weight=weight, bias=bias, const=const)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor, const: Tensor) -> Tensor:
@@ -74,8 +77,8 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor, const: Tensor) -> Tensor:
 
 
 def _backward_kernel(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, const: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, const: Tensor, wanted: list[bool]
+) -> tuple[Tensor, ...]:
     heads, a, b = _project(x, weight, bias, const)
     scale = const.to(a.dtype)
     grad = grad.transpose(1, 2)  # [B, T, H]
@@ -87,20 +90,20 @@ def _backward_kernel(
     dweight = torch.einsum("bthn,bthd->nd", dprojected, heads).repeat_interleave(4, 0)
     dbias = dprojected.sum((0, 1, 2)).repeat_interleave(4)
     dconst = (grad * a * b).sum((0, 1))
-    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dconst.to(const.dtype)
+    return only(wanted, dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dconst.to(const.dtype), like=x)
 
 
 def _backward_fake(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, const: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), torch.empty_like(bias), torch.empty_like(const)
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, const: Tensor, wanted: list[bool]
+) -> tuple[Tensor, ...]:
+    return only(wanted, *(t.new_empty(t.shape) for t in (x, weight, bias, const)), like=x)
 
 
 _OPERANDS = "Tensor x, Tensor weight, Tensor bias, Tensor const"
 _op = define(NAME, f"({_OPERANDS}) -> Tensor", check=_check, fake=_fake, kernel=reference)
 _backward_op = define(
     BACKWARD,
-    f"(Tensor grad, {_OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad, {_OPERANDS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
     check=_check_backward,
     fake=_backward_fake,
     kernel=_backward_kernel,
@@ -108,7 +111,7 @@ _backward_op = define(
 
 
 def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
-    return _backward_op(grads[0].contiguous(), *inputs)
+    return or_none(wanted, _backward_op(grads[0].contiguous(), *inputs, wanted))
 
 
 differentiate(NAME, reference, _backward)

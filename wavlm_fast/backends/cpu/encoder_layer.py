@@ -16,6 +16,11 @@ _encoder_layer = extension.kernel(
 )
 
 
+# Frames of an utterance from which on packing takes less than a hundredth of what the layer takes: all layers' packed
+# weights, a second copy of the model, are then not kept for it. What shorter ones have packed is used.
+_LONG = 4096
+
+
 def encoder_layer(
     x: Tensor,
     rel_bias: Tensor,
@@ -25,16 +30,18 @@ def encoder_layer(
     *rest: object,
 ) -> Tensor:
     """The op of that name."""
+    keep = rel_bias.shape[1] < 2 * _LONG - 1
     if len(weights) == MERGED:
-        qkv, qkv_bias = _pack(weights[0]), biases[0]
+        qkv, qkv_bias = _pack(weights[0], keep), biases[0]
     else:
-        qkv, qkv_bias = packed_conv.pack_together("packed qkv", weights[:3]), concatenated("qkv bias", biases[:3])
-    packed = [qkv, *map(_pack, weights[-3:])]
+        qkv = packed_conv.pack_together("packed qkv", weights[:3], keep)
+        qkv_bias = concatenated("qkv bias", biases[:3])
+    packed = [qkv, *(_pack(weight, keep) for weight in weights[-3:])]
     return _encoder_layer(x, rel_bias, key_lengths, packed, [qkv_bias, *biases[-3:]], *rest)
 
 
-def _pack(weight: Tensor) -> Tensor:
-    return packed_conv.pack(weight, lambda: weight[:, None], 1)
+def _pack(weight: Tensor, keep: bool) -> Tensor:
+    return packed_conv.pack(weight, lambda: weight[:, None], 1, keep=keep)
 
 
 def why_not(
@@ -49,7 +56,7 @@ def why_not(
     if packed_conv.in_onednn(x):
         return "bfloat16 products run in oneDNN here, one by one"
     if not all(map(packed_conv.multiplies, weights)):
-        return "the C++ encoder_layer takes bfloat16 of even width where the CPU multiplies pairs of it (AVX-512 BF16)"
+        return "the C++ encoder_layer takes bfloat16 of even width where the CPU multiplies pairs (AVX-512 or ARM BF16)"
     return None
 
 

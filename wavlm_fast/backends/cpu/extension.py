@@ -25,6 +25,7 @@ logger = logging.getLogger("wavlm_fast")
 # The path of another extension to load instead of the installed one, as is: for builds with sanitizers and the like.
 ENVIRONMENT_VARIABLE = "WAVLM_FAST_EXTENSION"
 DTYPES = (torch.float32, torch.bfloat16)  # of frames
+PAIRS = ("avx512_bf16", "neon_bf16")  # levels that multiply pairs of bfloat16
 RESIZED = "Tensor? offsets=None, Tensor? out_offsets=None, int? out_frames=None"  # as in ops/_packed.py
 _FOLDER = Path(__file__).parents[2]
 _OLDEST_TORCH = (2, 10)  # with the stable interface that the extension is written to
@@ -47,8 +48,11 @@ _isa = kernel("isa() -> str")
 _isa_levels = kernel("isa_levels() -> str[]")
 _isa_problem = kernel("isa_problem() -> str")
 _threads = kernel("threads() -> int")
+_kept_scratch = kernel("kept_scratch() -> int")
+_release_scratch = kernel("release_scratch() -> ()")
 _fingerprint = kernel("fingerprint(Tensor x, int samples) -> int")
-kernel("peak(str dtype) -> float")  # for benchmarks
+for _schema in ("peak(str dtype) -> float", "begin_task_log(int threads) -> ()", "end_task_log() -> float[]"):
+    kernel(_schema)  # for benchmarks
 
 
 def problem() -> str | None:
@@ -95,6 +99,17 @@ def isa_levels() -> list[str]:
 def threads() -> int | None:
     """How many threads the C++ kernels run on now; None without them."""
     return None if problem() else _threads()
+
+
+def kept_scratch() -> int:
+    """Bytes of memory that the C++ kernels keep for their next call, of all threads together."""
+    return 0 if _problem_of_loading() else _kept_scratch()
+
+
+def release_scratch() -> None:
+    """Give that memory back; of calls that are running in other threads when they are done."""
+    if not _problem_of_loading():
+        _release_scratch()
 
 
 @cache

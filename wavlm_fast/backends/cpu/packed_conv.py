@@ -62,16 +62,22 @@ def convolve(
 
 
 def pack(
-    weight: Tensor, filters: Callable[[], Tensor], taps: int, filtered: bool = False, if_met_before: bool = False
+    weight: Tensor,
+    filters: Callable[[], Tensor],
+    taps: int,
+    filtered: bool = False,
+    if_met_before: bool = False,
+    keep: bool = True,
 ) -> Tensor | None:
     """`filters()` `[C', K, C]` of a weight in the order of packed_conv.cpp, remembered as by `derived`."""
     kind = f"packed conv, {taps} taps{', filtered' if filtered else ''}"
-    return derived(kind, (weight,), lambda: _pack_conv([filters()], filtered), True, if_met_before)
+    return derived(kind, (weight,), lambda: _pack_conv([filters()], filtered), True, if_met_before, keep)
 
 
-def pack_together(kind: str, weights: list[Tensor]) -> Tensor:
-    """Linear layers' weights `[C', C]` as one, remembered under `kind`."""
-    return derived(kind, tuple(weights), lambda: _pack_conv([w[:, None] for w in weights], False), replaces=True)
+def pack_together(kind: str, weights: list[Tensor], keep: bool = True) -> Tensor:
+    """Linear layers' weights `[C', C]` as one, remembered under `kind`; `keep` as in `derived`."""
+    build = lambda: _pack_conv([w[:, None] for w in weights], False)  # noqa: E731
+    return derived(kind, tuple(weights), build, replaces=True, keep=keep)
 
 
 def wide_and_packed(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +101,7 @@ def can_filter(taps: int, stride: int) -> bool:
 
 def multiplies(x: Tensor) -> bool:
     """Whether the kernels multiply frames `[..., C]` in their own dtype: bfloat16 in pairs, where the CPU does that."""
-    return x.dtype == torch.float32 or (extension.isa() == "avx512_bf16" and x.shape[-1] % 2 == 0)
+    return x.dtype == torch.float32 or (extension.isa() in extension.PAIRS and x.shape[-1] % 2 == 0)
 
 
 def in_onednn(x: Tensor) -> bool:

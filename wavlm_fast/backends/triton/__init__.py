@@ -29,4 +29,11 @@ def why_not(device: torch.device | None = None) -> str | None:
         return f"Triton kernels need a CUDA or ROCm device, the tensors are on {device.type}"
     if not torch.cuda.is_available():
         return "no CUDA or ROCm device is available"
+    if torch.version.hip and not _is_cdna(name := torch.cuda.get_device_properties(device).gcnArchName):
+        return f"of AMD's GPUs the Triton kernels were made for CDNA (gfx90a, gfx942 and their kin), this is {name}"
     return None
+
+
+def _is_cdna(name: str) -> bool:
+    """Whether a GPU has matrix instructions of 64 lanes, from its architecture's name: RDNA has others."""
+    return name.startswith(("gfx908", "gfx90a", "gfx94", "gfx95"))

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops._define import or_empty
+
 MOST_NORMED_CHANNELS = 1024  # a row of them and its tile of the weight fit in one program of a convolution
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -21,13 +23,17 @@ def interpreted() -> bool:
 
 
 def kernel(file: str, function: str) -> Callable[..., Any]:
-    """A host function of kernels/`file`.py, imported at the first call: Triton may not be there."""
+    """A host function of kernels/`file`.py, imported at the first call: Triton may not be there.
+
+    What it has not computed, since nobody wants it, is None there and an empty tensor here.
+    """
 
     def run(*args: Any) -> Any:
         device = args[0].device
         # Triton launches on the current device, whatever device the tensors are on.
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            return getattr(importlib.import_module(f"wavlm_fast.kernels.{file}"), function)(*args)
+            found = getattr(importlib.import_module(f"wavlm_fast.kernels.{file}"), function)(*args)
+        return tuple(or_empty(f, args[0]) for f in found) if isinstance(found, tuple) else found
 
     return run
 

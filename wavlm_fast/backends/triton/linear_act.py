@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...ops._define import only
 from .. import Implementation
 from . import launch
-
-_gradients = launch.kernel("linear_act", "linear_act_backward")
 
 
 def why_not(x: Tensor, *rest: object) -> str | None:
     """Why the kernel cannot take this call."""
     return launch.why_not("linear_act", x)
-
-
-def linear_act_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, pre: Tensor, activation: str, wanted: list[bool]
-) -> tuple[Tensor, ...]:
-    """The op of that name; all gradients are computed."""
-    return only(wanted, *_gradients(grad, x, weight, bias, pre, activation), like=x)
 
 
 def why_not_backward(grad: Tensor, x: Tensor, *rest: object) -> str | None:
@@ -30,5 +20,5 @@ def why_not_backward(grad: Tensor, x: Tensor, *rest: object) -> str | None:
 
 TABLE = {
     "linear_act": Implementation(launch.kernel("linear_act", "linear_act"), why_not),
-    "linear_act_backward": Implementation(linear_act_backward, why_not_backward),
+    "linear_act_backward": Implementation(launch.kernel("linear_act", "linear_act_backward"), why_not_backward),
 }

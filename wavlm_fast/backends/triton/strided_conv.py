@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...ops._define import only
 from .. import Implementation
 from . import launch
-
-_gradients = launch.kernel("strided_conv", "strided_conv_backward")
 
 
 def why_not(
@@ -21,25 +18,6 @@ def why_not(
     return launch.why_not("strided_conv", x, norm_weight)
 
 
-def strided_conv_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pre: Tensor,
-    stride: int,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    activation: str,
-    wanted: list[bool],
-    *packed: Tensor | int | None,
-) -> tuple[Tensor, ...]:
-    """The op of that name; all gradients are computed."""
-    found = _gradients(grad, x, weight, bias, pre, stride, norm_weight, norm_bias, eps, activation, *packed)
-    return only(wanted, *found, like=x)
-
-
 def why_not_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, pre: Tensor, *rest: object
 ) -> str | None:
@@ -49,5 +27,5 @@ def why_not_backward(
 
 TABLE = {
     "strided_conv": Implementation(launch.kernel("strided_conv", "strided_conv"), why_not),
-    "strided_conv_backward": Implementation(strided_conv_backward, why_not_backward),
+    "strided_conv_backward": Implementation(launch.kernel("strided_conv", "strided_conv_backward"), why_not_backward),
 }

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...ops._define import only
 from .. import Implementation
 from . import launch
 
 _MOST_TAPS = 15  # with a column of ones, the side of the Gram matrix
-_gradients = launch.kernel("waveform_conv_backward", "waveform_conv_backward")
 
 
 def why_not(
@@ -31,25 +29,6 @@ def why_not(
     return launch.why_not("waveform_conv", waveform, norm_weight)
 
 
-def waveform_conv_backward(
-    grad: Tensor,
-    waveform: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int,
-    norm: str,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    activation: str,
-    wanted: list[bool],
-    *packed: Tensor | int | None,
-) -> tuple[Tensor, ...]:
-    """The op of that name; all gradients are computed, that of the waveform if it is wanted."""
-    operands = (waveform, weight, bias, stride, norm, norm_weight, norm_bias, eps, activation)
-    return only(wanted, *_gradients(grad, *operands, wanted[0], *packed), like=waveform)
-
-
 def why_not_backward(grad: Tensor, *rest: object) -> str | None:
     """The same of the gradient."""
     return why_not(*rest)
@@ -57,5 +36,7 @@ def why_not_backward(grad: Tensor, *rest: object) -> str | None:
 
 TABLE = {
     "waveform_conv": Implementation(launch.kernel("waveform_conv", "waveform_conv"), why_not),
-    "waveform_conv_backward": Implementation(waveform_conv_backward, why_not_backward),
+    "waveform_conv_backward": Implementation(
+        launch.kernel("waveform_conv_backward", "waveform_conv_backward"), why_not_backward
+    ),
 }
