@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from wavlm_fast.benchmarks.ops.losers import FOUND, told
 from wavlm_fast.benchmarks.ops.providers import DTYPES
 from wavlm_fast.benchmarks.run.cases import MODELS
 
@@ -19,9 +20,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cpu", help="cpu (default) or cuda")
     group.addoption("--threads", type=int, help="of torch (default: torch's own choice)")
     group.addoption("--peers", action="store_true", help="other libraries too, which are compiled for minutes")
+    group.addoption("--all-sizes", action="store_true", help="never slower: long batches too, for many minutes")
+    group.addoption("--patience", type=float, default=1.0, help="never slower: so many times the rounds (default: 1)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Threads are set before anything runs on them."""
     if config.getoption("--threads"):
         torch.set_num_threads(config.getoption("--threads"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Which ops lost to plain torch."""
+    if FOUND:
+        heading, *lines = told(FOUND)
+        terminalreporter.section(heading)
+        terminalreporter.write("".join(f"{line}\n" for line in lines))

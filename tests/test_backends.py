@@ -232,6 +232,60 @@ def test_the_gradient_leaves_no_wish_behind(seen):
     assert current() == "auto"
 
 
+@pytest.fixture
+def torch_trains(monkeypatch):
+    """The cpu backend knows torch to train linear_act faster, of up to three frames."""
+    why = lambda op, x, weight: "it snows" if op == "linear_act" and x.shape[0] <= 3 else None  # noqa: E731
+    monkeypatch.setattr(load("cpu"), "why_torch_trains", why)
+
+
+def linear_in(frames, learns, weight=None):
+    """The name of what recorded the gradient, and what was chosen."""
+    weight = torch.ones(2, 4, requires_grad=learns) if weight is None else weight
+    with backends.noting() as noted:
+        out = ops.linear_act(torch.ones(frames, 4), weight)
+    return out.grad_fn.name() if out.grad_fn else None, [(op, choice.backend, choice.refused) for op, choice in noted]
+
+
+def test_what_torch_trains_faster_is_plain_torch(torch_trains):
+    recorded, chosen = linear_in(3, True)
+    assert "wavlm_fast" not in recorded
+    assert chosen == [("linear_act", "reference", (("cpu", "it snows"),))]
+    assert "wavlm_fast" in linear_in(4, True)[0]  # too many frames
+
+
+def test_a_slower_backend_asked_for_by_name_computes(torch_trains):
+    for name in ("cpu", "reference"):
+        with use_backend(name):
+            recorded, chosen = linear_in(3, True)
+        assert "wavlm_fast" in recorded
+        assert [(op, backend) for op, backend, _ in chosen] == [("linear_act", name)]
+
+
+def test_without_a_gradient_of_the_weight_nothing_is_left_to_torch(torch_trains):
+    for learns, grad in ((False, True), (True, False)):
+        with torch.set_grad_enabled(grad):
+            _, chosen = linear_in(3, learns)
+        assert [(op, "it snows" in str(refused)) for op, _, refused in chosen] == [("linear_act", False)]
+
+
+def test_wrong_arguments_of_what_torch_trains_are_refused(torch_trains):
+    with pytest.raises(ValueError, match="linear_act wants x of shape"):
+        linear_in(3, True, torch.ones(2, 5, requires_grad=True))
+
+
+def test_a_compiled_graph_keeps_what_torch_trains(torch_trains):
+    ops_seen = []
+
+    def look(graph, _):
+        ops_seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    weight = torch.ones(2, 4, requires_grad=True)
+    torch.compile(lambda x: ops.linear_act(x, weight), backend=look)(torch.ones(3, 4))
+    assert any("wavlm_fast" in op for op in ops_seen)
+
+
 def test_wrong_arguments_are_refused_before_any_backend_is_asked(cpu_table):
     cpu_table["stats_pool"] = Implementation(lambda *args: None, lambda *args: pytest.fail("asked"))
     with pytest.raises(ValueError, match="stats_pool wants x of shape"):

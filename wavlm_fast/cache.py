@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from .backends.cpu import extension
-
 
 def empty_cache() -> None:
     """Give back the memory on the CPU that is kept for the next call, as `torch.cuda.empty_cache` does on a GPU.
@@ -14,6 +12,7 @@ def empty_cache() -> None:
     anew what it needs. Kept are packed weights (0.4 GB of a base model in float32), which belong to a model and go with
     it; `accelerate(model, keep_originals=False)` has them in place of the weights.
     """
+    from .backends.cpu import extension  # which is not opened before somebody needs it
     from .memory import give_back_freed  # a program too, which is not to be imported before it runs
 
     extension.release_scratch()

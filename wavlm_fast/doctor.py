@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from . import _private, audio, backends, machine, ops
+from .backends.cpu import choices
 from .console import console, print_table, table, write_json
 from .kernels import _tuned
 
@@ -40,6 +41,7 @@ def examine() -> dict[str, Any]:
         "cpu": {"name": machine.cpu_name(), "features": machine.cpu_features()},
         "threads": machine.threads(),
         "extension": extension(),
+        "choices": {"processor": choices.processor(), "torch": [row.reason for row in choices.here()]},
         "triton": {"problem": machine.triton_problem()},
         "private": {"names": len(_private.NAMES), "missing": list(_private.missing())},
         "tuning": _tuning(),
@@ -123,6 +125,7 @@ def _print(found: dict[str, Any]) -> None:
     say("CPU", f"{found['cpu']['name']}: {features}")
     say("threads", ", ".join(f"{value} {name}" for name, value in found["threads"].items()))
     say("extension", _extension_line(found["extension"]))
+    say("choices", _choices_line(found["choices"]))
     say("Triton", found["triton"]["problem"] or "importable")
     say("private", _private_line(found["private"]))
     say("tuning", _tuning_line(found["tuning"]))
@@ -145,6 +148,10 @@ def _extension_line(found: dict[str, Any]) -> str:
     made = f"built by {build.get('compiler', 'an unknown compiler')} for torch {build.get('torch', '?')}"
     levels = f"instruction set {found['level']} of {', '.join(found['levels'])}"
     return "; ".join(filter(None, (made, levels, found["reason"], found["problem"])))
+
+
+def _choices_line(found: dict[str, Any]) -> str:
+    return "; ".join(found["torch"]) or f"nothing is known that torch's own ops train faster on {found['processor']}"
 
 
 def _private_line(found: dict[str, Any]) -> str:

@@ -189,15 +189,26 @@ def _flex(device: torch.device, op: str, training: bool) -> Way:
 
 
 def _ours(backend: str, fastest: bool, op: str, training: bool) -> Way:
+    """The fastest backend is what "auto" makes of it: calls that it leaves to torch or to the parts of a whole too."""
+    wish = "auto" if fastest else backend
     table = backends.load(backend).TABLE
     if op in WHOLE:
-        # Where the whole has no kernel of the fastest backend its parts have, and "auto" is who turns to them.
-        return Way(FRONTS[op], note=partial(_in_parts, backend, op), wish="auto" if fastest else backend)
+        return Way(FRONTS[op], note=partial(_in_parts, backend, op), wish=wish)
     if op not in table:
         raise Refusal(f"the {backend} backend has no kernel for {op}")
-    mixed = training and f"{op}_backward" not in table
-    note = "its gradient runs on the reference backend" if mixed else ""
-    return Way(FRONTS[op], note=lambda args: note, wish=backend)
+    return Way(FRONTS[op], note=partial(_note, backend, op, training), wish=wish)
+
+
+def _note(backend: str, op: str, training: bool, args: tuple) -> str:
+    by_torch = _left_to_torch(op, args) if training and backend == _FASTEST.get(args[0].device.type) else None
+    mixed = training and f"{op}_backward" not in backends.load(backend).TABLE
+    return by_torch or ("its gradient runs on the reference backend" if mixed else "")
+
+
+def _left_to_torch(op: str, args: tuple) -> str | None:
+    arguments = dict(zip(OPS[op].arguments, args, strict=False))
+    choice = backends.trained_by_torch(op, args[0], arguments.get("weight", args[0]))
+    return None if choice is None else choice.refused[0][1]
 
 
 def _in_parts(backend: str, op: str, args: tuple) -> str:

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from wavlm_fast import accelerate, audio, checkpoint, restore
 from wavlm_fast.sensitive import make_sensitive
 
 from . import flops
+from .lora import adapted
 
 Inputs = dict[str, Tensor]
 CORPUS = "corpus"  # the group of cases from files to files
@@ -33,6 +35,7 @@ class Spec:
     options: Mapping[str, Any] = field(default_factory=dict)
     output: str = "last_hidden_state"
     path: str | None = None  # a checkpoint in place of seeded weights
+    rank: int = 0  # of adapters, which alone learn; 0: there are none
 
     @property
     def config(self) -> WavLMConfig:
@@ -44,7 +47,8 @@ class Spec:
             return checkpoint.load(self.path)[0]
         with torch.random.fork_rng(devices=[]):
             model = restore(getattr(hf, self.cls)(self.config))
-        return make_sensitive(model).eval()
+        model = make_sensitive(model).eval()
+        return adapted(model, self.rank) if self.rank else model
 
 
 _LARGE = {
@@ -73,6 +77,7 @@ MODELS = {
     "frames": Spec("WavLMForAudioFrameClassification", output="logits"),
     "xvector": Spec("WavLMForXVector", output="embeddings"),
     "train": Spec(options=NOTHING_RANDOM),
+    "lora": Spec(options=NOTHING_RANDOM, rank=8),
     "train-ctc": Spec("WavLMForCTC", options={**NOTHING_RANDOM, "final_dropout": 0.0}, output="logits"),
 }
 
@@ -141,11 +146,13 @@ class Case:
 
     def operations(self, padded: bool = True) -> dict[str, float]:
         """Of each stage, by the direct algorithm, with or without those on padding; a training step counts as three
-        forwards, a gradient with respect to the input alone as one more."""
+        forwards, a gradient with respect to the input alone as one more; adapters count nothing."""
         spec = MODELS[self.model]
         samples = [self.samples if padded else int(s * audio.RATE) for s in self.lengths]
         each = [flops.forward(spec.config, count, n, spec.cls) for n, count in Counter(samples).items()]
         found = {stage: sum(own[stage] for own in each) for stage in flops.STAGES}
+        if spec.rank:
+            return {stage: flops.FROZEN.get(stage, 2) * count for stage, count in found.items()}
         forwards = 3 if self.train else 2 if self.regime == "to-waveform" else 1
         return {stage: forwards * count for stage, count in found.items()}
 
@@ -193,7 +200,9 @@ def _all() -> Iterator[Case]:
     yield of("large", 1, 10, "latency", families=(*_PLAIN, "OpenVINO"))
     for model in ("ctc", "classification", "frames", "xvector"):
         yield of(model, 1, 10, "classes", families=_PLAIN)
-    yield of("train", 2, 5, "training", train=True)
+    for model in ("train", "lora"):
+        for batch, length in ((2, 5), (4, 10)):
+            yield of(model, batch, length, "training", train=True)
     for regime in ("no_grad", "grad", "inference-built", "autocast", "to-waveform"):
         yield of("base", 1, 3, "regimes", regime=regime, families=_PLAIN, dtypes=(torch.float32,))
     yield of("base", 1, _ONE_FRAME, "regimes", regime="no_grad", families=_PLAIN, dtypes=(torch.float32,))
@@ -201,7 +210,7 @@ def _all() -> Iterator[Case]:
         yield _ragged("base", batch, shortest, longest, families=_IN_ALL_WAYS)
     for model in ("ctc", "classification", "frames", "xvector"):
         yield _ragged(model, 8, 1, 6, families=_IN_ALL_WAYS, dtypes=(torch.float32,))
-    yield _ragged("train-ctc", 4, 2, 12, families=_IN_ALL_WAYS, train=True)
+    yield _ragged("train-ctc", 4, 2, 12, families=_IN_ALL_WAYS, train=True, dtypes=(torch.float32,))
     for batch, shortest, longest in ((8, 2, 15), (32, 1, 8)):
         yield _ragged("large", batch, shortest, longest, families=_IN_ALL_WAYS, dtypes=(torch.float32,))
     for house in ("transformers", "original", "torchaudio"):
@@ -263,17 +272,26 @@ def placed(module: nn.Module, inputs: Inputs) -> Inputs:
     return {name: value.to(parameter.dtype) if value.is_floating_point() else value for name, value in found.items()}
 
 
-def bound_step(module: Output, inputs: Inputs) -> Callable[[], dict[str, Tensor]]:
+def trained_in(dtype: torch.dtype) -> torch.dtype:
+    """Of the weights of a model whose products are to be of `dtype`: narrow ones come of autocast."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def bound_step(module: Output, inputs: Inputs, dtype: torch.dtype) -> Callable[[], dict[str, Tensor]]:
     """A training step: forward, backward from a sum with fixed random weights, and an optimizer that sets the weights
-    to what they are, so that every step is the same and yet counts as a change of all of them."""
+    to what they are, so that every step is the same and yet counts as a change of all that learn. The module is of
+    `trained_in(dtype)`."""
     inputs = placed(module, inputs)
     weights: list[Tensor] = []
     module.train()
-    optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, weight_decay=0.0)
+    learning = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=0.0, weight_decay=0.0)
+    autocast = partial(torch.autocast, learning[0].device.type, dtype, enabled=dtype != learning[0].dtype)
 
     def call() -> dict[str, Tensor]:
         optimizer.zero_grad(set_to_none=True)
-        out = module(**inputs)
+        with autocast():
+            out = module(**inputs)
         if not weights:
             weights.append(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out))
         (out * weights[0]).mean().backward()

@@ -16,6 +16,9 @@ STAGES = (
     "waveform conv", "feature encoder", "projection", "positional conv", "qkv", "gate", "attention", "out proj",
     "feed-forward in", "feed-forward out", "norms", "head",
 )  # fmt: skip
+# How often each stage's operations count in a training step of adapters alone, if not twice, for the forward and the
+# gradient of what comes in: attention has no weights, and what comes before the layers has no gradient.
+FROZEN = {"attention": 3, **dict.fromkeys(STAGES[: STAGES.index("qkv")], 1)}
 
 
 def forward(config: WavLMConfig, batch: int, samples: int, cls: str = "WavLMModel") -> dict[str, float]:

@@ -19,7 +19,7 @@ import torch
 from wavlm_fast import accelerate, graphed, use_backend
 
 from . import peers
-from .cases import Inputs, Output, bound, placed
+from .cases import Inputs, Output, bound, placed, trained_in
 from .houses import HOUSES, InHouse
 
 Call = Callable[[], Any]
@@ -71,7 +71,8 @@ class Provider:
     """One way to run a model.
 
     `build` gives the call that is timed, on the subject's inputs, with anything that `torch.as_tensor` takes for a
-    result. `trains` gives the model for a training step, where there is one.
+    result. `trains` gives the model for a training step, where there is one: in float32 at least, with products in
+    `dtype` by autocast.
     """
 
     family: str
@@ -156,8 +157,8 @@ def _eager(dtypes: tuple[torch.dtype, ...]) -> dict[str, Provider]:
 
 
 def _trained(dtype: torch.dtype, fast: bool = False, **options: Any) -> Callable[[Subject], Output] | None:
-    """Half precision does not train without scaled losses or masters of the weights, which are nobody's here."""
-    return (lambda subject: subject.copy(dtype, fast, **options)) if dtype == SINGLE else None
+    """float16 does not train without scaled losses, which are nobody's here."""
+    return None if dtype == SIXTEEN else lambda subject: subject.copy(trained_in(dtype), fast, **options)
 
 
 def _changed(dtypes: tuple[torch.dtype, ...]) -> dict[str, Provider]:

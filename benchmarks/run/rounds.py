@@ -200,7 +200,7 @@ def _verified(case: Case, row: Row, provider: Provider, subject: Subject, judge:
 def _call(case: Case, provider: Provider, subject: Subject) -> Call:
     subject = seen(case, subject, provider.way)
     if case.train:
-        return bound_step(provider.trains(subject), subject.inputs)
+        return bound_step(provider.trains(subject), subject.inputs, provider.dtype)
     if case.regime:
         return REGIMES[case.regime](provider.trains(subject), subject.inputs)
     return provider.build(subject)

@@ -14,7 +14,7 @@ from wavlm_fast.parity import rule
 from wavlm_fast.parity.run_models import allowed_gradients
 
 from . import flops
-from .cases import MODELS, Case, Inputs, Output, Spec, bound, bound_step
+from .cases import MODELS, Case, Inputs, Output, Spec, bound, bound_step, trained_in
 from .providers import Subject
 from .regimes import REGIMES
 
@@ -73,7 +73,7 @@ class Judge:
             self._usual[dtype] = self._plain(dtype)
         usual, found = self._usual[dtype], _kept(result)
         if self._case.train:
-            return _of_gradients(self._module, usual, found, self._truth)
+            return _of_gradients(self._module, dtype, usual, found, self._truth)
         return verdict_on(usual, found, self._truth)
 
     def _plain(self, dtype: torch.dtype) -> Any:
@@ -106,7 +106,7 @@ def _kept(result: Any) -> Any:
 
 
 def _gradients(module: Output, dtype: torch.dtype, inputs: Inputs) -> dict[str, Tensor]:
-    return _kept(bound_step(module.copy(dtype), inputs)())
+    return _kept(bound_step(module.copy(trained_in(dtype)), inputs, dtype)())
 
 
 def _output(module: Output, dtype: torch.dtype, inputs: Inputs) -> Tensor:
@@ -131,7 +131,11 @@ def dense_bytes(config: WavLMConfig, waveforms: Tensor, dtype: torch.dtype) -> f
 
 
 def _of_gradients(
-    module: Output, usual: dict[str, Tensor], found: dict[str, Tensor], truth: dict[str, Tensor]
+    module: Output,
+    dtype: torch.dtype,
+    usual: dict[str, Tensor],
+    found: dict[str, Tensor],
+    truth: dict[str, Tensor],
 ) -> Verdict:
     """Every parameter's gradient by the rule of the parity harness; the figures are of all of them as one vector."""
     size = max(rule.magnitude(t) for t in truth.values())
@@ -139,7 +143,7 @@ def _of_gradients(
     if found.keys() != truth.keys():
         return Verdict(float("inf"), 2 * theirs, "wrong: other parameters have gradients than in transformers")
     parameters = dict(module.named_parameters())
-    allowed = allowed_gradients(usual, truth, parameters, next(iter(usual.values())).dtype)
+    allowed = allowed_gradients(usual, truth, parameters, dtype)
     errors = {name: rule.error_of(found[name], t) for name, t in truth.items()}
     worst = max(errors, key=lambda name: rule.ratio(errors[name], allowed[f"d {name}"]))
     problem, most = None, allowed[f"d {worst}"]

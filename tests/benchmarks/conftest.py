@@ -24,6 +24,7 @@ def tiny(monkeypatch):
         "frames": cases.Spec("WavLMForAudioFrameClassification", SIZES, "logits"),
         "xvector": cases.Spec("WavLMForXVector", SIZES, "embeddings"),
         "train": cases.Spec(options={**SIZES, **cases.NOTHING_RANDOM}),
+        "lora": cases.Spec(options={**SIZES, **cases.NOTHING_RANDOM}, rank=2),
         "train-ctc": cases.Spec("WavLMForCTC", {**SIZES, **cases.NOTHING_RANDOM, "final_dropout": 0.0}, "logits"),
     }
     made = [
@@ -34,7 +35,7 @@ def tiny(monkeypatch):
             for model in ("base", "xvector", "train-ctc")
         ),
         *(cases.of(model, 1, 0.6, "classes") for model in ("ctc", "classification", "frames", "xvector")),
-        cases.of("train", 1, 0.5, "training", train=True),
+        *(cases.of(model, 1, 0.5, "training", train=True) for model in ("train", "lora")),
         cases.of("base", 1, 1, "length", memory=True),
         cases.corpus("base", 12, 0.2, 1.0, layer=1),
         *(replace(case, lengths=(0.5,)) for case in cases.CASES.values() if case.group in ("regimes", "houses")),

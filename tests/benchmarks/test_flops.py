@@ -47,3 +47,10 @@ def test_a_training_step_is_three_forwards():
     forward = cases.Case("train", (1.0,)).operations()
     step = cases.Case("train", (1.0,), train=True).operations()
     assert sum(step.values()) == 3 * sum(forward.values())
+
+
+def test_a_step_of_adapters_is_two_forwards_of_the_layers():
+    forward = cases.Case("train", (1.0,)).operations()
+    step = cases.Case("lora", (1.0,), train=True).operations()
+    once = ("waveform conv", "feature encoder", "projection", "positional conv")
+    assert step == {name: {"attention": 3}.get(name, 1 if name in once else 2) * n for name, n in forward.items()}

@@ -337,6 +337,18 @@ def test_the_backend_asked_for_is_the_one_that_runs(monkeypatch):
                 assert set(chosen) == {provider.backend}, name
 
 
+def test_what_torch_trains_faster_is_left_to_it_unless_a_backend_is_asked_for(monkeypatch):
+    from wavlm_fast.backends import cpu
+
+    monkeypatch.setattr(cpu, "why_torch_trains", lambda op, x, weight: f"torch trains {op}")
+    rows = by_provider(ops.run_op(case_of("linear_act qkv", training=True), quick(), 1))
+    assert rows["wavlm_fast cpu fp32"]["note"] == "torch trains linear_act"
+    assert not rows["wavlm_fast reference fp32"]["note"]
+    assert all(row["problem"] is None for row in rows.values())
+    rows = by_provider(ops.run_op(case_of("linear_act qkv"), quick(), 1))
+    assert not rows["wavlm_fast cpu fp32"]["note"]
+
+
 def pytest_benchmarks(*arguments):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -347,7 +359,7 @@ def pytest_benchmarks(*arguments):
 
 def test_micro_benchmarks_run():
     chosen = "position_gate and fp32 and not training"
-    ended = pytest_benchmarks("benchmarks", "--seconds", "0.1", "--benchmark-disable", "-k", chosen)
+    ended = pytest_benchmarks("benchmarks/test_ops.py", "--seconds", "0.1", "--benchmark-disable", "-k", chosen)
     backends = sum(name.endswith("fp32") for name, p in quick().items() if p.ours)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert f"{1 + backends} passed" in ended.stdout

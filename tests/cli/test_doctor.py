@@ -46,6 +46,16 @@ def test_json_says_what_the_chooser_says(command):
             assert told["reasons"] == [f"{name}: {reason}" for name, reason in choice.refused]
 
 
+def test_what_torch_trains_faster_shows(command, monkeypatch):
+    choices = cpu.choices
+    monkeypatch.setattr(choices, "processor", lambda: "a made-up processor")
+    monkeypatch.setattr(choices.extension, "problem", lambda: None)
+    assert lines(command("doctor"))["choices"].endswith("torch's own ops train faster on a made-up processor")
+    monkeypatch.setattr(choices, "ROWS", (choices.Row("a made-up processor", "tdnn", "0.70", 9),))
+    told = lines(command("doctor"))["choices"]
+    assert told == "torch's own tdnn trains faster on a made-up processor up to 9 frames (0.70 x)"
+
+
 def test_it_asks_about_the_calls_that_the_ops_describe(monkeypatch):
     described = dataclasses.replace(ops.OPS["tdnn"], example=lambda *sizes: {"x": ops.Operand((7, *sizes))})
     monkeypatch.setitem(ops.OPS, "tdnn", dataclasses.replace(described, flops=lambda x: x.shape[1]))

@@ -49,11 +49,17 @@ class Watched(contextlib.AbstractContextManager):
 
     def __enter__(self):
         choose, call, self.undone = backends.choose, nn.Module.__call__, self.patch.context()
+        left = backends.trained_by_torch
 
         def watched_choice(op, args):
             choice = choose(op, args)
             made_of_ops = op in ("encoder_layer", "feature_encoder") and choice.backend == "reference"
             self.ops[op, choice.backend] += not made_of_ops
+            return choice
+
+        def watched_training(op, x, weight):
+            choice = left(op, x, weight)
+            self.ops[op, "reference"] += choice is not None
             return choice
 
         def watched_call(module, *args, **kwargs):
@@ -62,6 +68,7 @@ class Watched(contextlib.AbstractContextManager):
 
         patch = self.undone.__enter__()
         patch.setattr(backends, "choose", watched_choice)
+        patch.setattr(backends, "trained_by_torch", watched_training)
         patch.setattr(nn.Module, "__call__", watched_call)
         return self
 
@@ -243,6 +250,18 @@ def test_with_a_method_of_somebody_else(cls, path, monkeypatch):
         hooked(path)(model)
     told = assert_told(model, monkeypatch)
     assert f"{cls.__name__}.forward was replaced" in str(told)
+
+
+@pytest.mark.parametrize("form", ["base", "large"])
+@pytest.mark.parametrize("state", ["training", "the first layer learns", "the head learns"])
+def test_where_torch_trains_faster(state, form, monkeypatch):
+    model = fast_model(NAME, small_config(form))
+    STATES[state](model)
+    with monkeypatch.context() as patch:
+        why = lambda op, x, weight: f"torch's own {op}"  # noqa: E731
+        patch.setattr(backends.load("cpu"), "why_torch_trains", why)
+        told = assert_told(model, monkeypatch)
+    assert any(row.backend == "reference" and row.reasons == (f"torch's own {row.op}",) for row in told.rows)
 
 
 def test_of_packed_frames(monkeypatch):

@@ -9,6 +9,7 @@ fastest first, and takes the first that does not refuse. What a backend's module
     TABLE: op name -> `Implementation`.
     why_not(device=None): why none of them can run, on the device or anywhere here; None when one can.
     mending(reason): what the user can do about a refusal that slows a call down, if anything; may be left out.
+    why_torch_trains(op, x, weight): why plain torch is faster at a call, gradient and all, if it is; may be left out.
 
 Importing it must neither take long nor fail, whatever is not installed: all are imported to be put in order.
 """
@@ -160,6 +161,18 @@ def choose(op: str, args: tuple) -> Choice:
         refused.append((backend.NAME, reason))
         _log_once(op, backend.NAME, reason)
     raise AssertionError("the reference never refuses")
+
+
+def trained_by_torch(op: str, x: torch.Tensor, weight: torch.Tensor) -> Choice | None:
+    """The choice of plain torch for a call of which a gradient of `weight` is wanted, where the fastest backend knows
+    torch to be faster; None when `choose` shall decide. It is no refusal: asked for by name that backend computes.
+    """
+    if current() != "auto":
+        return None
+    fastest = _serving(x.device.type)[0]
+    why = getattr(fastest, "why_torch_trains", None)
+    reason = None if why is None else why(op, x, weight)
+    return None if reason is None else Choice("reference", load("reference").TABLE[op].fn, ((fastest.NAME, reason),))
 
 
 @contextmanager

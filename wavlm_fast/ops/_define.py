@@ -28,6 +28,7 @@ references: dict[str, Callable[..., Any]] = {}
 kernels: dict[str, Callable[..., Any]] = {}
 # Op name -> schema text without the name, for backends that implement the same schema in their own namespace.
 schemas: dict[str, str] = {}
+_checks: dict[str, Callable[..., None]] = {}
 
 
 def define(
@@ -50,7 +51,7 @@ def define(
             values. A backward op refuses what its forward does, and what does not fit the forward's outputs.
     """
     schemas[name], kernels[name] = signature, kernel
-    check_new = _unless_met(check)
+    check_new = _checks[name] = _unless_met(check)
 
     def choose(args: tuple) -> tuple[backends.Choice, bool]:
         """Who computes it, and whether that is ops that are chosen for in their turn."""
@@ -253,6 +254,27 @@ def _cast(value: Any, dtype: torch.dtype, once: bool = False) -> Any:
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd will record an op on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def trained_by_torch(name: str, weight: Tensor, *args: Any) -> bool:
+    """Whether a public function shall run its reference, which torch differentiates: a gradient of the weight is
+    wanted, and a backend knows that to be faster. What is compiled keeps the op.
+
+    Args:
+        name: op name.
+        weight: the one that may learn.
+        args: all arguments of the op's schema, frames first.
+    """
+    if torch.compiler.is_compiling() or not needs_grad(weight):
+        return False
+    choice = backends.trained_by_torch(name, args[0], weight)
+    if choice is None:
+        return False
+    refuse(f"the gradient of {name}", args)
+    if not torch.is_autocast_enabled(weight.device.type):  # under which operands may differ in dtype
+        _checks[name](*args)
+    backends.note(name, choice)
+    return True
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -7,7 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _check as check
-from ._define import accumulation_dtype, autocast_by, define, differentiate, needs_grad, only, or_empty, or_none
+from ._define import (
+    accumulation_dtype,
+    autocast_by,
+    define,
+    differentiate,
+    needs_grad,
+    only,
+    or_empty,
+    or_none,
+    trained_by_torch,
+)
 from ._registry import Arguments, Operand, Place, Sizes, describe, vector
 
 NAME = "add_layer_norm"
@@ -36,6 +46,9 @@ def add_layer_norm(
     Raises:
         ValueError, TypeError: shapes, devices or dtypes do not fit.
     """
+    if trained_by_torch(NAME, weight, x, residual, weight, bias, eps, keep_sum):
+        total, normed = reference(x, residual, weight, bias, eps)
+        return total if keep_sum else x.new_empty(0), normed
     save = keep_sum or needs_grad(x, residual, weight, bias)  # the gradient is computed from the sum
     total, normed = _op(x.contiguous(), residual.contiguous(), weight, bias, eps, save)
     return total if keep_sum else x.new_empty(0), normed

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..freed import contiguous
 from . import _check as check
 from ._activation import activate, activate_backward
-from ._define import autocast, define, differentiate, needs_grad, only, or_empty, or_none
+from ._define import autocast, define, differentiate, needs_grad, only, or_empty, or_none, trained_by_torch
 from ._registry import Arguments, Operand, Place, Sizes, describe, multiplied, vector
 
 NAME = "linear_act"
@@ -33,7 +33,9 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     Raises:
         ValueError, TypeError: shapes, devices, dtypes or the activation do not fit.
     """
-    save = activation != "none" and needs_grad(x, weight, bias)
+    if trained_by_torch(NAME, weight, x, weight, bias, activation, True):
+        return reference(x, weight, bias, activation)
+    save = needs_grad(x, weight, bias)  # of no activation nothing is saved, but a weight may learn
     return _op(x.contiguous(), contiguous(weight), bias, activation, save)[0]
 
 

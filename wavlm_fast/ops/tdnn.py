@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import _check as check
 from ._activation import activate
-from ._define import autocast, define, differentiate, only, or_none
+from ._define import autocast, define, differentiate, only, or_none, trained_by_torch
 from ._packed import RESIZED, Resized, check_resized, each_backward, each_resized, windows
 from ._registry import Arguments, Operand, Place, Sizes, describe, multiplied, vector
 
@@ -51,7 +51,10 @@ def tdnn(
     Raises:
         ValueError, TypeError: shapes, devices, dtypes or the activation do not fit; too few frames.
     """
-    return _op(x.contiguous(), weight, bias, kernel_size, dilation, activation, offsets, out_offsets, out_frames)
+    tail = (bias, kernel_size, dilation, activation, offsets, out_offsets, out_frames)
+    if trained_by_torch(NAME, weight, x, weight, *tail):
+        return reference(x, weight, *tail)
+    return _op(x.contiguous(), weight, *tail)
 
 
 def _filter(weight: Tensor, kernel_size: int) -> Tensor:

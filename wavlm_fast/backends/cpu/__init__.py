@@ -3,7 +3,8 @@
 A file here is named after its op and holds how the op, forward and backward, is computed and why not. What several ops
 share are the engines: `extension.py` loads the kernels, `packed_conv.py` multiplies by weights that are kept packed,
 in C++ or in oneDNN (`onednn.py`), `matmul.py` multiplies what gradients are made of, `norm_act.py` does what surrounds
-the products, and `grid.py` lays packed frames out for products that know no boundaries.
+the products, and `grid.py` lays packed frames out for products that know no boundaries. `choices.py` holds what torch
+trains faster.
 """
 
 from __future__ import annotations
@@ -11,22 +12,14 @@ from __future__ import annotations
 import torch
 
 from .. import gather
-from . import extension
+from . import choices, extension
+from .choices import why_torch_trains
 from .extension import build_record, isa, isa_levels, isa_reason, threads
 
 __all__ = [
-    "DEVICES",
-    "NAME",
-    "RANK",
-    "TABLE",
-    "build_record",
-    "isa",
-    "isa_levels",
-    "isa_reason",
-    "mending",
-    "threads",
-    "why_not",
-]
+    "DEVICES", "NAME", "RANK", "TABLE", "build_record", "choices", "isa", "isa_levels", "isa_reason", "mending",
+    "threads", "why_not", "why_torch_trains",
+]  # fmt: skip
 
 NAME = "cpu"
 DEVICES = ("cpu",)
