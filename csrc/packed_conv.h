@@ -51,6 +51,8 @@ struct PackedConvKernels {
   PackedConvVariants<float, float> of_float;
   PackedConvVariants<float, bf16> to_bf16;
   PackedConvVariants<bf16, bf16> of_bf16;  // null where bfloat16 has no products of its own
+  // The same numbers from the same packed weights, on tiles and as if on tiles; null where the level has none.
+  PackedConvVariants<bf16, bf16> on_tiles, on_emulated_tiles;
 };
 
 }  // namespace wavlm_fast

@@ -6,6 +6,7 @@
 
 #include "activation.h"
 #include "tile.h"
+#include "tiles.h"
 #include "vec.h"
 
 namespace wavlm_fast {
@@ -56,10 +57,13 @@ struct Sums {
   bool add;  // to what is there
 };
 
-// sums[t] (+)= rows[t] * panel for all rows, and done(t) when the kRows rows from t have their sums.
+// What multiplies: vectors in registers, or a unit of csrc/tiles.h.
+struct Registers {};
+
+// sums[t] (+)= rows[t] * panel for all rows, and done(t, count) when the `count` rows from t have their sums.
 // Writes a whole number of tiles: sums of rows past the end are left with something that nobody reads.
 template <int N, class AnyRows, class Done>
-WAVLM_FAST_INLINE void pass(const AnyRows& rows, const float* panel, Sums sums, const Done& done) {
+WAVLM_FAST_INLINE void pass(Registers, const AnyRows& rows, const float* panel, Sums sums, const Done& done) {
   using Element = typename ElementOf<typename AnyRows::Number>::Type;
   const std::int64_t words = rows.C / Element::kDepth;
   for (std::int64_t k = 0; k < words; k += kWords, sums.add = true) {
@@ -72,13 +76,83 @@ WAVLM_FAST_INLINE void pass(const AnyRows& rows, const float* panel, Sums sums, 
       Floats acc[kRows][N] = {};
       multiply<Element>(row, 1, panel, run, acc);
       store_tile(acc, sums.add, sums.at + t * sums.step, sums.step);
-      if (k + run == words) done(t);
+      if (k + run == words) done(t, least(kRows, rows.count - t));
     }
     panel += run * N * kLanes;
   }
 }
 
-constexpr auto kNothing = [](std::int64_t) {};
+constexpr auto kNothing = [](std::int64_t, std::int64_t) {};
+
+#if defined(WAVLM_FAST_TILES)
+// Calls body(Vectors<n>{}) for n from 0 to N - 1.
+template <int N, class Body>
+WAVLM_FAST_INLINE void each_tile(const Body& body) {
+  body(Vectors<0>{});
+  if constexpr (N > 1) body(Vectors<1>{});
+  if constexpr (N > 2) body(Vectors<2>{});
+}
+
+// Where the words of rows t .. t + count - 1 from k on lie so many bytes apart as `stride` then says.
+inline const void* tile_of(const Rows<bf16>& rows, std::int64_t t, std::int64_t, std::int64_t k, std::int64_t, float*,
+                           std::int64_t& stride) {
+  stride = rows.row_step * sizeof(bf16);
+  return rows.at(t) + 2 * k;
+}
+
+inline const void* tile_of(const ScatteredRows<bf16>& rows, std::int64_t t, std::int64_t count, std::int64_t k,
+                           std::int64_t words, float* copy, std::int64_t& stride) {
+  for (std::int64_t r = 0; r < count; ++r) std::memcpy(copy + r * words, rows.at(t + r) + 2 * k, words * sizeof(Word));
+  stride = words * sizeof(Word);
+  return copy;
+}
+
+// The same on tiles, whose columns are the panel as it lies. With one row of tiles at a time there are enough of them for
+// each to be loaded while another one is multiplied. What is left of a run behind whole tiles is a run of its own, of
+// narrower ones: nothing is read that does not belong to a row, and a row knows of no other.
+template <int N, class Tiles, class AnyRows, class Done>
+void pass(Tiles& tiles, const AnyRows& rows, const float* panel, Sums sums, const Done& done) {
+  constexpr std::int64_t kColumnStride = N * kLanes * sizeof(float);
+  static_assert(kLanes == kTileWords && kWords % (2 * kTileWords) == 0);
+  const std::int64_t words = rows.C / 2, sum_stride = sums.step * sizeof(float);
+  alignas(64) float copy[kTileRows * kWords];
+  for (std::int64_t k = 0, run; k < words; k += run, sums.add = true) {
+    run = least(kWords, words - k);
+    run = run < kTileWords ? run : run / kTileWords * kTileWords;
+    const std::int64_t step = least(run, kTileWords);
+    for (std::int64_t t = 0, count; t < rows.count; t += count) {
+      count = least(kTileRows, rows.count - t);
+      tiles.shape(static_cast<int>(count), static_cast<int>(step));
+      float* to = sums.at + t * sums.step;
+      each_tile<N>([&](auto n) {
+        if (sums.add) {
+          tiles.template load<kSumTile + n.count>(to + n.count * kLanes, sum_stride);
+        } else {
+          tiles.template zero<kSumTile + n.count>();
+        }
+      });
+      std::int64_t stride;
+      const char* from = static_cast<const char*>(tile_of(rows, t, count, k, run, copy, stride));
+      const float* columns = panel;
+      const auto multiply = [&](auto row) {
+        tiles.template load<row.count>(from, stride);
+        each_tile<N>([&](auto n) {
+          tiles.template load<kColumnTile + n.count>(columns + n.count * kLanes, kColumnStride);
+          tiles.template multiply_add<kSumTile + n.count, row.count, kColumnTile + n.count>();
+        });
+        from += step * sizeof(Word), columns += step * N * kLanes;
+      };
+      for (std::int64_t at = 0; at < run; at += 2 * step) {
+        multiply(Vectors<kRowTile>{});
+        if (at + step < run) multiply(Vectors<kRowTile + 1>{});
+      }
+      each_tile<N>([&](auto n) { tiles.template store<kSumTile + n.count>(to + n.count * kLanes, sum_stride); });
+      if (k + run == words) done(t, count);
+    }
+    panel += run * N * kLanes;
+  }
+}
+#endif
 
 // Where the sums of a group of columns go.
 template <class Out>
@@ -126,19 +200,18 @@ void write(const Columns<Out>& to, std::int64_t first, std::int64_t count, const
 }
 
 // One group of N vectors of columns.
-template <int N, class In, class Out, class AnyRows>
-void direct_group(const PackedConv<In, Out>& call, std::int64_t count, AnyRows rows, const float* panel,
+template <int N, class Engine, class In, class Out, class AnyRows>
+void direct_group(Engine& engine, const PackedConv<In, Out>& call, AnyRows rows, const float* panel,
                   const Columns<Out>& to, float* sums) {
   constexpr std::int64_t width = N * kLanes;
   const std::int64_t panel_size = call.C / ElementOf<In>::Type::kDepth * width;
-  const auto finish = [&](std::int64_t t) {
-    write(to, t, least(kRows, count - t),
-          [&](std::int64_t row, std::int64_t i) { return load(sums + row * width + i); });
+  const auto finish = [&](std::int64_t t, std::int64_t count) {
+    write(to, t, count, [&](std::int64_t row, std::int64_t i) { return load(sums + row * width + i); });
   };
   for (std::int64_t tap = 0; tap + 1 < call.taps; ++tap, rows.x += call.tap_step, panel += panel_size) {
-    pass<N>(rows, panel, {sums, width, tap > 0}, kNothing);
+    pass<N>(engine, rows, panel, {sums, width, tap > 0}, kNothing);
   }
-  pass<N>(rows, panel, {sums, width, call.taps > 1}, finish);
+  pass<N>(engine, rows, panel, {sums, width, call.taps > 1}, finish);
 }
 
 // The packed weights of the group that begins with `column`.
@@ -147,13 +220,14 @@ const float* panel_of(const PackedConv<In, Out>& call, std::int64_t taps, std::i
   return static_cast<const float*>(call.packed) + column * taps * (call.C / ElementOf<In>::Type::kDepth);
 }
 
-template <class In, class Out>
+template <class Engine, class In, class Out>
 void direct(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t count, std::int64_t group_begin,
             std::int64_t group_end, float* scratch) {
+  Engine engine;
   each_group(call.channels, group_begin, group_end, [&](std::int64_t column, auto vectors) {
     const auto group = [&](auto rows) {
       const float* panel = panel_of(call, call.taps, column);
-      direct_group<vectors.count>(call, count, rows, panel, columns_of(call, first, column), scratch);
+      direct_group<vectors.count>(engine, call, rows, panel, columns_of(call, first, column), scratch);
     };
     if (call.rows) {
       group(ScatteredRows<In>{call.x, call.rows + first, count, call.C});
@@ -201,8 +275,8 @@ void combine(const In* x, std::int64_t last, std::int64_t triples, std::int64_t 
 constexpr std::int64_t kSumRows = 3 * kTriples;
 static_assert(kTriples % kRows == 0, "sums are written by whole tiles");
 
-template <int N, class In, class Out>
-void filtered_group(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t count,
+template <int N, class Engine, class In, class Out>
+void filtered_group(Engine& engine, const PackedConv<In, Out>& call, std::int64_t first, std::int64_t count,
                     const Combinations<In>& rows, const float* panel, const Columns<Out>& to, float* sums) {
   constexpr std::int64_t width = N * kLanes;
   const std::int64_t C = call.C, panel_size = C / ElementOf<In>::Type::kDepth * width, triples = (count + 2) / 3;
@@ -211,11 +285,11 @@ void filtered_group(const PackedConv<In, Out>& call, std::int64_t first, std::in
   float* half_sums = sums + kSumRows * width;
   float* half_differences = half_sums + kTriples * width;
   const In* odd = call.x + first * call.row_step + C;
-  pass<N>(Rows<In>{odd, call.row_step, count, C}, weights_of(kMiddle), {sums, width, false}, kNothing);
-  pass<N>(rows_of(kFirst), weights_of(kFirst), {sums, 3 * width, true}, kNothing);
-  pass<N>(rows_of(kLast), weights_of(kLast), {sums + 2 * width, 3 * width, true}, kNothing);
-  pass<N>(rows_of(kHalfSum), weights_of(kHalfSum), {half_sums, width, false}, kNothing);
-  pass<N>(rows_of(kHalfDifference), weights_of(kHalfDifference), {half_differences, width, false}, kNothing);
+  pass<N>(engine, Rows<In>{odd, call.row_step, count, C}, weights_of(kMiddle), {sums, width, false}, kNothing);
+  pass<N>(engine, rows_of(kFirst), weights_of(kFirst), {sums, 3 * width, true}, kNothing);
+  pass<N>(engine, rows_of(kLast), weights_of(kLast), {sums + 2 * width, 3 * width, true}, kNothing);
+  pass<N>(engine, rows_of(kHalfSum), weights_of(kHalfSum), {half_sums, width, false}, kNothing);
+  pass<N>(engine, rows_of(kHalfDifference), weights_of(kHalfDifference), {half_differences, width, false}, kNothing);
   Floats zeros = {};
   write(to, 0, count, [&](std::int64_t row, std::int64_t i) {
     const std::int64_t at = row / 3 * width + i;
@@ -228,12 +302,13 @@ void filtered_group(const PackedConv<In, Out>& call, std::int64_t first, std::in
   if (all_finite(zeros)) return;
   constexpr Tap taps[] = {kFirst, kMiddle, kLast};
   for (int k = 0; k < 3; ++k) {
-    pass<N>(Rows<In>{odd + (k - 1) * C, call.row_step, count, C}, weights_of(taps[k]), {sums, width, k > 0}, kNothing);
+    pass<N>(engine, Rows<In>{odd + (k - 1) * C, call.row_step, count, C}, weights_of(taps[k]), {sums, width, k > 0},
+            kNothing);
   }
   write(to, 0, count, [&](std::int64_t row, std::int64_t i) { return load(sums + row * width + i); });
 }
 
-template <class In, class Out>
+template <class Engine, class In, class Out>
 void filtered(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t count, std::int64_t group_begin,
               std::int64_t group_end, float* scratch) {
   const std::int64_t triples = (count + 2) / 3;
@@ -242,15 +317,16 @@ void filtered(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t 
   for (int tap = kFirst; tap < kTaps; ++tap, at += kTriples * rounded_up(call.C, kLanes)) {
     rows.of[tap] = reinterpret_cast<In*>(at);
   }
+  Engine engine;
   combine(call.x + first * call.row_step, 2 * count, triples, call.C, rows);
   each_group(call.channels, group_begin, group_end, [&](std::int64_t column, auto vectors) {
     const float* panel = panel_of(call, kTaps, column);
-    filtered_group<vectors.count>(call, first, count, rows, panel, columns_of(call, first, column), at);
+    filtered_group<vectors.count>(engine, call, first, count, rows, panel, columns_of(call, first, column), at);
   });
 }
 
 std::size_t scratch_size(std::int64_t C, bool is_filtered) {
-  if (!is_filtered) return (kFrames + kRows) * kColumns;
+  if (!is_filtered) return (kFrames + kTileRows) * kColumns;
   return 4 * kTriples * rounded_up(C, kLanes) + (kSumRows + 2 * kTriples) * kColumns;
 }
 
@@ -259,22 +335,31 @@ constexpr PackedConvVariants<In, Out> variants() {
   if constexpr (ElementOf<In>::Type::kDepth * sizeof(In) != sizeof(Word)) {
     return {};
   } else {
-    return {direct<In, Out>, filtered<In, Out>};
+    return {direct<Registers, In, Out>, filtered<Registers, In, Out>};
   }
 }
 
 }  // namespace
 
 const PackedConvKernels& packed_conv_kernels() {
-  static constexpr PackedConvKernels kernels = {kColumns,
-                                                kLanes,
-                                                kRows,
-                                                kFrames,
-                                                3 * kTriples,
-                                                scratch_size,
-                                                variants<float, float>(),
-                                                variants<float, bf16>(),
-                                                variants<bf16, bf16>()};
+  static constexpr PackedConvKernels kernels = {
+    kColumns,
+    kLanes,
+    kRows,
+    kFrames,
+    3 * kTriples,
+    scratch_size,
+    variants<float, float>(),
+    variants<float, bf16>(),
+    variants<bf16, bf16>(),
+#if defined(WAVLM_FAST_TILES)
+    {direct<Unit, bf16, bf16>, filtered<Unit, bf16, bf16>},
+    {direct<EmulatedUnit, bf16, bf16>, filtered<EmulatedUnit, bf16, bf16>}
+#else
+    {},
+    {}
+#endif
+  };
   return kernels;
 }
 

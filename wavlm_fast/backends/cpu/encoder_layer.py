@@ -47,7 +47,7 @@ def why_not(
     if reason is not None or x.dtype == torch.float32:
         return reason
     if packed_conv.in_onednn(x):
-        return "bfloat16 products run in oneDNN here, one by one"
+        return f"bfloat16 products run in oneDNN here, one by one: {packed_conv.why_onednn()}"
     if extension.isa() != "avx512_bf16" or any(weight.shape[1] % 2 for weight in weights):
         return "the C++ encoder_layer takes bfloat16 of even width where the CPU multiplies pairs of it (AVX-512 BF16)"
     return None

@@ -1,0 +1,187 @@
+"""bfloat16 products on AMX tiles, without such a CPU: their kernels on emulated tiles, and the trial that decides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cpu_rule import REFERENCE, assert_no_worse, check, check_threads
+
+from wavlm_fast.backends import cpu
+from wavlm_fast.backends.cpu import onednn, packed_conv, tiles
+
+pytestmark = pytest.mark.skipif(cpu.isa() != "avx512_bf16", reason="tiles go with the level avx512_bf16")
+needs_onednn = pytest.mark.skipif(onednn.why_not() is not None, reason=str(onednn.why_not()))
+LINEAR = [
+    (1, 768, 96, "gelu"),
+    (33, 1000, 97, "none"),
+    (31, 3072, 40, "relu"),
+    (150, 302, 7, "gelu_tanh"),
+    (17, 6, 48, "none"),
+]
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    monkeypatch.setattr(packed_conv, "_prefers_onednn", lambda: False)
+    tiles.use("emulated")
+    yield
+    tiles.use("none")
+
+
+def random(*shape, seed=0, scale=1.0):
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).bfloat16()
+
+
+def linear(rows, C, channels, activation):
+    x, weight = random(rows, C), random(channels, C, seed=1, scale=C**-0.5)
+    x[..., 3] *= 50
+    return x, weight, random(channels, seed=2), activation, False
+
+
+@pytest.mark.parametrize("sizes", LINEAR)
+def test_linear_act(sizes, emulated):
+    check("linear_act", *linear(*sizes))
+    check_threads("linear_act", *linear(*sizes))
+
+
+@pytest.mark.parametrize(("T", "K", "stride"), [(31, 3, 2), (201, 3, 2), (30, 2, 2), (50, 5, 3)])
+def test_strided_conv(T, K, stride, emulated):
+    x, weight = random(2, T, 80), random(72, 80, K, seed=1, scale=0.1)
+    for save in (False, True):  # minimal filtering, and the direct form
+        check("strided_conv", x, weight, random(72, seed=2), stride, None, None, 1e-5, "gelu", save)
+
+
+def test_filtering_gives_way_to_what_is_not_finite(emulated):
+    x, weight = random(1, 31, 80), random(72, 80, 3, seed=1, scale=0.1)
+    x[0, 9, 4] = torch.inf
+    check("strided_conv", x, weight, None, 2, None, None, 1e-5, "none", False)
+
+
+@pytest.mark.parametrize("lengths", [None, [12, 40, 9]])
+def test_tdnn(lengths, emulated):
+    packed = (None, None, None)
+    if lengths is not None:
+        ends = torch.tensor([0, *lengths]).cumsum(0).int()
+        packed = (ends, (ends - 8 * torch.arange(4)).int(), 61 - 24)
+    x, weight = random(1, 61, 70), random(50, 70 * 5, seed=1, scale=0.1)
+    check("tdnn", x, weight, random(50, seed=2), 5, 2, "relu", *packed)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_the_fused_layer(norm_first, emulated):
+    rows, inner, heads, T = 64, 150, 4, 37
+    shapes = [(rows, rows)] * 4 + [(inner, rows), (rows, inner)]
+    weights = [random(*shape, seed=i, scale=0.2) for i, shape in enumerate(shapes)]
+    biases = [random(shape[0], seed=10 + i) for i, shape in enumerate(shapes)]
+    gate = [random(8, rows // heads, seed=20), random(8, seed=21), random(heads, seed=22)]
+    norms = [random(rows, seed=30 + i, scale=0.3) for i in range(4)]
+    rel_bias, lengths = random(heads, 2 * T - 1, seed=40).float(), torch.tensor([T, T - 9])
+    args = (random(2, T, rows, seed=50), rel_bias, lengths, weights, biases, gate, norms)
+    found = cpu.TABLE["encoder_layer"].fn(*args, [1e-5, 1e-3], 0.25, "gelu", norm_first)
+    tiles.use("none")
+    plain = cpu.TABLE["encoder_layer"].fn(*args, [1e-5, 1e-3], 0.25, "gelu", norm_first)
+    wide = [[t.double() for t in a] if isinstance(a, list) else a.double() if a is not lengths else a for a in args]
+    true = REFERENCE["encoder_layer"].fn(*wide, [1e-5, 1e-3], 0.25, "gelu", norm_first)
+    assert_no_worse("encoder_layer", (found,), (plain,), (true,))
+
+
+def test_a_row_knows_of_no_other(emulated):
+    x, *rest = linear(37, 302, 60, "gelu")
+    run = cpu.TABLE["linear_act"].fn
+    whole = run(x, *rest)[0]
+    x[:5] = torch.nan
+    assert torch.equal(run(x, *rest)[0][5:], whole[5:])
+    assert torch.equal(run(x[20:23], *rest)[0], whole[20:23])
+
+
+def test_first_and_second_numbers_of_pairs_are_summed_apart(emulated):
+    weight = torch.tensor([2.0**24, 1, *[0, 1] * 15, -(2.0**24), *[0] * 31]).bfloat16()[None]
+    sums = []
+    for kind in ("emulated", "none"):
+        tiles.use(kind)
+        sums.append(cpu.TABLE["linear_act"].fn(torch.ones_like(weight), weight, None, "none", False)[0].item())
+    assert sums[0] == 16 != sums[1]  # one after the other, the ones would be lost beside the first number
+
+
+def test_denormal_numbers_are_zeros(emulated):
+    tiny, one = torch.full((1, 2), 2.0**-130).bfloat16(), torch.full((1, 2), 2.0**100).bfloat16()
+    assert tiny.count_nonzero() == 2
+    assert not cpu.TABLE["linear_act"].fn(tiny, one, None, "none", False)[0].any()
+
+
+@pytest.fixture
+def trial(monkeypatch):
+    """Makes a CPU with AMX of this one: the unit is emulated, and what is measured is told."""
+
+    def fake(seconds=(1.0, 2.0), problem="", kind="emulated"):
+        used = []
+        real = tiles.use
+        monkeypatch.setattr(
+            tiles, "use", lambda wanted: (used.append(wanted), real(kind if wanted == "unit" else wanted))
+        )
+        monkeypatch.setattr(tiles, "_problem", lambda: problem)
+        monkeypatch.setattr(tiles, "_seconds", lambda *runners: seconds if [run() for run in runners] else None)
+        monkeypatch.setattr(packed_conv, "_has_amx", lambda: True)
+        tiles.why_not.cache_clear()
+        return used
+
+    before = tiles.use
+    yield fake
+    before("none")
+    tiles.why_not.cache_clear()
+
+
+@needs_onednn
+def test_right_and_faster_is_chosen(trial):
+    used = trial()
+    assert not packed_conv.in_onednn(random(1))
+    assert tiles.why_not() is None
+    assert used == ["unit"]
+
+
+@needs_onednn
+def test_right_and_slower_stays_in_onednn(trial):
+    used = trial(seconds=(3e-4, 2e-4))
+    assert packed_conv.in_onednn(random(1))
+    assert tiles.why_not() == "a product on AMX tiles took 300 µs in a trial, oneDNN 200"
+    assert used == ["unit", "none"]
+    x, weights = random(1, 4, 8), [random(8, 8)] * 4
+    reason = cpu.TABLE["encoder_layer"].why_not(x, x, None, weights)
+    assert reason == f"bfloat16 products run in oneDNN here, one by one: {tiles.why_not()}"
+
+
+@needs_onednn
+def test_wrong_is_never_timed(trial, monkeypatch):
+    used = trial()
+    monkeypatch.setattr(tiles, "_seconds", pytest.fail)
+    real = tiles._product
+    monkeypatch.setattr(tiles, "_product", lambda *args: real(*args) + 1)
+    assert packed_conv.in_onednn(random(1))
+    assert tiles.why_not() == "products on AMX tiles came out wrong in a trial"
+    assert used == ["unit", "none"]
+
+
+@needs_onednn
+def test_what_linux_refuses_is_not_tried(trial):
+    used = trial(problem="Linux does not grant this process AMX: Operation not permitted")
+    assert packed_conv.in_onednn(random(1))
+    assert "does not grant" in tiles.why_not()
+    assert used == []
+
+
+@needs_onednn
+def test_a_trial_that_fails_leaves_no_tiles(trial, monkeypatch):
+    used = trial()
+    monkeypatch.setattr(tiles, "_is_right", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tiles.why_not()
+    assert used == ["unit", "none"]
+
+
+def test_a_cpu_without_it_says_so():
+    if not torch.cpu._is_amx_tile_supported():
+        assert tiles._problem() == "the CPU has no AMX BF16"
+        with pytest.raises(RuntimeError, match="the CPU has no AMX BF16"):
+            tiles.use("unit")
+    with pytest.raises(RuntimeError, match="expected none, unit or emulated"):
+        tiles.use("all")
