@@ -1,29 +1,11 @@
 // How rows of q, k and v are laid out for the products of csrc/tile.h.
 #pragma once
 
+#include "rows.h"
 #include "tile.h"
-#include "transpose.h"
 
 namespace wavlm_fast {
 namespace WAVLM_FAST_ISA {
-
-// kLanes words of a row.
-template <class Element, class T>
-WAVLM_FAST_INLINE Floats load_words(const T* from) {
-  if constexpr (Element::kDepth == 1) return load(from);
-  Floats pairs;
-  std::memcpy(&pairs, from, sizeof(pairs));
-  return pairs;
-}
-
-// The same of a row that has `left` numbers left, zeros past its end.
-template <class Element, class T>
-WAVLM_FAST_INLINE Floats load_words(const T* from, std::int64_t left) {
-  constexpr int kNumbers = Element::kDepth * kLanes;
-  T buffer[kNumbers] = {};
-  std::memcpy(buffer, from, least(left, kNumbers) * sizeof(T));
-  return load_words<Element>(buffer);
-}
 
 // Words of two rows' numbers, `first` and `second` being widened.
 WAVLM_FAST_INLINE Floats paired(Floats first, Floats second) {
@@ -46,15 +28,6 @@ WAVLM_FAST_INLINE void multiply_words(float* words, std::int64_t count, float po
   }
 }
 
-// Rows that are needed soon. They lie pages apart, where no prefetcher of the hardware finds them.
-template <class T>
-WAVLM_FAST_INLINE void prefetch_rows(const T* from, std::int64_t stride, std::int64_t rows, std::int64_t D) {
-  constexpr std::int64_t kLine = 64 / sizeof(T);
-  for (std::int64_t i = 0; i < rows; ++i, from += stride) {
-    for (std::int64_t d = 0; d < D; d += kLine) __builtin_prefetch(from + d, 0, 2);
-  }
-}
-
 // Rows of D numbers -> [rows][width] words.
 template <class Element, class T>
 WAVLM_FAST_INLINE void copy_rows(const T* from, std::int64_t stride, std::int64_t rows, std::int64_t D,
@@ -65,37 +38,6 @@ WAVLM_FAST_INLINE void copy_rows(const T* from, std::int64_t stride, std::int64_
     float* at = to;
     for (; d + kNumbers <= D; d += kNumbers, at += kLanes) store(at, load_words<Element>(from + d));
     if (d < D) store(at, load_words<Element>(from + d, D - d));
-  }
-}
-
-template <class Element, class T>
-WAVLM_FAST_INLINE void copy_square(const T* from, std::int64_t stride, std::int64_t columns, float* to) {
-  Floats square[kLanes];
-#pragma GCC unroll 16
-  for (int r = 0; r < kLanes; ++r) square[r] = load_words<Element>(from + r * stride);
-  transpose(square);
-#pragma GCC unroll 16
-  for (int r = 0; r < kLanes; ++r) store(to + r * columns, square[r]);
-}
-
-// Rows of D numbers -> [words][columns], `columns` being whole vectors, absent rows zero.
-template <class Element, class T>
-WAVLM_FAST_INLINE void copy_transposed(const T* from, std::int64_t stride, std::int64_t rows, std::int64_t D,
-                                       std::int64_t columns, float* to) {
-  constexpr int kNumbers = Element::kDepth * kLanes;
-  for (std::int64_t i = 0; i < columns; i += kLanes, from += kLanes * stride, to += kLanes) {
-    for (std::int64_t d = 0; d < D; d += kNumbers) {
-      float* at = to + d / Element::kDepth * columns;
-      if (i + kLanes <= rows && d + kNumbers <= D) {
-        copy_square<Element>(from + d, stride, columns, at);
-      } else {
-        float part[kLanes * kLanes] = {};
-        for (int r = 0; i + r < rows && r < kLanes; ++r) {
-          store(part + r * kLanes, load_words<Element>(from + r * stride + d, D - d));
-        }
-        copy_square<Single>(part, kLanes, columns, at);
-      }
-    }
   }
 }
 

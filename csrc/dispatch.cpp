@@ -1,10 +1,22 @@
 #include "dispatch.h"
 
+#include <algorithm>
+#include <chrono>
 #include <cstdlib>
+#include <limits>
+#include <optional>
 
 #include "library.h"
+#include "peak.h"
+
+#if defined(WAVLM_FAST_HAVE_AVX512_BF16)
+#include <cpuid.h>
+#endif
 
 namespace wavlm_fast {
+
+WAVLM_FAST_IF_AVX512_BF16(namespace isa_avx512_bf16 { const PeakKernels& peak_kernels(); })
+
 namespace {
 
 constexpr Isa kAll[] = {Isa::default_, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
@@ -32,24 +44,72 @@ bool cpu_has(Isa level) {
 
 struct Selection {
   Isa level;
-  std::string problem;
+  std::string problem, reason;
 };
 
-Selection select() {
+// From where on dot products pay: what enters them is rounded and ordered in pairs, which takes time too.
+constexpr double kPays = 1.2;
+// For a hundred microseconds each: what is measured differs by a factor of four from one kind of processor to another.
+constexpr int64_t kRounds = 1 << 13;
+constexpr int kTries = 5;
+
+// How many times the operations of float32 the dot products of bfloat16 do in a second: Intel's cores without matrix
+// units do half, AMD's twice as many.
+#if defined(WAVLM_FAST_HAVE_AVX512_BF16)
+double measured_gain() {
+  using Clock = std::chrono::steady_clock;
+  const PeakKernels& kernels = isa_avx512_bf16::peak_kernels();
+  constexpr double kNever = std::numeric_limits<double>::infinity();
+  double of_float = kNever, of_bf16 = kNever;
+  const auto time = [](PeakLoop* loop, double& best) {
+    const auto start = Clock::now();
+    loop(kRounds);
+    best = std::min(best, std::chrono::duration<double>(Clock::now() - start).count());
+  };
+  for (int i = 0; i < kTries; ++i) time(kernels.of_float, of_float), time(kernels.of_bf16, of_bf16);
+  return kernels.bf16_operations / of_bf16 / (kernels.float_operations / of_float);
+}
+
+// Matrix units of bfloat16 do its products whatever vectors gain, and are of that level.
+bool has_matrix_units() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+}
+#else
+double measured_gain() { return 0.0; }
+bool has_matrix_units() { return false; }
+#endif
+
+// The level for this CPU with such a gain, measured now unless given.
+Selection best_level(std::optional<double> gain = std::nullopt) {
   const Isa best = isa_levels().back();
+  if (best != Isa::avx512_bf16 || (!gain && has_matrix_units())) return {best, "", ""};
+  if (!gain) gain = measured_gain();
+  if (*gain >= kPays) return {best, "", ""};
+  const std::string share = std::to_string(static_cast<int>(*gain * 100.0 + 0.5));
+  return {Isa::avx512, "",
+          "bfloat16 is multiplied as float32: this CPU's dot products of bfloat16 reach " + share +
+              " % of the rate of float32's products"};
+}
+
+Selection select() {
   const char* variable = std::getenv(kVariable);
   const std::string wanted = variable ? variable : "";
-  if (wanted.empty()) return {best, ""};
+  if (wanted.empty()) return best_level();
+  const auto instead = [&](const std::string& problem) {
+    Selection found = best_level();
+    found.problem = std::string(kVariable) + "=" + wanted + problem + "; using " + isa_name(found.level);
+    return found;
+  };
   std::string names;
   for (const Isa level : kAll) {
     if (isa_name(level) == wanted) {
-      if (cpu_has(level)) return {level, ""};
-      return {best, std::string(kVariable) + "=" + wanted + " is not available: the CPU lacks it or the compiler of " +
-                        "this build did; using " + isa_name(best)};
+      if (cpu_has(level)) return {level, "", ""};
+      return instead(" is not available: the CPU lacks it or the compiler of this build did");
     }
     names += (names.empty() ? "" : ", ") + isa_name(level);
   }
-  return {best, std::string(kVariable) + "=" + wanted + " is none of " + names + "; using " + isa_name(best)};
+  return instead(" is none of " + names);
 }
 
 const Selection& selection() {
@@ -58,6 +118,14 @@ const Selection& selection() {
 }
 
 std::string isa_op() { return isa_name(isa()); }
+
+std::string isa_reason_op() { return selection().reason; }
+
+// Name and reason of the level that would be chosen here if this had been measured.
+std::vector<std::string> isa_for_op(double gain) {
+  const Selection found = best_level(gain);
+  return {isa_name(found.level), found.reason};
+}
 
 std::vector<std::string> isa_levels_op() {
   std::vector<std::string> names;
@@ -96,6 +164,8 @@ STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa_op));
   m.impl("isa_levels", TORCH_BOX(&isa_levels_op));
   m.impl("isa_problem", TORCH_BOX(&isa_problem));
+  m.impl("isa_reason", TORCH_BOX(&isa_reason_op));
+  m.impl("isa_for", TORCH_BOX(&isa_for_op));
 }
 
 }  // namespace wavlm_fast

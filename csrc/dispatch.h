@@ -1,5 +1,5 @@
-// One instruction set level per process, chosen from what the CPU has, what the compiler knew and
-// WAVLM_FAST_CPU_ISA. Only entries include this file; kernels are compiled once per level and do not know of it.
+// One instruction set level per process, chosen from what the CPU has, what of it was measured to pay, what the compiler
+// knew and WAVLM_FAST_CPU_ISA. Only entries include this file; kernels are compiled once per level and do not know of it.
 #pragma once
 
 #include <string>

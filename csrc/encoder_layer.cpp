@@ -161,7 +161,7 @@ Layer<T> layer_of(const std::vector<Tensor>& packed, const std::vector<Tensor>& 
   const auto wide = [](const Tensor& vector) { return contiguous_of(vector, kFloat); };
   const int64_t inner = biases[2].numel();
   const auto linear = [&](int i, int64_t in, const char* name) {
-    const bool pairs = sizeof(T) == sizeof(bf16);
+    const bool pairs = sizeof(T) == sizeof(bf16) && packed_conv().pairs;
     ENTRY_CHECK(dtype_of(packed[i]) == (pairs ? kBFloat16 : kFloat) && (!pairs || multiplies_pairs(in)) &&
                     packed[i].is_contiguous() && packed[i].numel() == packed_size(biases[i].numel(), 1, in, false),
                 "encoder_layer: expected weights packed by pack_conv from the dtype of x");
@@ -179,7 +179,7 @@ Layer<T> layer_of(const std::vector<Tensor>& packed, const std::vector<Tensor>& 
           norm_first};
 }
 
-// [B, T, C] float32, or bfloat16 where it has products of its own; packed frames beside offsets. Packed weights and
+// [B, T, C] float32 or bfloat16; packed frames beside offsets. Packed weights and
 // biases are of queries, keys and values as one layer, of the attention's output, and of the feed-forward's two layers.
 Tensor encoder_layer(const Tensor& x, const Tensor& rel_bias, const std::optional<Tensor>& key_lengths,
                      const std::vector<Tensor>& packed, const std::vector<Tensor>& biases,

@@ -1,6 +1,10 @@
 // Convolutions with packed weights, an engine: linear_act, strided_conv and tdnn are one call of it, and encoder_layer,
 // feature_encoder and waveform_conv use it through packed_conv_entry.h.
 #include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -19,18 +23,60 @@ WAVLM_FAST_DISPATCH(PackedConvKernels, packed_conv_kernels)
 
 namespace {
 
-// Tasks per thread, so that threads end together.
-constexpr int64_t kTasksPerThread = 6;
+// Of what is left, a thread takes that part: first much at a time, at the end little, so that threads end together.
+constexpr int64_t kShares = 3;
+
+// Bytes: long rows that lie so many bytes apart share few places of the caches.
+constexpr int64_t kCrowded = 2048, kLong = 4096;
+
+// Seconds for a task of rows 16 KB apart, on copies or on themselves; the best of three.
+double time_of_task(bool copies) {
+  using Clock = std::chrono::steady_clock;
+  const auto& kernels = packed_conv();
+  constexpr int64_t C = 4096, kGroups = 4;
+  const int64_t channels = kGroups * kernels.columns, rows = kernels.most_frames;
+  std::vector<float> x(rows * C), packed(channels * C), out(rows * channels);
+  PackedConv<float, float> call{};
+  call.x = x.data(), call.packed = packed.data(), call.out = out.data();
+  call.C = call.row_step = C, call.taps = 1, call.channels = channels, call.copies = copies;
+  const Memory<Scratch::task> memory(kernels.scratch_size(C, false) * sizeof(float), SIZE_MAX);
+  double best = std::numeric_limits<double>::infinity();
+  for (int i = 0; i < 3; ++i) {
+    const auto start = Clock::now();
+    kernels.of_float.direct(call, 0, rows, 0, kGroups, static_cast<float*>(memory.get()));
+    best = std::min(best, std::chrono::duration<double>(Clock::now() - start).count());
+  }
+  return best;
+}
+
+// Whether crowded rows are better copied; not where further caches are quick to give what the first one has lost. For
+// a few milliseconds, once per process.
+std::atomic<bool>& copies_pay() {
+  static std::atomic<bool> pay(time_of_task(true) < 0.97 * time_of_task(false));
+  return pay;
+}
+
+// The answer of this process, or for tests another one from now on.
+bool copies_pay_op(std::optional<bool> pay) {
+  if (pay) copies_pay() = *pay;
+  return copies_pay();
+}
+
+template <class In>
+bool is_better_copied(int64_t row_step, int64_t C) {
+  const int64_t step = row_step * sizeof(In), size = C * sizeof(In);
+  return step % kCrowded == 0 && size >= kLong && copies_pay();
+}
 
 // Frames of one piece, all of whose rows share a pass through the weights.
 struct Block {
   int64_t piece, first, count;
 };
 
-void add_blocks(int64_t piece, int64_t frames, bool filtered, std::vector<Block>& blocks) {
+void add_blocks(int64_t piece, int64_t frames, bool packed, bool filtered, std::vector<Block>& blocks) {
   if (frames == 0) return;
   const auto& kernels = packed_conv();
-  const int64_t most = filtered ? kernels.most_filtered : kernels.most_frames;
+  const int64_t most = filtered ? kernels.most_filtered : packed ? kernels.most_frames : kernels.most_unpacked;
   const int64_t tile = filtered ? 3 * kernels.rows : kernels.rows;
   const int64_t step = std::min(most, divided_up(divided_up(frames, divided_up(frames, most)), tile) * tile);
   for (int64_t first = 0; first < frames; first += step) {
@@ -90,7 +136,7 @@ int activation_number(const std::string& name) {
   refuse("unknown activation ", name);
 }
 
-bool multiplies_pairs(int64_t C) { return packed_conv().of_bf16.direct && C % 2 == 0; }
+bool multiplies_pairs(int64_t C) { return packed_conv().pairs && C % 2 == 0; }
 
 int64_t packed_size(int64_t channels, int64_t taps, int64_t C, bool filtered) {
   return divided_up(channels, packed_conv().lanes) * packed_conv().lanes * (filtered ? 5 : taps) * C;
@@ -98,14 +144,13 @@ int64_t packed_size(int64_t channels, int64_t taps, int64_t C, bool filtered) {
 
 namespace {
 
-// [channels, taps, C] of any strides, channels after channels: the rows of a matrix of taps * C columns.
+// [channels, taps, C], contiguous, channels after channels: the rows of a matrix of taps * C columns.
 template <class T>
 struct Rows {
   std::vector<const T*> first;  // number of each row
-  int64_t taps, C, tap_step, step;
+  int64_t taps, C;
 
-  explicit Rows(const std::vector<Tensor>& weights)
-      : taps(weights[0].size(1)), C(weights[0].size(2)), tap_step(weights[0].stride(1)), step(weights[0].stride(2)) {
+  explicit Rows(const std::vector<Tensor>& weights) : taps(weights[0].size(1)), C(weights[0].size(2)) {
     for (const Tensor& weight : weights) {
       const T* at = data<T>(weight);
       const int64_t channels = weight.size(0), row_step = weight.stride(0);
@@ -114,25 +159,19 @@ struct Rows {
   }
 };
 
-// Groups of columns one after the other: of each the terms, of each term `depth` numbers of every channel.
+// Groups of columns one after the other, of each the taps.
 template <class T>
-void pack_rows(const Rows<T>& rows, int64_t padded, int64_t depth, T* packed) {
-  constexpr int64_t kRun = 16;  // terms of a channel at a time: a line of them
+void pack_rows(const Rows<T>& rows, int64_t padded, T* packed) {
   const int64_t terms = rows.taps * rows.C, columns = packed_conv().columns, channels = rows.first.size();
   parallel_for(0, divided_up(padded, columns), 1, [&](int64_t begin, int64_t end) {
+    std::vector<const T*> from(columns);
     for (int64_t group = begin; group < end; ++group) {
       const int64_t first = group * columns, width = std::min(columns, padded - first);
+      const int64_t count = std::min(width, channels - first);
       for (int64_t tap = 0; tap < rows.taps; ++tap) {
-        for (int64_t c0 = 0; c0 < rows.C; c0 += kRun) {
-          for (int64_t i = 0; i < width; ++i) {
-            const T* from = first + i < channels ? rows.first[first + i] + tap * rows.tap_step : nullptr;
-            for (int64_t c = c0; c < std::min(c0 + kRun, rows.C); ++c) {
-              const int64_t term = tap * rows.C + c;
-              T* to = packed + first * terms + (term / depth * width + i) * depth + term % depth;
-              *to = from ? from[c * rows.step] : T{};
-            }
-          }
-        }
+        for (int64_t i = 0; i < count; ++i) from[i] = rows.first[first + i] + tap * rows.C;
+        T* to = packed + first * terms + tap * rows.C * width;
+        variants<T, T>().pack(from.data(), count, rows.C, width, reinterpret_cast<float*>(to));
       }
     }
   });
@@ -160,20 +199,13 @@ Tensor pack_conv(std::vector<Tensor> weights, bool filtered) {
       fresh(like, {packed_size(channels, like.size(1), like.size(2), filtered)}, pairs ? kBFloat16 : kFloat);
   for (Tensor& weight : weights) {
     if (filtered) weight = filter_taps(weight);
-    if (!pairs && dtype_of(weight) != kFloat) weight = contiguous_of(weight, kFloat);
-  }
-  // Rows have one step for all: where one weight is a transposed view beside others, it is copied first.
-  for (Tensor& weight : weights) {
-    if (weight.stride(1) != weights[0].stride(1) || weight.stride(2) != weights[0].stride(2)) {
-      for (Tensor& each : weights) each = contiguous_of(each);
-      break;
-    }
+    weight = contiguous_of(weight, dtype_of(packed));
   }
   const int64_t padded = divided_up(channels, kernels.lanes) * kernels.lanes;
   if (pairs) {
-    pack_rows(Rows<bf16>(weights), padded, 2, mutable_data<bf16>(packed));
+    pack_rows(Rows<bf16>(weights), padded, mutable_data<bf16>(packed));
   } else {
-    pack_rows(Rows<float>(weights), padded, 1, mutable_data<float>(packed));
+    pack_rows(Rows<float>(weights), padded, mutable_data<float>(packed));
   }
   return packed;
 }
@@ -181,20 +213,28 @@ Tensor pack_conv(std::vector<Tensor> weights, bool filtered) {
 template <class In, class Out>
 void convolve(const std::vector<ConvPiece<In, Out>>& pieces, bool filtered) {
   std::vector<Block> blocks;
-  for (size_t i = 0; i < pieces.size(); ++i) add_blocks(i, pieces[i].frames, filtered, blocks);
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    add_blocks(i, pieces[i].frames, pieces[i].call.packed != nullptr, filtered, blocks);
+  }
   if (blocks.empty() || pieces[0].call.channels == 0) return;
-  // Tasks are a block of frames x a range of column groups, many enough for all threads.
+  // Tasks are a block of frames x a range of column groups. To filter, each task combines its frames anew.
   const int64_t row_tasks = blocks.size(), groups = divided_up(pieces[0].call.channels, packed_conv().columns);
-  const int64_t wanted = divided_up(kTasksPerThread * num_threads(), row_tasks);
-  const int64_t step = divided_up(groups, std::clamp<int64_t>(wanted, 1, groups));
-  const int64_t tasks = row_tasks * divided_up(groups, step);
+  std::vector<int64_t> bounds = {0};
+  while (bounds.back() < groups) {
+    const int64_t left = groups - bounds.back(), share = left * row_tasks / (kShares * num_threads());
+    bounds.push_back(bounds.back() + std::clamp<int64_t>(share, 1, divided_up(left, filtered ? 1 : 2)));
+  }
+  const bool copies =
+      !filtered && pieces[0].call.packed && is_better_copied<In>(pieces[0].call.row_step, pieces[0].call.C);
   const auto forward = filtered ? variants<In, Out>().filtered : variants<In, Out>().direct;
   const size_t scratch_size = packed_conv().scratch_size(pieces[0].call.C, filtered);
-  for_each_task(tasks, scratch_size, [&](int64_t task, float* memory) {
+  for_each_task(row_tasks * (bounds.size() - 1), scratch_size, [&](int64_t task, float* memory) {
     // Blocks of frames change fastest: threads then share a range of weights in the last cache.
     const Block& block = blocks[task % row_tasks];
-    const int64_t group = task / row_tasks * step;
-    forward(pieces[block.piece].call, block.first, block.count, group, std::min(group + step, groups), memory);
+    const int64_t range = task / row_tasks;
+    auto call = pieces[block.piece].call;
+    call.copies = copies && bounds[range + 1] - bounds[range] > 1;
+    forward(call, block.first, block.count, bounds[range], bounds[range + 1], memory);
   });
 }
 
@@ -210,7 +250,7 @@ void run(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bia
   const int64_t C = x.size(2), channels = out.size(2);
   PackedConv<In, Out> call{};
   call.x = data<In>(x);
-  call.packed = data<void>(packed);
+  (packed.dim() == 1 ? call.packed : call.weight) = data<void>(packed);
   call.bias = data<float>(bias);
   call.out = mutable_data<Out>(out);
   call.C = C, call.taps = taps, call.channels = channels;
@@ -237,7 +277,8 @@ void run(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bia
   convolve(call, false, total);
 }
 
-// [B, T, C] -> [B, T', channels] with a weight from pack_conv; or packed frames beside their offsets.
+// [B, T, C] -> [B, T', channels] with a weight from pack_conv, or where that would leave it in the dtype of x as it is,
+// [channels, taps, C]; or packed frames beside their offsets.
 Tensor packed_conv_op(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t channels,
                       int64_t taps, int64_t stride, int64_t dilation, bool filtered, const Text& activation,
                       const std::optional<Tensor>& offsets, const std::optional<Tensor>& out_offsets,
@@ -262,9 +303,10 @@ Tensor packed_conv_op(const Tensor& x, const Tensor& packed, const std::optional
   stride = std::min(stride, frames);  // no more than one output frame either way, and nothing overflows
   ENTRY_CHECK(!filtered || (taps == 3 && stride == 2 && dilation == 1),
               "packed_conv: expected three taps at a stride of two to filter, got ", taps, " at ", stride);
-  const int64_t size = packed_size(channels, taps, C, filtered);
-  ENTRY_CHECK(packed.is_contiguous() && packed.numel() == size, "packed_conv: expected a weight packed for ", taps,
-              " taps of ", C, " channels, got ", packed.numel(), " numbers");
+  const bool as_it_is = packed.dim() == 3 && !filtered && pairs == (dtype_of(x) == kBFloat16);
+  const int64_t size = as_it_is ? channels * taps * C : packed_size(channels, taps, C, filtered);
+  ENTRY_CHECK(packed.is_contiguous() && packed.numel() == size && (as_it_is || packed.dim() == 1),
+              "packed_conv: expected a weight packed for ", taps, " taps of ", C, " channels, got ", packed.sizes());
   check_vector("packed_conv", "bias", bias, channels);
   const auto bias_ = contiguous_of(bias, kFloat);
   const int number = activation_number(activation);
@@ -275,6 +317,8 @@ Tensor packed_conv_op(const Tensor& x, const Tensor& packed, const std::optional
     run<bf16, bf16>(contiguous_of(x), packed, bias_, taps, stride, dilation, filtered, number, utterances, out);
   } else if (dtype_of(x) == kFloat) {
     run<float, float>(contiguous_of(x), packed, bias_, taps, stride, dilation, filtered, number, utterances, out);
+  } else if (!packed_conv().pairs && !filtered) {
+    run<bf16, bf16>(contiguous_of(x), packed, bias_, taps, stride, dilation, filtered, number, utterances, out);
   } else {
     run<float, bf16>(contiguous_of(x, kFloat), packed, bias_, taps, stride, dilation, filtered, number, utterances,
                      out);
@@ -285,6 +329,10 @@ Tensor packed_conv_op(const Tensor& x, const Tensor& packed, const std::optional
 STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CPU, m) {
   m.impl("pack_conv", TORCH_BOX(&pack_conv));
   m.impl("packed_conv", TORCH_BOX(&packed_conv_op));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CompositeExplicitAutograd, m) {
+  m.impl("copies_pay", TORCH_BOX(&copies_pay_op));
 }
 
 }  // namespace

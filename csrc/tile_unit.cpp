@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cerrno>
+#include <cstdint>
 #include <cstring>
 #include <string>
 
@@ -21,23 +22,38 @@ namespace {
 
 std::atomic<Tiles> chosen{Tiles::none};
 
-// Why this process cannot use the unit, empty when it can: the kernel has to grant its threads room for the registers.
+#if defined(__linux__) && defined(__x86_64__)
+struct Cpuid {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+
+  Cpuid(unsigned leaf, unsigned subleaf) { __get_cpuid_count(leaf, subleaf, &a, &b, &c, &d); }
+};
+
+// What keeps the unit from being used here, empty when nothing does. Linux has to grant the threads of a process room for
+// its registers, for good; it refuses where a thread's stack for signals is too small. An instruction that the CPU or
+// Linux does not want would end the process: both are asked.
 std::string problem() {
   if (!packed_conv().on_tiles.direct) return "the kernels in use have no products on tiles";
-#if defined(__linux__) && defined(__x86_64__)
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM and its XFEATURE_XTILEDATA
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx);
-  if ((edx & kBf16) == 0 || (edx & kTile) == 0) return "the CPU has no AMX BF16";
+  if (const unsigned has = Cpuid(7, 0).d; !(has & kBf16) || !(has & kTile)) return "the CPU has no AMX BF16";
+  const Cpuid palette(0x1d, 1);  // 8 tiles of 16 rows of 64 bytes
+  if (palette.b != (8u << 16 | 64u) || (palette.c & 0xffffu) != 16u) return "the CPU has tiles of another size";
+  constexpr long kGranted = 0x1022, kRequest = 0x1023, kTileData = 18;  // ARCH_GET_XCOMP_PERM, ARCH_REQ_XCOMP_PERM
   if (syscall(SYS_arch_prctl, kRequest, kTileData) != 0) {
     return std::string("Linux does not grant this process AMX: ") + std::strerror(errno);
   }
+  std::uint64_t granted = 0;
+  constexpr unsigned kSaves = 1u << 27;  // whether xgetbv exists
+  unsigned enabled = 0;
+  if (Cpuid(1, 0).c & kSaves) asm("xgetbv" : "=a"(enabled) : "c"(0) : "edx");
+  if (syscall(SYS_arch_prctl, kGranted, &granted) != 0 || !(granted >> kTileData & 1) || (enabled >> 17 & 3) != 3) {
+    return "Linux grants this process AMX, and has not turned it on";
+  }
   return "";
-#else
-  return "tiles are granted by Linux on x86 only";
-#endif
 }
+#else
+std::string problem() { return "tiles are granted by Linux on x86 only"; }
+#endif
 
 void use_tiles(const Text& kind) {
   ENTRY_CHECK(kind == "none" || kind == "unit" || kind == "emulated",

@@ -5,8 +5,8 @@
 
 #include "tile.h"
 
-// Compilers that have the intrinsics know the instructions; GCC and clang keep them in headers of different names.
-#if defined(__AVX512BF16__) && defined(__linux__) && (__has_include(<amxbf16intrin.h>) || __has_include(<amxintrin.h>))
+// setup.py asks whether the assembler knows the instructions; who runs them is asked in csrc/tile_unit.cpp.
+#if defined(WAVLM_FAST_HAVE_TILES) && defined(__AVX512BF16__) && defined(__linux__)
 #define WAVLM_FAST_TILES
 #endif
 

@@ -392,3 +392,11 @@ def test_what_does_not_pay_at_once_is_built_when_it_is_met_again(weight):
     assert double.built == 2
     weight.requires_grad_(True)
     assert again() is None
+
+
+def test_what_frees_its_sources_is_built_at_once(weight):
+    double, wanted = Double(weight), weight.flatten() * 2
+    with wavlm_fast.derived.releasing():
+        value = derived("freed", (weight,), double._build, replaces=True, if_met_before=True)
+    assert torch.equal(value, wanted)
+    assert derived("freed", (weight,), double._build, replaces=True, if_met_before=True) is value

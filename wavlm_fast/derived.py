@@ -62,7 +62,7 @@ def derived(
         build: makes the value; any object holding tensors.
         replaces: whether who has the value does without the sources, parameters: `releasing` may then free them.
         if_met_before: whether to give None, and build nothing, unless the sources are what they were at an earlier
-            call: for what does not pay if it is used once.
+            call: for what does not pay if it is used once. What frees its sources is built at once.
 
     Raises:
         RuntimeError: the sources were freed, and this was not derived before.
@@ -86,6 +86,7 @@ def _remembered(
     with _lock:
         entry = _store.get(key)
         known = entry is not None and entry.state == state
+        if_met_before = if_met_before and not (replaces and _releases.get())
         if not known or entry.value is None:
             # A value built in inference mode could not take part in training later.
             with torch.inference_mode(False), torch.no_grad():

@@ -60,6 +60,7 @@ def extension() -> dict[str, Any]:
         "build": cpu.build_record(),
         "level": cpu.isa(),
         "levels": cpu.isa_levels(),
+        "reason": cpu.arithmetic(),
         "threads": cpu.threads(),
         "problem": cpu.extension.problem() or cpu.extension.isa_problem(),
     }
@@ -143,7 +144,7 @@ def _extension_line(found: dict[str, Any]) -> str:
     build = found["build"]
     made = f"built by {build.get('compiler', 'an unknown compiler')} for torch {build.get('torch', '?')}"
     levels = f"instruction set {found['level']} of {', '.join(found['levels'])}"
-    return f"{made}; {levels}" + (f"; {found['problem']}" if found["problem"] else "")
+    return "; ".join(filter(None, (made, levels, found["reason"], found["problem"])))
 
 
 def _private_line(found: dict[str, Any]) -> str:

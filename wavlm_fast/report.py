@@ -35,7 +35,8 @@ class Report:
     `derived_bytes` is the memory of packed and merged weights at this moment, `slow_modules` counts WavLM modules by
     class that `accelerate` has not or could not make fast. `missing` says what is lost because torch or transformers
     are not quite as expected. `padding` is what padding means to the model, and `alone` why utterances of exact batches
-    and of `forward_ragged` run one at a time, None when they need not.
+    and of `forward_ragged` run one at a time, None when they need not. `arithmetic` says so where the CPU multiplies
+    bfloat16 as float32 or has units for it, and which products those do.
     """
 
     rows: tuple[Row, ...]
@@ -47,6 +48,7 @@ class Report:
     missing: tuple[str, ...] = ()
     padding: str = "transformers"
     alone: str | None = None
+    arithmetic: str | None = None
 
     def __str__(self) -> str:
         width = max((len(r.op) for r in self.rows), default=2)
@@ -61,6 +63,7 @@ class Report:
         if self.padding == "exact":
             how = "packed" if self.alone is None else f"one at a time: {self.alone}"
             lines.append(f"padding is 'exact': utterances of different lengths run {how}")
+        lines += [self.arithmetic] if self.arithmetic else []
         lines += [f"{count} × {name} is not a class we stand in for" for name, count in self.slow_modules.items()]
         return "\n".join([*lines, *self.missing])
 
@@ -87,6 +90,7 @@ def report(model: nn.Module) -> Report:
             counts[type(module).__name__, "modules", (reason,)] += 1
     first = next(model.parameters(), torch.empty(0))
     wavlm = next((m for m in model.modules() if isinstance(m, (hf.WavLMPreTrainedModel, Model))), None)
+    on_cpu = first.device.type == "cpu" and first.dtype == torch.bfloat16
     padding = "transformers" if wavlm is None else mode_of(wavlm)
     return Report(
         rows=tuple(Row(op, backend, count, reasons) for (op, backend, reasons), count in counts.items()),
@@ -98,6 +102,7 @@ def report(model: nn.Module) -> Report:
         missing=_private.missing(),
         padding=padding,
         alone=_why_alone(wavlm) if isinstance(wavlm, StandIn) else None,
+        arithmetic=backends.load("cpu").arithmetic() if on_cpu else None,
     )
 
 

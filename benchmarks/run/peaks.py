@@ -54,7 +54,7 @@ def peaks(device: str = "cpu") -> Peaks:
         return Peaks(fp32, _product(), f"multiply-adds on registers, {cpu.isa()}; bf16: a large oneDNN product, on AMX")
     how = f"multiply-adds on registers, {cpu.isa()}"
     if math.isnan(bf16):
-        return Peaks(fp32, None, f"{how}, which has no bfloat16 dot product")
+        return Peaks(fp32, fp32, f"{how}, which multiplies bfloat16 as float32")
     return Peaks(fp32, bf16, how)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import wavlm_fast
-from wavlm_fast import backends, doctor, ops
+from wavlm_fast import backends, doctor, ops, report
 from wavlm_fast.backends import cpu
 from wavlm_fast.backends.cpu import extension
 
@@ -180,9 +180,28 @@ def test_another_extension_is_not_compared_with_sources(tmp_path, monkeypatch):
 )
 def test_forced_level(wanted, used, said):
     run = ended(ASKED, WAVLM_FAST_CPU_ISA=wanted)
-    assert run.stdout.splitlines()[0] == (used or cpu.isa_levels()[-1])
+    assert run.stdout.splitlines()[0] == (used or ended(ASKED, WAVLM_FAST_CPU_ISA="").stdout.splitlines()[0])
     assert said in run.stderr
     assert bool(said) == ("WAVLM_FAST_CPU_ISA" in run.stderr)
+
+
+@needs_extension
+@pytest.mark.skipif("avx512_bf16" not in cpu.isa_levels(), reason="this CPU or build has no dot products of bfloat16")
+@pytest.mark.parametrize(("gain", "pay"), [(2.0, True), (1.2, True), (1.19, False), (0.5, False)])
+def test_dot_products_are_used_where_they_pay(gain, pay):
+    level, reason = torch.ops.wavlm_fast_cpu.isa_for(gain)
+    assert level == ("avx512_bf16" if pay else "avx512")
+    assert reason.startswith("" if pay else "bfloat16 is multiplied as float32: ")
+    assert pay == (f"reach {100 * gain:.0f} % of" not in reason)
+
+
+def test_report_and_doctor_say_how_bfloat16_is_multiplied(monkeypatch):
+    model = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(cpu, "arithmetic", lambda: "bfloat16 is multiplied as float32: it rains")
+    assert str(report(model.bfloat16())).endswith("bfloat16 is multiplied as float32: it rains")
+    assert "rains" not in str(report(model.float()))
+    found = {**doctor.extension(), "level": "avx512", "levels": ["avx512"], "problem": None}
+    assert doctor._extension_line(found).endswith("; bfloat16 is multiplied as float32: it rains")
 
 
 MENDING = "pip install --force-reinstall --no-cache-dir --no-deps ."

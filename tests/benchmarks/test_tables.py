@@ -160,6 +160,19 @@ def test_summaries():
     assert others.columns == ("", "xvector 1×10 s", "base ragged 8×2-15 s", "train 4×5 s")
 
 
+def test_summaries_say_how_ours_stands_to_the_best_of_the_others():
+    found = made_up.document()
+    for provider, ratio in (("transformers fp32", 1.5), ("OpenVINO f32", 1.25), ("transformers bf16", 2.0)):
+        made_up.row(found, "base 1x10", provider)["ours_faster"]["median"] = ratio
+    made_up.row(found, "base 8x10", "OpenVINO f32").update(seconds=None, ours_faster=None)
+    made_up.row(found, "base 8x10", "transformers fp32")["ours_faster"]["median"] = 2.444
+    for provider in ("transformers fp32", "OpenVINO f32"):
+        made_up.row(found, "base 1x120", provider).update(seconds=None, ours_faster=None)
+    rows = {row[0]: row[2:] for row in tables.summaries(found)[0].rows}
+    assert rows["fp32 over the best of them"] == ("1.25", "2.44", "")
+    assert "bf16 over the best of them" not in rows  # transformers is the only one
+
+
 def test_summaries_of_many_cases_go_on_in_another_table():
     found = made_up.document()
     rows = [r for r in found["rows"] if r["case"] == "base 1x10"]

@@ -52,7 +52,7 @@ def test_the_wheel_is_what_is_tested_and_nothing_could_have_compiled_it():
 def test_doctor_says_that_the_kernels_are_in():
     found = json.loads(command("doctor", "--json"))
     assert found["extension"]["problem"] is None
-    assert found["extension"]["level"] == found["extension"]["levels"][-1]
+    assert found["extension"]["level"] in found["extension"]["levels"][-2:]
     assert found["extension"]["threads"] == torch.get_num_threads()
 
 

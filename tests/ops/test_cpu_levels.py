@@ -18,12 +18,10 @@ PARITY = ("wavlm_fast", "parity", "--backend", "cpu", "--quick")
 
 
 @pytest.mark.skipif("WAVLM_FAST_CPU_ISA" in os.environ, reason="this run is of one level already")
-@pytest.mark.parametrize("level", cpu.isa_levels()[:-1])
+@pytest.mark.parametrize("level", [level for level in cpu.isa_levels() if level != cpu.isa()])
 @pytest.mark.parametrize("command", [TESTS, PARITY], ids=("tests", "parity"))
 def test_at_level(level, command):
     # The level is chosen once per process.
     environment = {**os.environ, "WAVLM_FAST_CPU_ISA": level}
-    run = subprocess.run(
-        [sys.executable, "-m", *command], env=environment, capture_output=True, text=True, check=False
-    )
+    run = subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-4000:]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cpu_rule import check_threads
 
 import wavlm_fast.ops
 from wavlm_fast import backends, derived
 from wavlm_fast.backends import cpu
-from wavlm_fast.backends.cpu import onednn
+from wavlm_fast.backends.cpu import onednn, packed_conv
 from wavlm_fast.ops import references
 
 
@@ -38,6 +39,27 @@ def assert_no_worse(op, args, out):
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
+@pytest.fixture(params=[False, True], ids=["rows", "copies"])
+def copies(request):
+    """Whether long rows are multiplied as copies, which is a processor's own choice elsewhere."""
+    skip_unless_usable(torch.float32)
+    own = torch.ops.wavlm_fast_cpu.copies_pay()
+    torch.ops.wavlm_fast_cpu.copies_pay(request.param)
+    yield
+    torch.ops.wavlm_fast_cpu.copies_pay(own)
+
+
+def test_copies_of_rows_give_the_same_bits():
+    skip_unless_usable(torch.float32)
+    x, weight, own = random(130, 1024), random(300, 1024, seed=1), torch.ops.wavlm_fast_cpu.copies_pay()
+    found = []
+    for pay in (False, True):
+        assert torch.ops.wavlm_fast_cpu.copies_pay(pay) == pay
+        found.append(cpu.TABLE["linear_act"].fn(x, weight, None, "gelu", False)[0])
+    torch.ops.wavlm_fast_cpu.copies_pay(own)
+    assert torch.equal(*found)
+
+
 @DTYPES
 @pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh", "relu"])
 @pytest.mark.parametrize(("channels", "bias"), [(40, True), (40, False), (7, True), (97, True)])
@@ -51,6 +73,21 @@ def test_linear_act(shape, channels, bias, activation, dtype):
     out, pre = cpu.TABLE["linear_act"].fn(*args, False)
     assert pre.numel() == 0
     assert_no_worse("linear_act", args, out)
+
+
+@DTYPES
+@pytest.mark.parametrize("width", [1000, 2048])
+def test_a_row_knows_of_no_other_and_of_no_thread(width, dtype, copies):
+    skip_unless_usable(torch.float32)
+    x, weight = random(150, width, dtype=dtype), random(500, width, dtype=dtype, seed=1, scale=0.05)
+    rest = (weight, random(500, dtype=dtype, seed=2), "gelu", False)
+    if packed_conv.in_onednn(x):
+        pytest.skip("bfloat16 products run in oneDNN here")
+    check_threads("linear_act", x, *rest)
+    whole = cpu.TABLE["linear_act"].fn(x, *rest)[0]
+    assert_no_worse("linear_act", (x, *rest[:-1]), whole)
+    for rows in (slice(0, 1), slice(5, 22), slice(149, 150)):
+        assert torch.equal(cpu.TABLE["linear_act"].fn(x[rows], *rest)[0], whole[rows])
 
 
 @DTYPES
@@ -107,6 +144,44 @@ def test_a_weight_that_learns():
         weight.grad = torch.autograd.grad(out.square().sum(), weight)[0]
         torch.testing.assert_close(weight.grad, torch.autograd.grad(plain.square().sum(), weight)[0])
         optimizer.step()
+
+
+def _step(op, weight, x, bias):
+    table = cpu.TABLE[op].fn
+    if op == "linear_act":
+        return table(x, weight, bias, "none", True)[0]
+    if op == "strided_conv":
+        return table(x, weight, bias, 2, None, None, 1e-5, "none", True)[0]
+    return table(x, weight, bias, 3, 2, "relu")
+
+
+@DTYPES
+@pytest.mark.parametrize("op", ["linear_act", "strided_conv", "tdnn"])
+@pytest.mark.parametrize(("T", "C", "channels"), [(5, 1, 1), (9, 24, 7), (40, 300, 97), (700, 33, 50), (12, 16, 48)])
+def test_a_weight_is_taken_as_it_is_until_it_is_met_again(op, T, C, channels, dtype):
+    skip_unless_usable(dtype)
+    x, bias = random(1, T, C, dtype=dtype), random(channels, dtype=dtype, seed=2)
+    sizes = {"linear_act": (C,), "strided_conv": (C, 3), "tdnn": (3 * C,)}[op]
+    weight = torch.nn.Parameter(random(channels, *sizes, dtype=dtype, seed=1, scale=0.1))
+    if packed_conv.in_onednn(x) or not packed_conv.multiplies(x):
+        pytest.skip("packed weights have another dtype here")
+    with torch.no_grad():
+        for _ in range(2):
+            weight.add_(0.25)
+            as_it_is = _step(op, weight, x, bias)
+            assert derived.nbytes([weight]) == 0
+        assert torch.equal(_step(op, weight, x, bias), as_it_is)
+        assert derived.nbytes([weight]) > 0
+        assert torch.equal(_step(op, weight, x, bias), as_it_is)
+
+
+def test_a_weight_of_another_size_is_refused():
+    skip_unless_usable(torch.float32)
+    x = random(1, 9, 16)
+    sizes = ((24, 1, 15), (23, 1, 16), (24, 2, 16), (24, 16))
+    for weight in (*(random(*size) for size in sizes), random(24, 1, 16).bfloat16()):
+        with pytest.raises(RuntimeError, match="packed_conv: expected a weight"):
+            packed_conv._packed_conv(x, weight, None, 24, 1, 1, 1, False, "none", None, None, None)
 
 
 def test_gradients_flow_past_a_frozen_weight():

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from cpu_rule import REFERENCE, assert_no_worse, check, check_threads
 
+from wavlm_fast import derived, doctor, report
 from wavlm_fast.backends import cpu
 from wavlm_fast.backends.cpu import onednn, packed_conv, tiles
 
@@ -57,14 +61,40 @@ def test_filtering_gives_way_to_what_is_not_finite(emulated):
     check("strided_conv", x, weight, None, 2, None, None, 1e-5, "none", False)
 
 
+@pytest.mark.parametrize("learns", [False, True])
 @pytest.mark.parametrize("lengths", [None, [12, 40, 9]])
-def test_tdnn(lengths, emulated):
+def test_tdnn(lengths, learns, emulated):
     packed = (None, None, None)
     if lengths is not None:
         ends = torch.tensor([0, *lengths]).cumsum(0).int()
         packed = (ends, (ends - 8 * torch.arange(4)).int(), 61 - 24)
     x, weight = random(1, 61, 70), random(50, 70 * 5, seed=1, scale=0.1)
-    check("tdnn", x, weight, random(50, seed=2), 5, 2, "relu", *packed)
+    weight.requires_grad_(learns)  # multiplied as it is
+    with torch.no_grad():
+        check("tdnn", x, weight, random(50, seed=2), 5, 2, "relu", *packed)
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_rows_that_crowd_the_cache_are_copied(copies, emulated):
+    before = torch.ops.wavlm_fast_cpu.copies_pay()
+    try:
+        torch.ops.wavlm_fast_cpu.copies_pay(copies)
+        check("linear_act", *linear(140, 2054, 100, "gelu"))
+        check("linear_act", *linear(140, 2048, 100, "gelu"))
+    finally:
+        torch.ops.wavlm_fast_cpu.copies_pay(before)
+
+
+def test_a_weight_that_learns_gives_the_same_numbers(emulated):
+    x, weight, *rest = linear(40, 302, 97, "none")
+    weight = torch.nn.Parameter(weight)
+    run = cpu.TABLE["linear_act"].fn
+    with torch.no_grad():
+        weight.add_(0)
+        as_it_is = run(x, weight, rest[0], "none", True)[0]
+        assert derived.nbytes([weight]) == 0
+        assert torch.equal(run(x, weight, rest[0], "none", False)[0], as_it_is)
+        assert derived.nbytes([weight]) > 0
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
@@ -112,39 +142,70 @@ def test_denormal_numbers_are_zeros(emulated):
 @pytest.fixture
 def trial(monkeypatch):
     """Makes a CPU with AMX of this one: the unit is emulated, and what is measured is told."""
+    real = tiles.use
+    used = []
 
-    def fake(seconds=(1.0, 2.0), problem="", kind="emulated"):
-        used = []
-        real = tiles.use
-        monkeypatch.setattr(
-            tiles, "use", lambda wanted: (used.append(wanted), real(kind if wanted == "unit" else wanted))
-        )
+    def fake(seconds=(1.0, 2.0), problem=""):
+        def use(kind):
+            used.append(kind)
+            real("emulated" if kind == "unit" else kind)
+
+        monkeypatch.setattr(tiles, "use", use)
         monkeypatch.setattr(tiles, "_problem", lambda: problem)
         monkeypatch.setattr(tiles, "_seconds", lambda *runners: seconds if [run() for run in runners] else None)
         monkeypatch.setattr(packed_conv, "_has_amx", lambda: True)
-        tiles.why_not.cache_clear()
+        tiles._why_not.cache_clear()
         return used
 
-    before = tiles.use
     yield fake
-    before("none")
-    tiles.why_not.cache_clear()
+    real("none")
+    tiles._why_not.cache_clear()
+
+
+def spoil(monkeypatch, change):
+    """Let tiles give other numbers."""
+    real = tiles.Case.runner
+
+    def runner(case, *operands):
+        run = real(case, *operands)
+        return lambda: change(run()) if tiles.in_use == "unit" else run()
+
+    def use(kind, real=tiles.use):
+        tiles.in_use = kind
+        real(kind)
+
+    monkeypatch.setattr(tiles, "in_use", "none", raising=False)
+    monkeypatch.setattr(tiles, "use", use)
+    monkeypatch.setattr(tiles.Case, "runner", runner)
+    monkeypatch.setattr(tiles, "_seconds", pytest.fail)
+
+
+def said():
+    """What report and doctor say of it."""
+    told = report(torch.nn.Linear(2, 2).bfloat16()).arithmetic
+    assert doctor.extension()["reason"] == told
+    return told
 
 
 @needs_onednn
 def test_right_and_faster_is_chosen(trial):
     used = trial()
     assert not packed_conv.in_onednn(random(1))
+    assert used[-1] == "unit"
+    assert said() == "bfloat16 products run on AMX tiles"
+    count = len(used)
     assert tiles.why_not() is None
-    assert used == ["unit"]
+    assert len(used) == count  # tried once
 
 
 @needs_onednn
-def test_right_and_slower_stays_in_onednn(trial):
-    used = trial(seconds=(3e-4, 2e-4))
+@pytest.mark.parametrize("seconds", [(3e-4, 2e-4), (3e-4, 3.2e-4)])
+def test_right_and_not_much_faster_stays_in_onednn(seconds, trial):
+    used = trial(seconds)
     assert packed_conv.in_onednn(random(1))
-    assert tiles.why_not() == "a product on AMX tiles took 300 µs in a trial, oneDNN 200"
-    assert used == ["unit", "none"]
+    assert tiles.why_not().startswith(f"a product on AMX tiles took 300 µs in a trial, oneDNN {seconds[1] * 1e6:.0f} (")
+    assert used[-1] == "none"
+    assert said() == f"bfloat16 products run in oneDNN: {tiles.why_not()}"
     x, weights = random(1, 4, 8), [random(8, 8)] * 4
     reason = cpu.TABLE["encoder_layer"].why_not(x, x, None, weights)
     assert reason == f"bfloat16 products run in oneDNN here, one by one: {tiles.why_not()}"
@@ -153,35 +214,82 @@ def test_right_and_slower_stays_in_onednn(trial):
 @needs_onednn
 def test_wrong_is_never_timed(trial, monkeypatch):
     used = trial()
-    monkeypatch.setattr(tiles, "_seconds", pytest.fail)
-    real = tiles._product
-    monkeypatch.setattr(tiles, "_product", lambda *args: real(*args) + 1)
+    spoil(monkeypatch, lambda out: out.index_fill(1, torch.tensor(-1), 0.0))
+    assert packed_conv.in_onednn(random(1))
+    assert said().endswith("products on AMX tiles came out wrong in a trial")
+    assert used[-1] == "none"
+
+
+@needs_onednn
+def test_inexact_is_never_timed(trial, monkeypatch):
+    used = trial()
+    # Whole numbers are left as they are, others lose bits.
+    spoil(monkeypatch, lambda out: out if out.frac().eq(0).all() else (out / 4).round() * 4)
     assert packed_conv.in_onednn(random(1))
     assert tiles.why_not() == "products on AMX tiles came out wrong in a trial"
-    assert used == ["unit", "none"]
+    assert used[-1] == "none"
 
 
 @needs_onednn
 def test_what_linux_refuses_is_not_tried(trial):
     used = trial(problem="Linux does not grant this process AMX: Operation not permitted")
     assert packed_conv.in_onednn(random(1))
-    assert "does not grant" in tiles.why_not()
+    assert "does not grant" in said()
     assert used == []
 
 
 @needs_onednn
-def test_a_trial_that_fails_leaves_no_tiles(trial, monkeypatch):
+def test_a_trial_that_fails_is_a_reason(trial, monkeypatch):
     used = trial()
-    monkeypatch.setattr(tiles, "_is_right", lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        tiles.why_not()
-    assert used == ["unit", "none"]
+    monkeypatch.setattr(tiles, "_is_right", lambda case: 1 / 0)
+    assert packed_conv.in_onednn(random(1))
+    assert "a trial of products on AMX tiles failed: ZeroDivisionError: division by zero" in said()
+    assert used[-1] == "none"
 
 
-def test_a_cpu_without_it_says_so():
-    if not torch.cpu._is_amx_tile_supported():
-        assert tiles._problem() == "the CPU has no AMX BF16"
-        with pytest.raises(RuntimeError, match="the CPU has no AMX BF16"):
-            tiles.use("unit")
+@needs_onednn
+def test_a_trial_that_is_broken_off_is_made_again(trial, monkeypatch):
+    used = trial()
+
+    def interrupted(case):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tiles, "_is_right", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tiles.why_not()
+    assert used[-1] == "none"
+    assert tiles.why_not() is None
+
+
+@needs_onednn
+def test_threads_share_a_trial(trial, monkeypatch):
+    trial()
+    tries = []
+    real = tiles._verdict
+    monkeypatch.setattr(tiles, "_verdict", lambda: tries.append(time.sleep(0.05)) or real())
+    with ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(lambda _: tiles.why_not(), range(4))] == [None] * 4
+    assert len(tries) == 1
+
+
+@needs_onednn
+def test_a_trial_is_the_same_whatever_a_user_has_set(trial):
+    trial()
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), torch.device("meta"):
+        assert tiles.why_not() is None
+
+
+def test_a_cpu_without_it_is_left_alone(monkeypatch):
+    if torch.cpu._is_amx_tile_supported():
+        pytest.skip("this CPU has it")
+    monkeypatch.setattr(tiles, "_why_not", pytest.fail)
+    assert not packed_conv.in_onednn(random(1))
+    assert tiles._problem() == "the CPU has no AMX BF16"
+    with pytest.raises(RuntimeError, match="the CPU has no AMX BF16"):
+        tiles.use("unit")
+
+
+def test_kinds_are_known():
     with pytest.raises(RuntimeError, match="expected none, unit or emulated"):
         tiles.use("all")

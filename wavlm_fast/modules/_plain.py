@@ -44,6 +44,11 @@ def take_for(cls: type[nn.Module], known: type[nn.Module] | None) -> None:
         _ALIKE[cls] = known
 
 
+def arithmetic_of(cls: type[nn.Module]) -> tuple[tuple[str, Callable], ...]:
+    """The methods by name that a class's arithmetic is made of, as they were; none of a class that is not known."""
+    return _ARITHMETIC.get(cls, ())
+
+
 def why_changed(module: nn.Module, cls: type[nn.Module]) -> str | None:
     """A sentence naming a method that somebody replaced on the class, one of those above, or on the module; or None."""
     for name, method in _ARITHMETIC[cls]:

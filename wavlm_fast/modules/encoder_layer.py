@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops._define import accumulation_dtype, needs_grad
+from ._kept import kept
 from ._masks import keys_of
 from ._packing import Packing
 from ._plain import fused_activation, why_mixed
@@ -24,6 +25,8 @@ from ._steps import (
     why_not_norm,
 )
 from .attention import Attention, bias_for, understands_rel_bias, why_dense
+
+_Parameters = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
 class FeedForward:
@@ -103,8 +106,13 @@ class EncoderLayer:
         reason = reason or named("final_layer_norm", why_not_norm(self.final_layer_norm))
         return reason or named("dropout", why_not_dropout(self.attention_half_dropout))
 
-    def _parameters_of_op(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        """Weights, biases, gate and norms as `ops.encoder_layer` takes them."""
+    def _as_one(self) -> tuple[str | None, _Parameters | None]:
+        """Why the layer is no single op, whatever comes to it, or None and the parameters that the op takes."""
+        refusal = self._why_not_whole()
+        return refusal, self._parameters_of_op() if refusal is None else None
+
+    def _parameters_of_op(self) -> _Parameters:
+        """Weights, biases, gate and norms as `ops.encoder_layer` takes them, but for the shape of the gate's const."""
         attention, feed_forward = self.attention, self.feed_forward
         weights, biases = attention.parameters_of_op()
         linears = (feed_forward.intermediate_dense, feed_forward.output_dense)
@@ -113,7 +121,7 @@ class EncoderLayer:
         return (
             weights + [linear.weight for linear in linears],
             biases + [linear.bias for linear in linears],
-            [gate.weight, gate.bias, attention.gru_rel_pos_const.view(-1)],
+            [gate.weight, gate.bias, attention.gru_rel_pos_const],
             [parameter for norm in norms for parameter in (norm.weight, norm.bias)],
         )
 
@@ -149,10 +157,12 @@ class EncoderLayer:
         output_attentions: bool,
     ) -> Step:
         """The layer as one op: its output and the position bias."""
-        refusal = self._why_not_these(hidden_states, position_bias, output_attentions) or self._why_not_whole()
+        refusal, parameters = self._why_not_these(hidden_states, position_bias, output_attentions), None
+        if refusal is None:
+            refusal, parameters = kept(self, self._as_one)
         if refusal is not None:
             return Step("encoder_layer", refusal)
-        parameters, keys, attention = self._parameters_of_op(), keys_of(mask), self.attention
+        keys, attention = keys_of(mask), self.attention
         weights, biases, gate, norms = parameters
         embedding = () if position_bias is not None else (attention.rel_attn_embed.weight,)
         if needs_grad(*weights, *biases, *gate, *norms, *embedding):
@@ -162,7 +172,8 @@ class EncoderLayer:
             bias = attention.position_bias(hidden_states, mask) if position_bias is None else position_bias
             rel_bias = bias.to(accumulation_dtype(weights[0].dtype))
             options = {**self._options(), "offsets": keys.offsets}
-            return ops.encoder_layer(hidden_states, rel_bias, keys.lengths, *parameters, **options), bias
+            parts = (weights, biases, [*gate[:2], gate[2].view(-1)], norms)
+            return ops.encoder_layer(hidden_states, rel_bias, keys.lengths, *parts, **options), bias
 
         refusal = why_dense(position_bias, keys) or why_mixed(hidden_states, *weights, *biases)
         return Step("encoder_layer", refusal, fused)

@@ -13,8 +13,21 @@ import torch
 from .. import gather
 from . import extension
 from .extension import build_record, isa, isa_levels, threads
+from .packed_conv import arithmetic
 
-__all__ = ["DEVICES", "NAME", "RANK", "TABLE", "build_record", "isa", "isa_levels", "mending", "threads", "why_not"]
+__all__ = [
+    "DEVICES",
+    "NAME",
+    "RANK",
+    "TABLE",
+    "arithmetic",
+    "build_record",
+    "isa",
+    "isa_levels",
+    "mending",
+    "threads",
+    "why_not",
+]
 
 NAME = "cpu"
 DEVICES = ("cpu",)

@@ -48,8 +48,8 @@ def why_not(
         return reason
     if packed_conv.in_onednn(x):
         return f"bfloat16 products run in oneDNN here, one by one: {packed_conv.why_onednn()}"
-    if extension.isa() != "avx512_bf16" or any(weight.shape[1] % 2 for weight in weights):
-        return "the C++ encoder_layer takes bfloat16 of even width where the CPU multiplies pairs of it (AVX-512 BF16)"
+    if packed_conv.multiplies_pairs() and not all(map(packed_conv.multiplies, weights)):
+        return "the C++ encoder_layer multiplies pairs of bfloat16 channels, a layer has an odd number"
     return None
 
 

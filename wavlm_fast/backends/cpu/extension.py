@@ -46,6 +46,8 @@ def kernel_of_op(name: str) -> Callable[..., Any]:
 _isa = kernel("isa() -> str")
 _isa_levels = kernel("isa_levels() -> str[]")
 _isa_problem = kernel("isa_problem() -> str")
+_isa_reason = kernel("isa_reason() -> str")
+kernel("isa_for(float gain) -> str[]")  # for tests
 _threads = kernel("threads() -> int")
 _fingerprint = kernel("fingerprint(Tensor x, int samples) -> int")
 kernel("peak(str dtype) -> float")  # for benchmarks
@@ -85,6 +87,11 @@ def isa() -> str | None:
 def isa_problem() -> str | None:
     """Why they use another level than they were told to; None when they do not."""
     return None if problem() else _isa_problem() or None
+
+
+def isa_reason() -> str | None:
+    """Why they use a lower level than this CPU has, unasked; None when they do not."""
+    return None if problem() else _isa_reason() or None
 
 
 def isa_levels() -> list[str]:

@@ -21,7 +21,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, 
         packed = derived("onednn linear", (weight,), lambda: onednn.pack_linear(weight), replaces=True)
         out = onednn.linear(rows, packed, bias, fused)
     else:
-        out = packed_conv.convolve(rows[None], weight, lambda: weight[:, None], 1, bias, 1, 1, fused)
+        out = packed_conv.convolve(rows[None], weight, lambda: weight[:, None], 1, bias, 1, 1, fused, learns=save)
     out = out.view(*x.shape[:-1], weight.shape[0])
     return (activate(activation, out), out) if apart else (out, or_empty(None, x))
 

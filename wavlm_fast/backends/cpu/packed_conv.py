@@ -6,8 +6,8 @@ linear and conv1d. On CPUs with matrix units (AMX) bfloat16 runs on tiles where 
 oneDNN, as for want of the extension: packed frames in one call on a grid, for it would make itself ready anew for each
 length.
 
-A kernel runs below autograd and cannot see whether a gradient is recorded. While a weight learns it is packed anew at
-each optimizer step, which costs less than the faster product saves; gradients take the weight itself.
+A kernel runs below autograd and cannot see whether a gradient is recorded. While a weight learns it is another at each
+optimizer step, and a copy that is used once does not pay: kernels then take the weight as it is, as gradients do.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ _packed_conv = extension.kernel(
     f"bool filtered, str activation, {extension.RESIZED}) -> Tensor"
 )
 
+extension.kernel("copies_pay(bool? pay=None) -> bool")  # for tests
+
 
 def convolve(
     x: Tensor,
@@ -42,8 +44,10 @@ def convolve(
     activation: str,
     filtered: bool = False,
     packed: Resized = DENSE,
+    learns: bool = False,
 ) -> Tensor:
-    """`[B, T, C]` -> `[B, T', C']`; `filters` gives the weight as `[C', K, C]`."""
+    """`[B, T, C]` -> `[B, T', C']`; `filters` gives the weight as `[C', K, C]`, which may be another at the next call
+    where it `learns`."""
     if in_onednn(x):
         kind = f"onednn conv, {taps} taps, stride {stride}, dilation {dilation}"
         ready = derived(kind, (weight,), lambda: onednn.pack_conv(filters(), stride, dilation), replaces=True)
@@ -54,14 +58,18 @@ def convolve(
         span = (taps - 1) * dilation + 1
         grid = Grid(*resized_bounds("the convolution", packed, x.shape[1], span, stride), stride)
         return grid.pick_out(convolve(grid.place(x)))
-    ready = pack(weight, filters, taps, filtered)
+    ready = pack(weight, filters, taps, filtered, learns and multiplies(x))
+    if ready is None:
+        ready = filters().contiguous()
     return _packed_conv(x, ready, bias, weight.shape[0], taps, stride, dilation, filtered, activation, *packed)
 
 
-def pack(weight: Tensor, filters: Callable[[], Tensor], taps: int, filtered: bool = False) -> Tensor:
-    """`filters()` `[C', K, C]` of a weight in the order of packed_conv.cpp, remembered."""
+def pack(
+    weight: Tensor, filters: Callable[[], Tensor], taps: int, filtered: bool = False, if_met_before: bool = False
+) -> Tensor | None:
+    """`filters()` `[C', K, C]` of a weight in the order of packed_conv.cpp, remembered as by `derived`."""
     kind = f"packed conv, {taps} taps{', filtered' if filtered else ''}"
-    return derived(kind, (weight,), lambda: _pack_conv([filters()], filtered), replaces=True)
+    return derived(kind, (weight,), lambda: _pack_conv([filters()], filtered), True, if_met_before)
 
 
 def pack_together(kind: str, weights: list[Tensor]) -> Tensor:
@@ -88,6 +96,16 @@ def can_filter(taps: int, stride: int) -> bool:
     return taps == 3 and stride == 2
 
 
+def multiplies(x: Tensor) -> bool:
+    """Whether the kernels multiply frames `[..., C]` in their own dtype: bfloat16 in pairs, where the CPU does that."""
+    return x.dtype == torch.float32 or (multiplies_pairs() and x.shape[-1] % 2 == 0)
+
+
+def multiplies_pairs() -> bool:
+    """Whether the kernels multiply pairs of bfloat16, which need an even width; else they widen it to float32."""
+    return extension.isa() == "avx512_bf16"
+
+
 def in_onednn(x: Tensor) -> bool:
     """Whether products of `x` run in oneDNN."""
     return x.dtype == torch.bfloat16 and _prefers_onednn()
@@ -103,6 +121,15 @@ def why_onednn() -> str | None:
 
 
 _has_amx = cache(is_amx_supported)
+
+
+def arithmetic() -> str | None:
+    """How bfloat16 is multiplied, a sentence, where that is not by dot products; None where it is."""
+    if not _has_amx() or extension.problem() is not None:
+        return extension.isa_reason()
+    if tiles.why_not() is None:
+        return "bfloat16 products run on AMX tiles"
+    return f"bfloat16 products run in oneDNN: {tiles.why_not()}" if _prefers_onednn() else None
 
 
 def why_not(x: Tensor, weight: Tensor, *rest: object) -> str | None:

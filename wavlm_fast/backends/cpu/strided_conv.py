@@ -32,7 +32,9 @@ def strided_conv(
     taps = weight.shape[2]
     filtered = packed_conv.can_filter(taps, stride) and not save
     filters = lambda: weight.transpose(1, 2)  # noqa: E731
-    out = pre = packed_conv.convolve(x, weight, filters, taps, bias, stride, 1, fused, filtered, Resized(*packed))
+    out = pre = packed_conv.convolve(
+        x, weight, filters, taps, bias, stride, 1, fused, filtered, Resized(*packed), learns=save
+    )
     if norm_weight is not None:
         out = norm_act(pre, norm_weight, norm_bias, eps, activation)
     elif apart:

@@ -23,7 +23,10 @@ def tdnn(
 ) -> Tensor:
     """The op of that name; `packed` is offsets, out_offsets and out_frames."""
     filters = lambda: weight.unflatten(1, (kernel_size, -1))  # noqa: E731
-    return packed_conv.convolve(x, weight, filters, kernel_size, bias, 1, dilation, activation, packed=Resized(*packed))
+    return packed_conv.convolve(
+        x, weight, filters, kernel_size, bias, 1, dilation, activation,
+        packed=Resized(*packed), learns=weight.requires_grad,
+    )  # fmt: skip
 
 
 def tdnn_backward(
