@@ -131,15 +131,18 @@ WAVLM_FAST_INLINE void pass_run(Registers, const WordsOf& words_of, std::int64_t
   const std::int64_t shares = divided_up(count, kRows) * divided_up(run, kSlice);
   std::int64_t share = 0;
   for (std::int64_t t = 0; t < count; t += kRows) {
-    const Word* row[kRows];
-    for (int r = 0; r < kRows; ++r) row[r] = words_of(least(t + r, count - 1));
-    Floats acc[kRows][N] = {};
-    for (std::int64_t at = 0; at < run; at += kSlice) {
-      ahead(share++, shares);
-      multiply<Element>(row, 1, panel + at * N * kLanes, least(kSlice, run - at), acc);
-      for (int r = 0; r < kRows; ++r) row[r] += kSlice;
-    }
-    store_tile(acc, sums.add, sums.at + t * sums.step, sums.step);
+    with_rows(count - t, [&](auto rows) {
+      constexpr int R = rows.count;
+      const Word* row[R];
+      for (int r = 0; r < R; ++r) row[r] = words_of(least(t + r, count - 1));
+      Floats acc[R][N] = {};
+      for (std::int64_t at = 0; at < run; at += kSlice) {
+        ahead(share++, shares);
+        multiply<Element>(row, 1, panel + at * N * kLanes, least(kSlice, run - at), acc);
+        for (int r = 0; r < R; ++r) row[r] += kSlice;
+      }
+      store_tile(acc, sums.add, sums.at + t * sums.step, sums.step);
+    });
     done(t, least(kRows, count - t));
   }
 }

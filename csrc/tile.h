@@ -22,6 +22,20 @@ struct Vectors {
   static constexpr int count = N;
 };
 
+// How many rows a tile has, as a type.
+template <int R>
+struct TileRows {
+  static constexpr int count = R;
+};
+
+// Calls body(TileRows<r>{}) for a tile that has room for the rows that are left: the last one need not be a whole one.
+template <class Body>
+WAVLM_FAST_INLINE void with_rows(std::int64_t left, const Body& body) {
+  if (left > kRows / 2) return body(TileRows<kRows>{});
+  if (left > kRows / 4) return body(TileRows<kRows / 2>{});
+  body(TileRows<kRows / 4>{});
+}
+
 // What one step along the summed axis multiplies, 32 bits: a float, or two neighbouring bfloat16.
 typedef float __attribute__((may_alias, aligned(2))) Word;
 
@@ -49,16 +63,16 @@ using OfBf16 = Single;
 #endif
 
 // acc[r][n] += sum over k < words of rows[r][k * step] * panel[k][n], a panel being [words][N * kLanes].
-template <class Element, int N>
-WAVLM_FAST_INLINE void multiply(const Word* const (&rows)[kRows], std::int64_t step, const float* panel,
-                                std::int64_t words, Floats (&acc)[kRows][N]) {
+template <class Element, int R, int N>
+WAVLM_FAST_INLINE void multiply(const Word* const (&rows)[R], std::int64_t step, const float* panel, std::int64_t words,
+                                Floats (&acc)[R][N]) {
   std::int64_t at = 0;
   for (std::int64_t k = 0; k < words; ++k, at += step, panel += N * kLanes) {
     Floats column[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) column[n] = load(panel + n * kLanes);
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < R; ++r) {
       const Word word = rows[r][at];
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) acc[r][n] = Element::multiply_add(acc[r][n], column[n], word);
@@ -67,11 +81,11 @@ WAVLM_FAST_INLINE void multiply(const Word* const (&rows)[kRows], std::int64_t s
 }
 
 // to[r][n] (+)= acc[r][n], for `count` of the rows, `step` apart.
-template <int N>
-WAVLM_FAST_INLINE void store_tile(const Floats (&acc)[kRows][N], bool add, float* to, std::int64_t step,
-                                  std::int64_t count = kRows) {
+template <int R, int N>
+WAVLM_FAST_INLINE void store_tile(const Floats (&acc)[R][N], bool add, float* to, std::int64_t step,
+                                  std::int64_t count = R) {
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < R; ++r) {
     if (r >= count) break;
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {

@@ -55,14 +55,15 @@ std::string problem() {
 std::string problem() { return "tiles are granted by Linux on x86 only"; }
 #endif
 
+// For tests, `emulated` and `trapped`: the unit's instructions, which the CPU need not have.
 void use_tiles(const Text& kind) {
-  ENTRY_CHECK(kind == "none" || kind == "unit" || kind == "emulated",
-              "use_tiles: expected none, unit or emulated, got ", kind);
+  ENTRY_CHECK(kind == "none" || kind == "unit" || kind == "emulated" || kind == "trapped",
+              "use_tiles: expected none, unit, emulated or trapped, got ", kind);
   const auto why_not = kind == "unit" ? problem() : "";
   ENTRY_CHECK(why_not.empty(), "use_tiles: ", why_not);
-  ENTRY_CHECK(kind != "emulated" || packed_conv().on_emulated_tiles.direct,
+  ENTRY_CHECK(kind == "none" || packed_conv().on_tiles.direct,
               "use_tiles: the kernels in use have no products on tiles");
-  chosen = kind == "unit" ? Tiles::unit : kind == "emulated" ? Tiles::emulated : Tiles::none;
+  chosen = kind == "none" ? Tiles::none : kind == "emulated" ? Tiles::emulated : Tiles::unit;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CompositeExplicitAutograd, m) {

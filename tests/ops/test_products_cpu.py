@@ -86,7 +86,7 @@ def test_a_row_knows_of_no_other_and_of_no_thread(width, dtype, copies):
     check_threads("linear_act", x, *rest)
     whole = cpu.TABLE["linear_act"].fn(x, *rest)[0]
     assert_no_worse("linear_act", (x, *rest[:-1]), whole)
-    for rows in (slice(0, 1), slice(5, 22), slice(149, 150)):
+    for rows in (slice(0, 1), slice(5, 22), slice(40, 43), slice(149, 150)):
         assert torch.equal(cpu.TABLE["linear_act"].fn(x[rows], *rest)[0], whole[rows])
 
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import shlex
+import shutil
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,12 +30,31 @@ LINEAR = [
 ]
 
 
-@pytest.fixture
-def emulated(monkeypatch):
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory):
+    """What does the unit's instructions, where the CPU stops at them."""
+    command = shlex.split(os.environ.get("CXX") or "c++")
+    if shutil.which(command[0]) is None:
+        pytest.skip("no C++ compiler found")
+    source, library = Path(__file__).with_name("amx_unit.cpp"), tmp_path_factory.mktemp("amx") / "amx_unit.so"
+    subprocess.run([*command, "-std=c++20", "-O1", "-shared", "-fPIC", source, "-o", library], check=True)
+    return ctypes.CDLL(library)
+
+
+@pytest.fixture(params=["emulated", "trapped"])
+def emulated(request, monkeypatch):
+    """Tiles without a unit: its arithmetic written out, and its instructions done by a stand-in."""
     monkeypatch.setattr(packed_conv, "_prefers_onednn", lambda: False)
-    tiles.use("emulated")
-    yield
+    trapped = request.param == "trapped" and not torch.cpu._is_amx_tile_supported()
+    if trapped:
+        library = request.getfixturevalue("stand_in")
+        library.start()
+    tiles.use(request.param)
+    yield request.param
     tiles.use("none")
+    if trapped:
+        library.stop()
+        assert library.released()
 
 
 def random(*shape, seed=0, scale=1.0):
@@ -127,7 +152,7 @@ def test_a_row_knows_of_no_other(emulated):
 def test_first_and_second_numbers_of_pairs_are_summed_apart(emulated):
     weight = torch.tensor([2.0**24, 1, *[0, 1] * 15, -(2.0**24), *[0] * 31]).bfloat16()[None]
     sums = []
-    for kind in ("emulated", "none"):
+    for kind in (emulated, "none"):
         tiles.use(kind)
         sums.append(cpu.TABLE["linear_act"].fn(torch.ones_like(weight), weight, None, "none", False)[0].item())
     assert sums[0] == 16 != sums[1]  # one after the other, the ones would be lost beside the first number
@@ -291,5 +316,5 @@ def test_a_cpu_without_it_is_left_alone(monkeypatch):
 
 
 def test_kinds_are_known():
-    with pytest.raises(RuntimeError, match="expected none, unit or emulated"):
+    with pytest.raises(RuntimeError, match="expected none, unit, emulated or trapped"):
         tiles.use("all")

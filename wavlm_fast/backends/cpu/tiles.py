@@ -20,7 +20,7 @@ from ... import _private
 from ..._locks import ForkSafeLock
 from . import extension, onednn
 
-use = extension.kernel("use_tiles(str kind) -> ()")  # none, unit, or emulated: what a CPU without AMX can test
+use = extension.kernel("use_tiles(str kind) -> ()")  # none or unit; for tests emulated and trapped
 _problem = extension.kernel("tiles_problem() -> str")
 _kernels = torch.ops.wavlm_fast_cpu  # of packed_conv.py, which asks this file
 _lock = ForkSafeLock()
