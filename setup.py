@@ -59,6 +59,8 @@ COMPILE_FLAGS = ("-O3", "-g0", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-W
 # One file runs under TORCH_FLOOR and every newer torch: what the stable interface got later is not declared.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*TORCH_FLOOR)
 FASTER_FLAGS = ("-fno-math-errno", "-fno-trapping-math")  # where the compiler knows them
+# What csrc/tiles.h asks of the assembler, which may be older than the compiler.
+TILES_PROBE = 'void probe() { asm volatile("tdpbf16ps %tmm2, %tmm1, %tmm0"); }'
 NO_TORCH = (
     "wavlm-fast's C++ kernels are built with the headers of torch {}.{} or newer, and this environment has none: "
     "pip install torch first, or leave out --no-build-isolation. WAVLM_FAST_NO_EXTENSION=1 installs without kernels."
@@ -159,13 +161,15 @@ class BuildExtension(build_ext):
         """Compile what has changed, and link."""
         command, users = self.compiler_command, flags_of("WAVLM_FAST_CXXFLAGS")
         known = [flag for flag in FASTER_FLAGS if compiles(command, "", ("-Werror", flag))]
+        tiles = ("-DWAVLM_FAST_HAVE_TILES=1",) if compiles(command, TILES_PROBE) else ()
         common = [*flags_of("CXXFLAGS"), *COMPILE_FLAGS, *known, "-Icsrc"]
         have = [f"-DWAVLM_FAST_HAVE_{name.upper()}=1" for name in self.levels]
         of_entries = [*common, *have, TORCH_TARGET, f"-isystem{self.torch}/include", *users]
         folder = Path("build", f"objects-{machine_of(command)}{'-own-flags' if users else ''}")
         jobs = [(folder / "entries", source, of_entries) for source in ext.sources]
         for name, flags in self.levels.items():
-            of_level = [*common, *flags, f"-DWAVLM_FAST_ISA=isa_{name}", *users]
+            more = tiles if name == "avx512_bf16" else ()
+            of_level = [*common, *flags, *more, f"-DWAVLM_FAST_ISA=isa_{name}", *users]
             jobs += [(folder / name, kernel, of_level) for kernel in ext.depends]
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             objects = list(pool.map(lambda job: self.compile(*job), jobs))

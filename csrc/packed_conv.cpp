@@ -15,6 +15,7 @@
 #include "packed_conv_entry.h"
 #include "parallel.h"
 #include "resized_frames.h"
+#include "tile_unit.h"
 
 namespace wavlm_fast {
 
@@ -117,7 +118,14 @@ const PackedConvVariants<float, bf16>& variants() {
 }
 template <>
 const PackedConvVariants<bf16, bf16>& variants() {
-  return packed_conv().of_bf16;
+  switch (tiles()) {
+    case Tiles::unit:
+      return packed_conv().on_tiles;
+    case Tiles::emulated:
+      return packed_conv().on_emulated_tiles;
+    default:
+      return packed_conv().of_bf16;
+  }
 }
 
 int activation_number(const std::string& name) {

@@ -61,6 +61,8 @@ struct PackedConvKernels {
   PackedConvVariants<float, bf16> to_bf16;
   PackedConvVariants<bf16, bf16> of_bf16;  // `filtered` is null where bfloat16 has no products of its own
   bool pairs;  // Whether it has, of packed pairs. Else rows are widened as they are read, and packed is float32.
+  // The same numbers from the same packed weights, on tiles and as if on tiles; null where the level has none.
+  PackedConvVariants<bf16, bf16> on_tiles, on_emulated_tiles;
 };
 
 }  // namespace wavlm_fast

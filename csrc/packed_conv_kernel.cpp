@@ -8,6 +8,7 @@
 #include "activation.h"
 #include "rows.h"
 #include "tile.h"
+#include "tiles.h"
 #include "vec.h"
 
 namespace wavlm_fast {
@@ -118,12 +119,15 @@ struct Unpacked {
   }
 };
 
-// sums[t] (+)= words of row t * panel for a run of words, words_of(t) being where those are, and done(t) when the kRows
-// rows from t have their sums. Writes a whole number of tiles: sums of rows past the end are left with something that
-// nobody reads. ahead(share, shares) fetches a share of what is needed next.
+// What multiplies: vectors in registers, or a unit of csrc/tiles.h.
+struct Registers {};
+
+// sums[t] (+)= words of row t * panel for a run of words, words_of(t) being where those are, and done(t, rows) when so
+// many rows from t have their sums. Writes a whole number of tiles: sums of rows past the end are left with something
+// that nobody reads. ahead(share, shares) fetches a share of what is needed next.
 template <class Element, int N, class WordsOf, class Ahead, class Done>
-WAVLM_FAST_INLINE void pass_run(const WordsOf& words_of, std::int64_t count, const float* panel, std::int64_t run,
-                                const Ahead& ahead, Sums sums, const Done& done) {
+WAVLM_FAST_INLINE void pass_run(Registers, const WordsOf& words_of, std::int64_t count, const float* panel,
+                                std::int64_t run, const Ahead& ahead, Sums sums, const Done& done) {
   const std::int64_t shares = divided_up(count, kRows) * divided_up(run, kSlice);
   std::int64_t share = 0;
   for (std::int64_t t = 0; t < count; t += kRows) {
@@ -139,13 +143,87 @@ WAVLM_FAST_INLINE void pass_run(const WordsOf& words_of, std::int64_t count, con
       }
       store_tile(acc, sums.add, sums.at + t * sums.step, sums.step);
     });
-    done(t);
+    done(t, least(kRows, count - t));
   }
 }
 
-// sums[t] (+)= rows[t] * weights for all rows, and done(t) as there.
-template <int N, class AnyRows, class Weights, class Done>
-WAVLM_FAST_INLINE void pass(const AnyRows& rows, const Weights& weights, Sums sums, const Done& done) {
+#if defined(WAVLM_FAST_TILES)
+// Calls body(Vectors<n>{}) for n from 0 to N - 1.
+template <int N, class Body>
+WAVLM_FAST_INLINE void each_tile(const Body& body) {
+  body(Vectors<0>{});
+  if constexpr (N > 1) body(Vectors<1>{});
+  if constexpr (N > 2) body(Vectors<2>{});
+}
+
+// Words of the rows from t on, which then lie `stride` words apart: where they are, if evenly, else in a copy.
+template <class WordsOf>
+const Word* even_rows(const WordsOf& words_of, std::int64_t t, std::int64_t count, std::int64_t words, float* copy,
+                      std::int64_t& stride) {
+  const auto at = [&](std::int64_t r) { return reinterpret_cast<const char*>(words_of(t + r)); };
+  const std::int64_t step = count > 1 ? at(1) - at(0) : 0;
+  bool even = true;
+  for (std::int64_t r = 2; r < count; ++r) even = even && at(r) - at(r - 1) == step;
+  stride = step;
+  if (even) return words_of(t);
+  for (std::int64_t r = 0; r < count; ++r) std::memcpy(copy + r * words, at(r), words * sizeof(Word));
+  stride = words * sizeof(Word);
+  return copy;
+}
+
+// The same on tiles, whose columns are the panel as it lies. With one row of tiles at a time there are enough of them
+// for each to be loaded while another one is multiplied. What is left of a run behind whole tiles is a run of its own,
+// of narrower ones: nothing is read that does not belong to a row, and a row knows of no other.
+template <class Element, int N, class Unit, class WordsOf, class Ahead, class Done>
+WAVLM_FAST_INLINE void pass_run(Unit& unit, const WordsOf& words_of, std::int64_t count, const float* panel,
+                                std::int64_t run, const Ahead& ahead, Sums sums, const Done& done) {
+  constexpr std::int64_t kColumnStride = N * kLanes * sizeof(float);
+  static_assert(kLanes == kTileWords && kSlice == kTileWords && kWords % (2 * kTileWords) == 0);
+  const std::int64_t sum_stride = sums.step * sizeof(float);
+  const std::int64_t shares = divided_up(count, kTileRows) * divided_up(run, kSlice);
+  std::int64_t share = 0;
+  alignas(64) float copy[kTileRows * kWords];
+  for (std::int64_t begin = 0, words; begin < run; begin += words, sums.add = true) {
+    words = run - begin < kTileWords ? run - begin : (run - begin) / kTileWords * kTileWords;
+    const std::int64_t step = least(words, kTileWords);
+    const auto part_of = [&](std::int64_t t) { return words_of(t) + begin; };
+    for (std::int64_t t = 0, rows; t < count; t += rows) {
+      rows = least(kTileRows, count - t);
+      unit.shape(static_cast<int>(rows), static_cast<int>(step));
+      float* to = sums.at + t * sums.step;
+      each_tile<N>([&](auto n) {
+        if (sums.add) {
+          unit.template load<kSumTile + n.count>(to + n.count * kLanes, sum_stride);
+        } else {
+          unit.template zero<kSumTile + n.count>();
+        }
+      });
+      std::int64_t stride;
+      const Word* from = even_rows(part_of, t, rows, words, copy, stride);
+      const float* columns = panel + begin * N * kLanes;
+      const auto multiply = [&](auto row) {
+        ahead(share++, shares);
+        unit.template load<row.count>(from, stride);
+        each_tile<N>([&](auto n) {
+          unit.template load<kColumnTile + n.count>(columns + n.count * kLanes, kColumnStride);
+          unit.template multiply_add<kSumTile + n.count, row.count, kColumnTile + n.count>();
+        });
+        from += step, columns += step * N * kLanes;
+      };
+      for (std::int64_t at = 0; at < words; at += 2 * step) {
+        multiply(Vectors<kRowTile>{});
+        if (at + step < words) multiply(Vectors<kRowTile + 1>{});
+      }
+      each_tile<N>([&](auto n) { unit.template store<kSumTile + n.count>(to + n.count * kLanes, sum_stride); });
+      if (begin + words == run) done(t, rows);
+    }
+  }
+}
+#endif
+
+// sums[t] (+)= rows[t] * weights for all rows, and done(t, rows) as there.
+template <int N, class Engine, class AnyRows, class Weights, class Done>
+WAVLM_FAST_INLINE void pass(Engine& engine, const AnyRows& rows, const Weights& weights, Sums sums, const Done& done) {
   using Element = typename ElementOf<typename AnyRows::Number>::Type;
   const std::int64_t words = rows.C / Element::kDepth;
   for (std::int64_t k = 0; k < words; k += kWords, sums.add = true) {
@@ -153,13 +231,14 @@ WAVLM_FAST_INLINE void pass(const AnyRows& rows, const Weights& weights, Sums su
     const std::int64_t next = least(kWords, words - k - run);
     const auto words_of = [&](std::int64_t t) { return reinterpret_cast<const Word*>(rows.at(t)) + k; };
     const auto ahead = [&](std::int64_t share, std::int64_t shares) { weights.prefetch(k + run, next, share, shares); };
-    pass_run<Element, N>(words_of, rows.count, weights.run(k, run), run, ahead, sums, [&](std::int64_t t) {
-      if (k + run == words) done(t);
-    });
+    const auto done_with_run = [&](std::int64_t t, std::int64_t count) {
+      if (k + run == words) done(t, count);
+    };
+    pass_run<Element, N>(engine, words_of, rows.count, weights.run(k, run), run, ahead, sums, done_with_run);
   }
 }
 
-constexpr auto kNothing = [](std::int64_t) {};
+constexpr auto kNothing = [](std::int64_t, std::int64_t) {};
 
 // Where the sums of a group of columns go.
 template <class Out>
@@ -207,18 +286,17 @@ void write(const Columns<Out>& to, std::int64_t first, std::int64_t count, const
 }
 
 // One group of N vectors of columns; weights_of(tap) gives the weights of a tap.
-template <int N, class In, class Out, class AnyRows, class WeightsOf>
-void direct_group(const PackedConv<In, Out>& call, AnyRows rows, const WeightsOf& weights_of, const Columns<Out>& to,
-                  float* sums) {
+template <int N, class Engine, class In, class Out, class AnyRows, class WeightsOf>
+void direct_group(Engine& engine, const PackedConv<In, Out>& call, AnyRows rows, const WeightsOf& weights_of,
+                  const Columns<Out>& to, float* sums) {
   constexpr std::int64_t width = N * kLanes;
-  const auto finish = [&](std::int64_t t) {
-    write(to, t, least(kRows, rows.count - t),
-          [&](std::int64_t row, std::int64_t i) { return load(sums + row * width + i); });
+  const auto finish = [&](std::int64_t t, std::int64_t count) {
+    write(to, t, count, [&](std::int64_t row, std::int64_t i) { return load(sums + row * width + i); });
   };
   for (std::int64_t tap = 0; tap + 1 < call.taps; ++tap, rows.x += call.tap_step) {
-    pass<N>(rows, weights_of(tap), {sums, width, tap > 0}, kNothing);
+    pass<N>(engine, rows, weights_of(tap), {sums, width, tap > 0}, kNothing);
   }
-  pass<N>(rows, weights_of(call.taps - 1), {sums, width, call.taps > 1}, finish);
+  pass<N>(engine, rows, weights_of(call.taps - 1), {sums, width, call.taps > 1}, finish);
 }
 
 // The packed weights of the group that begins with `column`.
@@ -231,9 +309,9 @@ const float* panel_of(const PackedConv<In, Out>& call, std::int64_t taps, std::i
 constexpr std::int64_t kGroups = 8;
 
 // Of a few groups: runs of the rows are copied, and meet all these groups while they are in the second cache.
-template <class In, class Out, class AnyRows>
-void direct_of_copies(const PackedConv<In, Out>& call, std::int64_t first, AnyRows rows, std::int64_t group_begin,
-                      std::int64_t group_end, float* scratch) {
+template <class Engine, class In, class Out, class AnyRows>
+void direct_of_copies(Engine& engine, const PackedConv<In, Out>& call, std::int64_t first, AnyRows rows,
+                      std::int64_t group_begin, std::int64_t group_end, float* scratch) {
   using Element = typename ElementOf<In>::Type;
   const std::int64_t words = call.C / Element::kDepth, size = call.taps * words;  // of a column
   float* sums = scratch + kFrames * kWords;
@@ -256,22 +334,21 @@ void direct_of_copies(const PackedConv<In, Out>& call, std::int64_t first, AnyRo
         };
         float* own = sums + (column / kColumns - group_begin) * kSumsOfGroup;
         const auto to = columns_of(call, first, column);
-        const auto done = [&](std::int64_t t) {
+        const auto done = [&](std::int64_t t, std::int64_t count) {
           if (at + run < size) return;
-          write(to, t, least(kRows, rows.count - t),
-                [&](std::int64_t row, std::int64_t i) { return load(own + row * N * kLanes + i); });
+          write(to, t, count, [&](std::int64_t row, std::int64_t i) { return load(own + row * N * kLanes + i); });
         };
         const auto words_of = [&](std::int64_t t) { return scratch + t * kWords; };
-        pass_run<Element, N>(words_of, rows.count, panel, run, ahead, {own, N * kLanes, add}, done);
+        pass_run<Element, N>(engine, words_of, rows.count, panel, run, ahead, {own, N * kLanes, add}, done);
       });
     }
   }
 }
 
 // Rows are read where they are.
-template <class In, class Out, class AnyRows>
-void direct_of_rows(const PackedConv<In, Out>& call, std::int64_t first, AnyRows rows, std::int64_t group_begin,
-                    std::int64_t group_end, float* scratch) {
+template <class Engine, class In, class Out, class AnyRows>
+void direct_of_rows(Engine& engine, const PackedConv<In, Out>& call, std::int64_t first, AnyRows rows,
+                    std::int64_t group_begin, std::int64_t group_end, float* scratch) {
   constexpr std::int64_t depth = ElementOf<In>::Type::kDepth;
   each_group(call.channels, group_begin, group_end, [&](std::int64_t column, auto vectors) {
     constexpr int N = vectors.count;
@@ -279,26 +356,27 @@ void direct_of_rows(const PackedConv<In, Out>& call, std::int64_t first, AnyRows
     if (call.packed) {
       const float* panel = panel_of(call, call.taps, column);
       const auto weights_of = [&](std::int64_t tap) { return Packed<N>{panel + tap * call.C / depth * N * kLanes}; };
-      return direct_group<N>(call, rows, weights_of, to, scratch);
+      return direct_group<N>(engine, call, rows, weights_of, to, scratch);
     }
     const auto* weights = static_cast<const In*>(call.weight) + column * call.taps * call.C;
     const auto weights_of = [&](std::int64_t tap) {
       return Unpacked<N, In>{weights + tap * call.C, call.taps * call.C, to.columns, scratch + kSumsOfTask};
     };
-    direct_group<N>(call, rows, weights_of, to, scratch);
+    direct_group<N>(engine, call, rows, weights_of, to, scratch);
   });
 }
 
-template <class In, class Out>
+template <class Engine, class In, class Out>
 void direct(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t count, std::int64_t group_begin,
             std::int64_t group_end, float* scratch) {
+  Engine engine;
   const auto groups_of = [&](const auto& rows) {
     if constexpr (!kWidens<In>) {
-      if (!call.copies) return direct_of_rows(call, first, rows, group_begin, group_end, scratch);
+      if (!call.copies) return direct_of_rows(engine, call, first, rows, group_begin, group_end, scratch);
     }
     const std::int64_t groups = group_end - group_begin, step = divided_up(groups, divided_up(groups, kGroups));
     for (std::int64_t group = group_begin; group < group_end; group += step) {
-      direct_of_copies(call, first, rows, group, least(group + step, group_end), scratch);
+      direct_of_copies(engine, call, first, rows, group, least(group + step, group_end), scratch);
     }
   };
   if (call.rows) {
@@ -346,8 +424,8 @@ void combine(const In* x, std::int64_t last, std::int64_t triples, std::int64_t 
 constexpr std::int64_t kSumRows = 3 * kTriples;
 static_assert(kTriples % kRows == 0, "sums are written by whole tiles");
 
-template <int N, class In, class Out>
-void filtered_group(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t count,
+template <int N, class Engine, class In, class Out>
+void filtered_group(Engine& engine, const PackedConv<In, Out>& call, std::int64_t first, std::int64_t count,
                     const Combinations<In>& rows, const float* panel, const Columns<Out>& to, float* sums) {
   constexpr std::int64_t width = N * kLanes;
   const std::int64_t C = call.C, panel_size = C / ElementOf<In>::Type::kDepth * width, triples = (count + 2) / 3;
@@ -356,11 +434,11 @@ void filtered_group(const PackedConv<In, Out>& call, std::int64_t first, std::in
   float* half_sums = sums + kSumRows * width;
   float* half_differences = half_sums + kTriples * width;
   const In* odd = call.x + first * call.row_step + C;
-  pass<N>(Rows<In>{odd, call.row_step, count, C}, weights_of(kMiddle), {sums, width, false}, kNothing);
-  pass<N>(rows_of(kFirst), weights_of(kFirst), {sums, 3 * width, true}, kNothing);
-  pass<N>(rows_of(kLast), weights_of(kLast), {sums + 2 * width, 3 * width, true}, kNothing);
-  pass<N>(rows_of(kHalfSum), weights_of(kHalfSum), {half_sums, width, false}, kNothing);
-  pass<N>(rows_of(kHalfDifference), weights_of(kHalfDifference), {half_differences, width, false}, kNothing);
+  pass<N>(engine, Rows<In>{odd, call.row_step, count, C}, weights_of(kMiddle), {sums, width, false}, kNothing);
+  pass<N>(engine, rows_of(kFirst), weights_of(kFirst), {sums, 3 * width, true}, kNothing);
+  pass<N>(engine, rows_of(kLast), weights_of(kLast), {sums + 2 * width, 3 * width, true}, kNothing);
+  pass<N>(engine, rows_of(kHalfSum), weights_of(kHalfSum), {half_sums, width, false}, kNothing);
+  pass<N>(engine, rows_of(kHalfDifference), weights_of(kHalfDifference), {half_differences, width, false}, kNothing);
   Floats zeros = {};
   write(to, 0, count, [&](std::int64_t row, std::int64_t i) {
     const std::int64_t at = row / 3 * width + i;
@@ -373,15 +451,17 @@ void filtered_group(const PackedConv<In, Out>& call, std::int64_t first, std::in
   if (all_finite(zeros)) return;
   constexpr Tap taps[] = {kFirst, kMiddle, kLast};
   for (int k = 0; k < 3; ++k) {
-    pass<N>(Rows<In>{odd + (k - 1) * C, call.row_step, count, C}, weights_of(taps[k]), {sums, width, k > 0}, kNothing);
+    pass<N>(engine, Rows<In>{odd + (k - 1) * C, call.row_step, count, C}, weights_of(taps[k]), {sums, width, k > 0},
+            kNothing);
   }
   write(to, 0, count, [&](std::int64_t row, std::int64_t i) { return load(sums + row * width + i); });
 }
 
-template <class In, class Out>
+template <class Engine, class In, class Out>
 void filtered(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t count, std::int64_t group_begin,
               std::int64_t group_end, float* scratch) {
   const std::int64_t triples = (count + 2) / 3;
+  Engine engine;
   Combinations<In> rows{};
   float* at = scratch;
   for (int tap = kFirst; tap < kTaps; ++tap, at += kTriples * rounded_up(call.C, kLanes)) {
@@ -390,7 +470,7 @@ void filtered(const PackedConv<In, Out>& call, std::int64_t first, std::int64_t 
   combine(call.x + first * call.row_step, 2 * count, triples, call.C, rows);
   each_group(call.channels, group_begin, group_end, [&](std::int64_t column, auto vectors) {
     const float* panel = panel_of(call, kTaps, column);
-    filtered_group<vectors.count>(call, first, count, rows, panel, columns_of(call, first, column), at);
+    filtered_group<vectors.count>(engine, call, first, count, rows, panel, columns_of(call, first, column), at);
   });
 }
 
@@ -413,14 +493,21 @@ void pack(const In* const* rows, std::int64_t columns, std::int64_t C, std::int6
   std::memcpy(to + whole / Element::kDepth * width, rest, (C - whole) / Element::kDepth * width * sizeof(float));
 }
 
-template <class In, class Out>
+template <class In, class Out, class Engine = Registers>
 constexpr PackedConvVariants<In, Out> variants() {
   if constexpr (kWidens<In>) {
-    return {direct<In, Out>, nullptr, nullptr};
+    return {direct<Engine, In, Out>, nullptr, nullptr};
   } else {
-    return {direct<In, Out>, filtered<In, Out>, pack<In>};
+    return {direct<Engine, In, Out>, filtered<Engine, In, Out>, pack<In>};
   }
 }
+
+using OnTiles = PackedConvVariants<bf16, bf16>;
+#if defined(WAVLM_FAST_TILES)
+constexpr OnTiles kOnTiles = variants<bf16, bf16, Unit>(), kOnEmulatedTiles = variants<bf16, bf16, EmulatedUnit>();
+#else
+constexpr OnTiles kOnTiles = {}, kOnEmulatedTiles = {};
+#endif
 
 }  // namespace
 
@@ -435,7 +522,9 @@ const PackedConvKernels& packed_conv_kernels() {
                                                 variants<float, float>(),
                                                 variants<float, bf16>(),
                                                 variants<bf16, bf16>(),
-                                                !kWidens<bf16>};
+                                                !kWidens<bf16>,
+                                                kOnTiles,
+                                                kOnEmulatedTiles};
   return kernels;
 }
 

@@ -62,7 +62,7 @@ def extension() -> dict[str, Any]:
         "build": cpu.build_record(),
         "level": cpu.isa(),
         "levels": cpu.isa_levels(),
-        "reason": cpu.isa_reason(),
+        "reason": cpu.arithmetic(),
         "threads": cpu.threads(),
         "problem": cpu.extension.problem() or cpu.extension.isa_problem(),
     }

@@ -36,7 +36,7 @@ class Report:
     class that `accelerate` has not or could not make fast. `missing` says what is lost because torch or transformers
     are not quite as expected. `padding` is what padding means to the model, and `alone` why utterances of exact batches
     and of `forward_ragged` run one at a time, None when they need not. `arithmetic` says so where the CPU multiplies
-    bfloat16 as float32, which is faster there.
+    bfloat16 as float32 or has units for it, and which products those do.
     """
 
     rows: tuple[Row, ...]
@@ -102,7 +102,7 @@ def report(model: nn.Module) -> Report:
         missing=_private.missing(),
         padding=padding,
         alone=_why_alone(wavlm) if isinstance(wavlm, StandIn) else None,
-        arithmetic=backends.load("cpu").isa_reason() if on_cpu else None,
+        arithmetic=backends.load("cpu").arithmetic() if on_cpu else None,
     )
 
 

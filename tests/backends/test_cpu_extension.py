@@ -197,7 +197,7 @@ def test_dot_products_are_used_where_they_pay(gain, pay):
 
 def test_report_and_doctor_say_how_bfloat16_is_multiplied(monkeypatch):
     model = torch.nn.Linear(2, 2)
-    monkeypatch.setattr(cpu, "isa_reason", lambda: "bfloat16 is multiplied as float32: it rains")
+    monkeypatch.setattr(cpu, "arithmetic", lambda: "bfloat16 is multiplied as float32: it rains")
     assert str(report(model.bfloat16())).endswith("bfloat16 is multiplied as float32: it rains")
     assert "rains" not in str(report(model.float()))
     found = {**doctor.extension(), "level": "avx512", "levels": ["avx512"], "problem": None}

@@ -14,10 +14,11 @@ import torch
 from .. import gather
 from . import choices, extension
 from .choices import why_torch_trains
-from .extension import build_record, isa, isa_levels, isa_reason, threads
+from .extension import build_record, isa, isa_levels, threads
+from .packed_conv import arithmetic
 
 __all__ = [
-    "DEVICES", "NAME", "RANK", "TABLE", "build_record", "choices", "isa", "isa_levels", "isa_reason", "mending",
+    "DEVICES", "NAME", "RANK", "TABLE", "arithmetic", "build_record", "choices", "isa", "isa_levels", "mending",
     "threads", "why_not", "why_torch_trains",
 ]  # fmt: skip
 

@@ -54,7 +54,7 @@ def why_not(
     if reason is not None or x.dtype == torch.float32:
         return reason
     if packed_conv.in_onednn(x):
-        return "bfloat16 products run in oneDNN here, one by one"
+        return f"bfloat16 products run in oneDNN here, one by one: {packed_conv.why_onednn()}"
     if packed_conv.multiplies_pairs() and not all(map(packed_conv.multiplies, weights)):
         return "the C++ encoder_layer multiplies pairs of bfloat16 channels, a layer has an odd number"
     return None

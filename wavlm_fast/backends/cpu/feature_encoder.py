@@ -57,7 +57,7 @@ def why_not(
     if reason is not None:
         return reason
     if packed_conv.in_onednn(waveform):
-        return "bfloat16 convolutions run in oneDNN here, layer by layer"
+        return f"bfloat16 convolutions run in oneDNN here, layer by layer: {packed_conv.why_onednn()}"
     if any(w.numel() == 0 for w in weights):
         return "there is nothing to compute"
     if len(weights) < 2 or any(w.shape[2] < stride for w, stride in zip(weights[1:], strides[1:], strict=True)):

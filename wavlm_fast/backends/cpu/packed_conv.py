@@ -2,8 +2,9 @@
 
 linear_act, strided_conv and tdnn are all convolutions over time-major frames; a linear layer has one tap. They run in
 C++ (csrc/packed_conv.cpp), float32 as fast as in oneDNN, whose rounding error is more than twice that of torch's own
-linear and conv1d. bfloat16 runs in oneDNN on CPUs with matrix units (AMX), or for want of the extension: packed frames
-in one call on a grid, for it would make itself ready anew for each length.
+linear and conv1d. On CPUs with matrix units (AMX) bfloat16 runs on tiles where tiles.py finds that best, else in
+oneDNN, as for want of the extension: packed frames in one call on a grid, for it would make itself ready anew for each
+length.
 
 A kernel runs below autograd and cannot see whether a gradient is recorded. While a weight learns it is another at each
 optimizer step, and a copy that is used once does not pay: kernels then take the weight as it is, as gradients do.
@@ -20,7 +21,7 @@ from torch import Tensor
 from ..._private import is_amx_supported
 from ...derived import derived
 from ...ops._packed import DENSE, Resized
-from . import extension, onednn
+from . import extension, onednn, tiles
 from .grid import Grid, resized_bounds
 
 _pack_conv = extension.kernel("pack_conv(Tensor[] weights, bool filtered) -> Tensor")
@@ -117,10 +118,24 @@ def in_onednn(x: Tensor) -> bool:
 
 
 def _prefers_onednn() -> bool:
-    return onednn.why_not() is None and (_has_amx() or extension.problem() is not None)
+    return onednn.why_not() is None and why_onednn() is not None
+
+
+def why_onednn() -> str | None:
+    """Why oneDNN would do bfloat16 better than C++, a sentence; None where it would not."""
+    return extension.problem() or (tiles.why_not() if _has_amx() else None)
 
 
 _has_amx = cache(is_amx_supported)
+
+
+def arithmetic() -> str | None:
+    """How bfloat16 is multiplied, a sentence, where that is not by dot products; None where it is."""
+    if not _has_amx() or extension.problem() is not None:
+        return extension.isa_reason()
+    if tiles.why_not() is None:
+        return "bfloat16 products run on AMX tiles"
+    return f"bfloat16 products run in oneDNN: {tiles.why_not()}" if _prefers_onednn() else None
 
 
 def why_not(x: Tensor, weight: Tensor, *rest: object) -> str | None:
