@@ -6,6 +6,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -263,9 +264,12 @@ def placed(module: nn.Module, inputs: Inputs) -> Inputs:
     return {name: value.to(parameter.dtype) if value.is_floating_point() else value for name, value in found.items()}
 
 
-def bound_step(module: Output, inputs: Inputs) -> Callable[[], dict[str, Tensor]]:
+def bound_step(
+    module: Output, inputs: Inputs, around: Callable[[], AbstractContextManager] = nullcontext
+) -> Callable[[], dict[str, Tensor]]:
     """A training step: forward, backward from a sum with fixed random weights, and an optimizer that sets the weights
-    to what they are, so that every step is the same and yet counts as a change of all of them."""
+    to what they are, so that every step is the same and yet counts as a change of all of them. `around` is what the
+    forward runs in, such as autocast."""
     inputs = placed(module, inputs)
     weights: list[Tensor] = []
     module.train()
@@ -273,7 +277,8 @@ def bound_step(module: Output, inputs: Inputs) -> Callable[[], dict[str, Tensor]
 
     def call() -> dict[str, Tensor]:
         optimizer.zero_grad(set_to_none=True)
-        out = module(**inputs)
+        with around():
+            out = module(**inputs)
         if not weights:
             weights.append(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out))
         (out * weights[0]).mean().backward()
