@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ def _timed(scale: Scale, frames: int, batch: int, what: str, who: str) -> Timed:
     return Timed(case, checked, what, who, provider, right=who != LIMIT)
 
 
+@cache
 def _case(scale: Scale, frames: int, batch: int, heads: int, what: str) -> OpCase:
     width, training = scale.heads[1], what == BACKWARD
     name = f"{OP} T={frames} B={batch} H={heads} D={width}"

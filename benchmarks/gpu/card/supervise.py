@@ -54,11 +54,10 @@ class Worker:
             "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
         }
         environment.pop("WAVLM_FAST_BACKEND", None)
-        command = [sys.executable, "-m", f"{__package__}.worker", str(folder), device, sizes]
         with open(folder / LOG, "ab") as log:
             process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment,
-                start_new_session=True,
+                _command(folder, device, sizes), env=environment, start_new_session=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
             )  # fmt: skip
         made = cls(process, folder / LOG)
         threading.Thread(target=made._listen, daemon=True).start()
@@ -186,6 +185,10 @@ class Run:
     def _add(self, line: dict[str, Any]) -> None:
         self._record.add(line)
         self._tell(line)
+
+
+def _command(folder: Path, device: str, sizes: str) -> list[str]:
+    return [sys.executable, "-m", f"{__package__}.worker", str(folder), device, sizes]
 
 
 def _ended(status: int) -> str:
