@@ -14,14 +14,13 @@ from ..gpu.card.record import Found, read
 from ..gpu.card.steps import MODELS
 from .table import NONE, figure
 
-_ROOT = Path(__file__).parents[2]
-README = _ROOT / "README.md"
-CARD = _ROOT / "benchmarks" / "card.jsonl"  # the latest record that was taken in
+README = Path(__file__).parents[2] / "README.md"
+CARD = "card.jsonl"  # the latest record that was taken in, beside that of the latest full run
 _TINY = "tiny"
 
 
-def adopt(file: Path) -> None:
-    """Keep the record in `file` as `CARD`, and let the README say what is in it.
+def adopt(file: Path, folder: Path) -> None:
+    """Keep the record in `file` in the folder, as `CARD`, and let the README say what is in it.
 
     Raises:
         UserError: there is no such record, it tells nothing of a GPU, or this is no checkout.
@@ -36,7 +35,7 @@ def adopt(file: Path) -> None:
     except OSError as error:
         raise UserError(f"the README {README} cannot be read: {error.strerror or error}") from error
     changed = readme(text, found)
-    console.write_file(CARD, file.read_text(encoding="utf-8"), "record")
+    console.write_file(folder / CARD, file.read_text(encoding="utf-8"), "record")
     console.write_file(README, changed, "README")
 
 

@@ -122,8 +122,9 @@ def read(path: Path) -> Found:
         raise UserError(f"the results {path} are no JSON: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("rows"), list):
         raise UserError(f'the results {path} are not what `wavlm-fast bench --json` writes: there is no list "rows"')
-    if path == SOURCE and adopted.CARD.exists():
-        found["card"] = asdict(record.read(adopted.CARD))
+    card = path.with_name(adopted.CARD)
+    if path == SOURCE and card.exists():
+        found["card"] = asdict(record.read(card))
     return found
 
 
@@ -157,14 +158,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--gpu",
         type=Path,
         metavar="FILE",
-        help=f"take the record of `wavlm-fast gpu` in: as {adopted.CARD.name}, as a section of RESULTS.md and of a "
+        help=f"take the record of `wavlm-fast gpu` in: as {adopted.CARD}, as a section of RESULTS.md and of a "
         "page beside FILE, and as what the README says of GPUs",
     )
     args = parser.parse_args(arguments)
     show_everything()
     try:
         if args.gpu:
-            adopted.adopt(args.gpu)
+            adopted.adopt(args.gpu, SOURCE.parent)
             console.write_file(RECORDS[SOURCE], _text(SOURCE, False), "results")
             write_report(read(SOURCE), args.gpu.parent)
             return 0

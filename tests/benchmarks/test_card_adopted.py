@@ -63,7 +63,6 @@ def card(tmp_path, monkeypatch):
     """A copy of the repository's documents, and a record: card(lines) -> its file."""
     monkeypatch.setattr(results, "SOURCE", tmp_path / "results.json")
     monkeypatch.setattr(results, "RECORDS", {tmp_path / "results.json": tmp_path / "RESULTS.md"})
-    monkeypatch.setattr(adopted, "CARD", tmp_path / "card.jsonl")
     monkeypatch.setattr(adopted, "README", tmp_path / "README.md")
     shutil.copy(ROOT / "README.md", tmp_path)
     results.SOURCE.write_text(json.dumps(made_up.document()))

@@ -239,8 +239,8 @@ def test_time_is_up(tmp_path, fake, monkeypatch):
     fake("a", "hangs", "b")
     monkeypatch.setattr(supervise, "_AT_LEAST", 600.0)
     begin = time.time()
-    found = run(tmp_path, minutes=1.5 / 60)
-    assert time.time() - begin < 5
+    found = run(tmp_path, minutes=4 / 60)
+    assert time.time() - begin <= 4
     assert found.done == {"a"}
     assert found.left_out == ["hangs", "b"]
     fake("a", "b")

@@ -1,6 +1,7 @@
 """`wavlm-fast gpu`: what it refuses, and all of it in Triton's interpreter, where next to nothing is installed."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -74,10 +75,9 @@ def bare(tmp_path_factory):
     packages = tmp_path_factory.mktemp("bare")
     (packages / "sitecustomize.py").write_text(BARE)
 
-    def run(out, minutes=1.0):
+    def run(out):
         return subprocess.run(
-            [sys.executable, "-m", "wavlm_fast", "gpu", "--tiny", "--device", "cpu", "--minutes", str(minutes),
-             "--out", str(out)],
+            [sys.executable, "-m", "wavlm_fast", "gpu", "--tiny", "--device", "cpu", "--minutes", "1", "--out", str(out)],
             cwd=ROOT,
             # Uncompiled everything is called all the same; a compiler for CPUs takes minutes.
             env={**os.environ, "PYTHONPATH": f"{packages}{os.pathsep}{ROOT}", "TRITON_INTERPRET": "1",
@@ -93,32 +93,39 @@ def bare(tmp_path_factory):
 @needs_triton
 @pytest.mark.slow
 def test_whole(bare, tmp_path):
-    ended = bare(tmp_path)
-    log = (tmp_path / "log.txt").read_text()
-    assert ended.returncode == 0, ended.stdout + ended.stderr + log
-    found = read(tmp_path / FILE)
-    order = [PHASES.index(line["phase"]) for line in found.lines]
-    assert order == sorted(order)
-    assert set(order) == set(range(len(PHASES)))
+    """All of it, a minute at a time: machines differ in how many that takes."""
+    for runs in range(1, 6):
+        ended = bare(tmp_path)
+        assert ended.returncode == 0, ended.stdout + ended.stderr + (tmp_path / "log.txt").read_text()
+        found = read(tmp_path / FILE)
+        assert len(found.runs) == runs
+        assert found.runs[-1]["seconds"] <= 60
+        assert (f"{len(found.left_out)} measurements were left out" in ended.stdout) == bool(found.left_out)
+        if not found.left_out:
+            break
     assert found.left_out == []
+    steps = [line["step"] for line in found.lines]
+    assert len(steps) == len(set(steps))
+    assert tuple(dict.fromkeys(line["phase"] for line in found.lines)) == PHASES
 
     parity = found.rows(PARITY)
     kernels = {op for op in OPS if op in load("triton").TABLE}
-    for dtype in ("float32", "float16"):
-        there = {(r["level"], r["name"], r["quantity"]) for r in parity if r["dtype"] == dtype}
-        assert there >= {("op", op, quantity) for op in kernels for quantity in ("forward", "gradient")}
-        assert there >= {("model", m, quantity) for m in ("base", "large") for quantity in ("forward", "gradient")}
+    there = {(r["name"], r["quantity"], r["dtype"]) for r in parity}
+    for quantity in ("forward", "gradient"):
+        assert there >= {(op, quantity, dtype) for op in kernels for dtype in ("float32", "float16")}
+        assert there >= {(model, quantity, "float32") for model in ("base", "large", "WavLMModel")}
     assert {r["verdict"] for r in parity} == {"pass"}
 
     attention = found.rows(ATTENTION)
-    assert {r["provider"] for r in attention} == {
+    assert {r["provider"] for r in attention if "provider" in r} == {
         "wavlm_fast triton", "SDPA, dense bias", "SDPA, no bias", "FlexAttention"
     }  # fmt: skip
-    assert {r["what"] for r in attention} == {"forward", "backward"}
+    assert {r["what"] for r in attention if "what" in r} == {"forward", "backward"}
     assert {r["op"] for r in found.rows(STAGES)} == {"waveform_conv", "strided_conv", "positional_conv"}
     for row in (*attention, *found.rows(STAGES)):
-        if row["problem" if "problem" in row else "limit"] and not row["limit"]:
+        if row.get("fault"):
             assert not row["ours"], row
+            assert row["problem"] == "Refusal: FlexAttention computes no gradients on CPUs"
             continue
         assert row["seconds"]["median"] > 0
         assert row["bytes"] > 0
@@ -137,7 +144,6 @@ def test_whole(bare, tmp_path):
     before = (tmp_path / FILE).read_bytes()
     again = bare(tmp_path)
     assert again.returncode == 0, again.stderr
-    after = (tmp_path / FILE).read_bytes()
-    assert after.startswith(before)
-    assert len(after.splitlines()) == len(before.splitlines()) + 1  # that there was a run
+    more = (tmp_path / FILE).read_bytes().removeprefix(before).splitlines()
+    assert [list(json.loads(line)) for line in more] == [["run"]]  # nothing was left to measure
     assert tables.tables(found)[1].plain() in again.stdout

@@ -59,7 +59,7 @@ def _of_ops(scale: Scale, chosen: list[Case]) -> Iterator[Step]:
 
 def _tiny_models(scale: Scale, chosen: Any) -> Iterator[Step]:
     for case in chosen:
-        for dtype in scale.dtypes:
+        for dtype in scale.dtypes_of_models:
             name = f"parity of a tiny {case.model}, {case.name}, {dtype_name(dtype)}"
             yield Step(PARITY, name, 15, lambda case=case, dtype=dtype: _judged(run_models, case, dtype, scale))
 
@@ -71,7 +71,7 @@ def _judged(harness: Any, case: Any, dtype: torch.dtype, scale: Scale) -> list[R
 
 def _real_models(scale: Scale) -> Iterator[Step]:
     for model in ("base", "large"):
-        for dtype in scale.dtypes:
+        for dtype in scale.dtypes_of_models:
             name = f"parity of {model}, forward and gradients, {dtype_name(dtype)}"
             yield Step(PARITY, name, 30, lambda model=model, dtype=dtype: _real(scale, model, dtype))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import queue
 import signal
@@ -27,7 +28,7 @@ from .session import fault
 
 LOG = "log.txt"
 _PATIENCE, _AT_LEAST = 8.0, 60.0  # a step may take so many times as long as was thought, and seconds at least
-_GRACE = 0.5  # seconds past the end in which a step may yet be told of
+_EARLY = 1.0  # seconds before the end, for what is left to say
 _END = object()
 
 
@@ -101,7 +102,7 @@ class Run:
     Args:
         folder: of the record; there already.
         device, sizes: for the worker.
-        minutes: from `begin` on.
+        minutes: from `begin` on. What runs then is ended, is no line of the record, and is named as left out.
         tell: is told every line of the record.
         begin: of time.time().
     """
@@ -110,7 +111,7 @@ class Run:
         self, folder: Path, device: str, sizes: str, minutes: float, tell: Callable[[dict], None], begin: float
     ) -> None:
         self._folder, self._device, self._sizes, self._tell = folder, device, sizes, tell
-        self._begin, self._deadline, self._minutes = begin, begin + 60 * minutes, minutes
+        self._begin, self._deadline, self._minutes = begin, begin + 60 * minutes - _EARLY, minutes
         self._record: Record | None = None
         self._planned: list[str] = []
         self._over = False
@@ -153,14 +154,13 @@ class Run:
         progressed = False
         running: dict[str, Any] | None = None
         while True:
-            until = self._deadline + _GRACE
-            if running is not None:
-                until = min(until, time.time() + max(_AT_LEAST, _PATIENCE * running["seconds"]))
+            patience = max(_AT_LEAST, _PATIENCE * running["seconds"]) if running is not None else math.inf
+            until = time.time() + patience
             try:
-                message = worker.next(until)
+                message = worker.next(min(until, self._deadline))
             except _Late:
-                if running is not None and time.time() < self._deadline:
-                    self._failed(running, f"it did not end within {until - running['began']:.0f} s")
+                if until < self._deadline:
+                    self._failed(running, f"it did not end within {patience:.0f} s")
                 raise
             if message is _END:
                 if running is not None:

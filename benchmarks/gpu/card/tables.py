@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 from ...page.document import Row, median, number, split
 from ...page.table import NONE, Table, as_error, as_gb, as_share, digits, figure
@@ -101,7 +102,7 @@ def _excess(row: Row) -> float:
 def _ops(title: str, rows: Sequence[Row]) -> Table:
     columns = ("op", "computed", "by", "error", "allowed", "ms", "MB", "of bandwidth", "of products", "ours is")
     table = Table(title, columns, text=3, remarks=_problems(rows))
-    for row in (row for row in rows if "case" in row):
+    for row in chain(*split((row for row in rows if "case" in row), "case", "what")):
         moved = figure(row.get("bytes"), lambda size: f"{size / 1e6:.1f}")
         table.rows.append((
             row["case"].removeprefix("op "), row["what"], row["provider"], as_error(row.get("error")),
@@ -114,7 +115,7 @@ def _ops(title: str, rows: Sequence[Row]) -> Table:
 def _models(rows: Sequence[Row]) -> Table:
     columns = ("model", "what", "by", "dtype", "error", "allowed", "ms", "x real time", "peak, GB", "ours is")
     table = Table("Whole models", columns, text=4, remarks=_problems(rows))
-    for row in (row for row in rows if "model" in row):
+    for row in chain(*split((row for row in rows if "model" in row), "model", "batch", "what")):
         table.rows.append((
             f"{row['model']} {row['batch']}×{row['length']:g} s", row["what"], row["provider"], row["dtype"],
             as_error(row.get("error")), as_error(row.get("allowed")), _ms(row),

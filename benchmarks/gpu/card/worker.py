@@ -7,6 +7,7 @@ standard error.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -88,6 +89,7 @@ def main(arguments: list[str]) -> int:
     warnings.filterwarnings("ignore")
     scale = Scale(torch.device(device), sizes == TINY)
     scale.prepare()
+    gc.freeze()  # nobody has to look through all of torch for garbage after every step
     _send(out, {"head": head(scale)})
     leave = sys.stdin.readline()
     if leave:
