@@ -77,7 +77,7 @@ def bare(tmp_path_factory):
 
     def run(out):
         return subprocess.run(
-            [sys.executable, "-m", "wavlm_fast", "gpu", "--tiny", "--device", "cpu", "--minutes", "1", "--out", str(out)],
+            [sys.executable, *["-m", "wavlm_fast", "gpu", "--tiny", "--device", "cpu", "--minutes", "1", "--out"], str(out)],
             cwd=ROOT,
             # Uncompiled everything is called all the same; a compiler for CPUs takes minutes.
             env={**os.environ, "PYTHONPATH": f"{packages}{os.pathsep}{ROOT}", "TRITON_INTERPRET": "1",
