@@ -76,8 +76,9 @@ def bare(tmp_path_factory):
     (packages / "sitecustomize.py").write_text(BARE)
 
     def run(out):
+        arguments = ["--tiny", "--device", "cpu", "--minutes", "1", "--out", str(out)]
         return subprocess.run(
-            [sys.executable, *["-m", "wavlm_fast", "gpu", "--tiny", "--device", "cpu", "--minutes", "1", "--out"], str(out)],
+            [sys.executable, "-m", "wavlm_fast", "gpu", *arguments],
             cwd=ROOT,
             # Uncompiled everything is called all the same; a compiler for CPUs takes minutes.
             env={**os.environ, "PYTHONPATH": f"{packages}{os.pathsep}{ROOT}", "TRITON_INTERPRET": "1",
