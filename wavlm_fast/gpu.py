@@ -56,9 +56,12 @@ def run(args: argparse.Namespace) -> int:
     print(f"{right} of {compared} comparisons with float64 are right; {folder / record.FILE} has everything.")
     for row in faults:
         print(f"wrong: {row['step']}: {row.get('problem') or row.get('reason') or 'off by more than is allowed'}")
+    stopped = found.runs[-1]["stopped"]
+    if stopped:
+        print(f"It stopped before its time: {stopped}")
     if found.left_out:
         print(f"{len(found.left_out)} measurements were left out; the same command goes on with them.")
-    return int(bool(faults))
+    return int(bool(faults or stopped))
 
 
 def _tell(line: dict) -> None:

@@ -176,6 +176,8 @@ sys.path.insert(0, {folder!r})
 def send(**message):
     print(json.dumps(message), flush=True)
 done = [json.loads(line).get("step") for line in open({record!r})] if os.path.exists({record!r}) else []
+if "breaks for good" in done:
+    sys.exit("the device fell off the bus")
 send(head={head!r})
 deadline = json.loads(sys.stdin.readline())["deadline"]
 names = {names!r}
@@ -255,6 +257,14 @@ def test_a_worker_that_cannot_begin_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(supervise, "_command", lambda *given: [sys.executable, "-S", "-c", text])
     with pytest.raises(UserError, match=r"the device cannot be used: no such device \(all of it is in .*log.txt\)"):
         run(tmp_path)
+
+
+def test_a_device_that_is_lost_ends_the_run_with_what_was_found(tmp_path, fake):
+    fake("a", "breaks for good", "b")
+    found = run(tmp_path)
+    assert [line["step"] for line in found.lines] == ["a", "breaks for good"]
+    assert found.left_out == ["b"]
+    assert found.runs[-1]["stopped"].startswith("the device cannot be used: the device fell off the bus (")
 
 
 def test_a_record_of_another_device_ends_the_run(tmp_path, fake):

@@ -115,6 +115,7 @@ class Run:
         self._record: Record | None = None
         self._planned: list[str] = []
         self._over = False
+        self._why: str | None = None
 
     def __call__(self) -> Found:
         """Until there is nothing left, or no time.
@@ -137,7 +138,7 @@ class Run:
             left = [name for name in dict.fromkeys(self._planned) if name not in done]
             date = datetime.fromtimestamp(self._begin, timezone.utc).isoformat(timespec="seconds")
             took = time.time() - self._begin
-            self._record.end({"date": date, "minutes": self._minutes, "seconds": took, "left out": left})
+            self._record.end({"date": date, "minutes": self._minutes, "seconds": took, "left out": left, "stopped": self._why})
             return self._record.found
         finally:
             if self._record is not None:
@@ -147,7 +148,7 @@ class Run:
         """A worker from its first message to its last."""
         first = worker.next(self._deadline)
         if first is _END:
-            raise UserError(f"the device cannot be used: {worker.last_words()} (all of it is in {worker.log})")
+            return self._give_up(worker)
         if self._record is None:
             self._record = Record(self._folder, first["head"])
         worker.tell({"deadline": self._deadline})
@@ -166,7 +167,7 @@ class Run:
                 if running is not None:
                     self._failed(running, _ended(worker.end()))
                 elif not progressed:
-                    raise UserError(f"the run cannot go on: {worker.last_words()} (all of it is in {worker.log})")
+                    self._give_up(worker)
                 return
             running = {**message, "began": time.time()} if "start" in message else None
             self._planned += message.get("plan", ())
@@ -176,6 +177,13 @@ class Run:
                 self._add(message)
             if self._over:
                 return
+
+    def _give_up(self, worker: Worker) -> None:
+        """A worker ended that had done nothing; what others have found is kept."""
+        why = f"the device cannot be used: {worker.last_words()} (all of it is in {worker.log})"
+        if self._record is None or not self._record.found.lines:
+            raise UserError(why)
+        self._over, self._why = True, why
 
     def _failed(self, running: dict[str, Any], why: str) -> None:
         rows = [fault(running["phase"], running["start"], why)]

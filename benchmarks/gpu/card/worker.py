@@ -88,6 +88,8 @@ def main(arguments: list[str]) -> int:
     folder, device, sizes = arguments
     warnings.filterwarnings("ignore")
     scale = Scale(torch.device(device), sizes == TINY)
+    if scale.device.type == "cuda":
+        torch.cuda.set_device(scale.device)  # whose events tell the time
     scale.prepare()
     gc.freeze()  # nobody has to look through all of torch for garbage after every step
     _send(out, {"head": head(scale)})
