@@ -134,15 +134,22 @@ class Run:
                     worker.end()
             if self._record is None:
                 raise UserError(f"{self._minutes:g} minutes were over before the device was there")
-            done = self._record.found.done
-            left = [name for name in dict.fromkeys(self._planned) if name not in done]
-            date = datetime.fromtimestamp(self._begin, timezone.utc).isoformat(timespec="seconds")
-            took = time.time() - self._begin
-            self._record.end({"date": date, "minutes": self._minutes, "seconds": took, "left out": left, "stopped": self._why})
+            self._record.end(self._about())
             return self._record.found
         finally:
             if self._record is not None:
                 self._record.close()
+
+    def _about(self) -> dict[str, Any]:
+        """The run, now that it is over."""
+        done = self._record.found.done
+        return {
+            "date": datetime.fromtimestamp(self._begin, timezone.utc).isoformat(timespec="seconds"),
+            "minutes": self._minutes,
+            "seconds": time.time() - self._begin,
+            "left out": [name for name in dict.fromkeys(self._planned) if name not in done],
+            "stopped": self._why,
+        }
 
     def _follow(self, worker: Worker) -> None:
         """A worker from its first message to its last."""
