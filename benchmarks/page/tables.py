@@ -305,7 +305,7 @@ class Section:
 def sections(found: Found) -> list[Section]:
     """Everything that a run found, in the order that people read it; sections of what it did not measure are empty."""
     rows, memory, stages = (entries(found, name) for name in ("rows", "memory", "stages"))
-    return [
+    shown = [
         Section("gains", "What ours gains", of_gains(found)),
         Section("speed", "Case by case", summaries(found)),
         Section("scaling", "Cost against audio length and batch", of_scaling(entries(found, "scaling"))),
@@ -315,8 +315,10 @@ def sections(found: Found) -> list[Section]:
         Section("layers", "Error by layer", of_layers(entries(found, "layers"))),
         Section("ops", "Single ops", of_ops(rows)),
         Section("cases", "Every measurement", [of_case(group) for group in split(rows, "case")]),
-        Section("gpu", "On a GPU", card.tables(Card(**found["card"])) if found.get("card") else []),
     ]
+    if found.get("card"):  # a record of its own
+        shown.append(Section("gpu", "On a GPU", card.tables(Card(**found["card"]))))
+    return shown
 
 
 def about(found: Found) -> list[tuple[str, str]]:

@@ -53,9 +53,10 @@ def lines():
         ("tuning", "tuning of attention", [
             {"of": "attention", "before": 0.0004, "after": 0.0003, "choices": {"a": {"BLOCK_M": 64}}}]),
     ]  # fmt: skip
-    run = {"date": "2026-05-04T03:02:01+00:00", "minutes": 10.0, "seconds": 590.5, "left out": ["large 32x10"]}
+    run = {"date": "2026-05-04T03:02:01+00:00", "minutes": 10.0, "seconds": 590.5, "stopped": None}
+    run["left out"] = ["large 32x10"]
     made = [{"step": name, "phase": phase, "took": 3.2, "rows": rows} for phase, name, rows in steps]
-    return [{"head": HEAD}, *made, {"run": run}]
+    return [{"head": {**HEAD}}, *made, {"run": run}]
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def test_every_op_is_compared_once_in_every_dtype_before_anything_is_twice():
     first = names[: len(KERNELS) * len(DTYPES)]
     for op in KERNELS:
         for dtype in DTYPES:
-            assert sum(f"parity of {op}, " in name and name.endswith(dtype) for name in first) == 1, (op, dtype)
+            assert sum(f"parity of {op}, " in name and name.endswith(f", {dtype}") for name in first) == 1, (op, dtype)
 
 
 def test_every_case_and_model_is_compared():
