@@ -27,9 +27,10 @@ import sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
         frame = sys._getframe(1)
-        while "importlib" in frame.f_code.co_filename:
+        while frame is not None and "importlib" in frame.f_code.co_filename:
             frame = frame.f_back
-        if name.partition(".")[0] in {ABSENT} and frame.f_code.co_filename.startswith({str(ROOT)!r}):
+        ours = frame is not None and frame.f_code.co_filename.startswith({str(ROOT)!r})
+        if ours and name.partition(".")[0] in {ABSENT}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Absent())
