@@ -34,7 +34,8 @@ def steps(scale: Scale) -> Iterator[Step]:
     first, *others = _rounds(scale)
     quick, models = run_models.cases(quick=True), run_models.cases()
     yield from _of_ops(scale, first)
-    yield from _tiny_models(scale, quick[:1] if scale.tiny else quick)
+    shortest = [case for case in models if case.input == "shortest"]
+    yield from _tiny_models(scale, shortest[:1] if scale.tiny else quick)
     yield from _real_models(scale)
     if scale.tiny:
         return

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -62,11 +62,14 @@ def measured(scale: Scale, rows: list[dict[str, Any]]) -> list[Step]:
     def known() -> roof.Roof:
         return roof.Roof([row for row in rows if row["phase"] == PEAKS])
 
-    found = [
+    return [
         *roof.steps(scale), *parity.steps(scale), *attention.steps(scale, known), *stages.steps(scale, known),
         *models.steps(scale),
     ]  # fmt: skip
-    return [replace(step, seconds=step.seconds * _TINY) for step in found] if scale.tiny else found
+
+
+def _paced(scale: Scale, steps: Iterable[Step]) -> list[Step]:
+    return [replace(step, seconds=step.seconds * (_TINY if scale.tiny else 1)) for step in steps]
 
 
 def messages(scale: Scale, folder: Path, deadline: float) -> Iterator[Message]:
@@ -75,9 +78,9 @@ def messages(scale: Scale, folder: Path, deadline: float) -> Iterator[Message]:
     rows = [{"step": line["step"], "phase": line["phase"], **row} for line in found.lines for row in line["rows"]]
     steps = measured(scale, rows)
     session = Session(found.done, rows, time.time, deadline)
-    yield from session.run(steps)
+    yield from session.run(_paced(scale, steps))
     if not session.broken:
-        yield from session.run(tuning.steps(scale, folder, steps, rows))
+        yield from session.run(_paced(scale, tuning.steps(scale, folder, steps, rows)))
     if not session.broken:
         yield {"end": True}
 
