@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
     sizes = worker.TINY if args.tiny else worker.FULL
     found = supervise.Run(folder, args.device, sizes, args.minutes, _tell, begin)()
     print()
+    for name in found.left_out:
+        print(f"left out: {name}")
     for table in tables.tables(found):
         print(table.plain())
     faults, (right, compared) = tables.faults(found), tables.counted(found)

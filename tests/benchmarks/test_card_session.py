@@ -22,6 +22,12 @@ from wavlm_fast.errors import UserError
 HEAD = {"device": "a device", "torch": "2.13.0"}
 
 
+@pytest.fixture(autouse=True)
+def no_garbage(monkeypatch):
+    """Looking for some in a process of tests takes seconds."""
+    monkeypatch.setattr(sessions.gc, "collect", lambda: 0)
+
+
 class Clock:
     """Time passes in steps alone."""
 

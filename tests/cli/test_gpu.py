@@ -106,6 +106,7 @@ def test_whole(bare, tmp_path):
         assert len(found.runs) == runs
         assert found.runs[-1]["seconds"] <= 60
         assert (f"{len(found.left_out)} measurements were left out" in ended.stdout) == bool(found.left_out)
+        assert all(f"left out: {name}\n" in ended.stdout for name in found.left_out)
         if not found.left_out:
             break
     assert found.left_out == []

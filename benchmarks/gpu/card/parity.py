@@ -30,13 +30,13 @@ _CHECKED_SECONDS = 2.0
 
 
 def steps(scale: Scale) -> Iterator[Step]:
-    """A case of each op, then tiny and real models, then the other cases: whoever is cut short has seen everything."""
+    """A case of each op, then models, real ones first, then the other cases: who is cut short has seen everything."""
     first, *others = _rounds(scale)
     quick, models = run_models.cases(quick=True), run_models.cases()
     yield from _of_ops(scale, first)
     shortest = [case for case in models if case.input == "shortest"]
-    yield from _tiny_models(scale, shortest[:1] if scale.tiny else quick)
     yield from _real_models(scale)
+    yield from _tiny_models(scale, shortest[:1] if scale.tiny else quick)
     if scale.tiny:
         return
     for chosen in others:
