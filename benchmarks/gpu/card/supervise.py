@@ -28,6 +28,7 @@ from .session import fault
 
 LOG = "log.txt"
 _PATIENCE, _AT_LEAST = 8.0, 60.0  # a step may take so many times as long as was thought, and seconds at least
+_DYING = 10.0  # seconds from the last word of a process to its end; a core dump takes some
 _EARLY = 1.0  # seconds before the end, for what is left to say
 _END = object()
 
@@ -82,6 +83,12 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
             self.process.stdin.flush()
+
+    def ended(self) -> int:
+        """The exit status of one that has said all that it will."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.process.wait(_DYING)
+        return self.end()
 
     def end(self) -> int:
         """Whatever it does; its exit status."""
@@ -172,7 +179,7 @@ class Run:
                 raise
             if message is _END:
                 if running is not None:
-                    self._failed(running, _ended(worker.end()))
+                    self._failed(running, _ended(worker.ended()))
                 elif not progressed:
                     self._give_up(worker)
                 return
