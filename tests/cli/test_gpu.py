@@ -128,6 +128,7 @@ def test_whole(bare, tmp_path):
     }  # fmt: skip
     assert {r["what"] for r in attention if "what" in r} == {"forward", "backward"}
     assert {r["op"] for r in found.rows(STAGES)} == {"waveform_conv", "strided_conv", "positional_conv"}
+    assert {r["what"] for r in found.rows(STAGES)} == {"forward", "forward and backward"}
     for row in (*attention, *found.rows(STAGES)):
         if row.get("fault"):
             assert not row["ours"], row
