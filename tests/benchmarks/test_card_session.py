@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from wavlm_fast.benchmarks.gpu.card import session as sessions
-from wavlm_fast.benchmarks.gpu.card import supervise
+from wavlm_fast.benchmarks.gpu.card import supervise, worker
 from wavlm_fast.benchmarks.gpu.card.record import FILE, Record, read
 from wavlm_fast.benchmarks.gpu.card.session import Session
 from wavlm_fast.benchmarks.gpu.card.steps import MODELS, PARITY, STAGES, Step
@@ -197,7 +198,7 @@ for name in names:
     if name.startswith("exits"):
         sys.exit(3)
     if name.startswith("hangs"):
-        time.sleep(600)
+        time.sleep(30)
     send(step=name, phase="parity", took=0.1, rows=[dict(figure=name)])
     if name.startswith("breaks"):
         sys.exit(0)
@@ -283,7 +284,7 @@ def test_a_record_of_another_device_ends_the_run(tmp_path, fake):
 KILLED = """
     import sys, time
     from pathlib import Path
-    from wavlm_fast.benchmarks.gpu.card import supervise
+    from wavlm_fast.benchmarks.gpu.card import supervise, worker
     text = sys.argv[2]
     supervise._command = lambda *given: [sys.executable, "-S", "-c", text]
     supervise.Run(Path(sys.argv[1]), "cuda", "full", 1.0, lambda line: print(line["step"], flush=True), time.time())()
@@ -305,3 +306,16 @@ def test_a_killed_run_loses_the_step_in_progress_alone(tmp_path):
     found = read(tmp_path / FILE)
     assert [line["step"] for line in found.lines] == ["a", "b"]
     assert json.loads((tmp_path / FILE).read_text().splitlines()[0]) == {"head": HEAD}
+
+
+def test_a_worker_does_not_outlive_who_started_it():
+    reader, writer = os.pipe()
+    left = []
+    with os.fdopen(reader) as stream:
+        waiting = threading.Thread(target=worker.left_alone, args=(stream, left.append))
+        waiting.start()
+        os.write(writer, b"not yet\n")
+        assert not left
+        os.close(writer)  # as the system does for whoever ends
+        waiting.join(30)
+    assert left == [1]
