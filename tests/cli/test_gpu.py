@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 # What a bare checkout does without. transformers may bring some of it: what it imports itself it has.
 ABSENT = ("soundfile", "soxr", "rich", "matplotlib", "pytest", "onnx", "onnxruntime", "openvino", "psutil", "ray",
-          "kaldiio", "pyarrow", "setuptools")  # fmt: skip
+          "kaldiio", "pyarrow", "setuptools", "peft")  # fmt: skip
 BARE = f"""
 import sys
 
