@@ -22,6 +22,7 @@ COMMANDS = {
     "doctor": "say what is installed, what this machine can do, and what will run where",
     "parity": "prove every op and every model class equal to transformers on this machine",
     "bench": "how much faster, how much memory, how equal: ours against transformers and other runtimes",
+    "gpu": "what a GPU says of all this, measured within so many minutes: results, speed, and better configurations",
     "batches": "what becomes of an utterance that is padded into a batch: transformers, and ours in both modes",
     "extract": "write the hidden states of audio files",
     "convert": "take a WavLM from transformers, Microsoft's code or torchaudio to another of them, checked",

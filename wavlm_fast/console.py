@@ -7,15 +7,16 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from .errors import UserError
 from .files import remove_unfinished, write_atomically
+
+if TYPE_CHECKING:  # some commands run where rich is not installed
+    from rich.console import Console
+    from rich.table import Table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -24,6 +25,8 @@ _PLAIN_WIDTH = 120  # columns in a pipe or a log, whatever the terminal around i
 
 def console() -> Console:
     """Standard output: colours and the terminal's width on a terminal, plain text of fixed width elsewhere."""
+    from rich.console import Console
+
     if sys.stdout.isatty():
         return Console(highlight=False)
     return Console(highlight=False, width=_PLAIN_WIDTH, color_system=None, force_terminal=False)
@@ -31,6 +34,9 @@ def console() -> Console:
 
 def table(*columns: str, text: int = 1) -> Table:
     """A table whose first `text` columns are text, to the left, and whose others are numbers, to the right."""
+    from rich import box
+    from rich.table import Table
+
     style = box.SIMPLE_HEAD if sys.stdout.isatty() else box.MARKDOWN
     made = Table(box=style)
     for position, name in enumerate(columns):

@@ -172,17 +172,28 @@ class BoundOp:
         filled = (torch.zeros_like(x) if g is None else g for x, g in zip(leaves, through, strict=True))
         return self._named(outputs), {f"d{name}": g for name, g in zip(self._leaves, filled, strict=True)}
 
+    def backward(self) -> Callable[[], Any]:
+        """The gradients alone, again and again, of one forward."""
+        with backends.resumed(self._way.wish):
+            outputs = self._outputs()
+
+        def call() -> Any:
+            with backends.resumed(self._way.wish):
+                return self._gradients(outputs, again=True)
+
+        return call
+
     def _outputs(self) -> Any:
         torch.autograd.graph.increment_version(self._changed)
         return self._way.function(*self._inputs)
 
-    def _gradients(self, outputs: Any) -> tuple[Tensor | None, ...]:
+    def _gradients(self, outputs: Any, again: bool = False) -> tuple[Tensor | None, ...]:
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         flowing = [outputs[i] for i in self._case.inputs.upstream]
         if not self._upstream:
             made = run_ops.upstream_of(self._case.inputs, self._named(outputs), flowing[0].dtype)
             self._upstream = [g.to(o) for g, o in zip(made, flowing, strict=True)]
-        return torch.autograd.grad(flowing, self._wanted, self._upstream, allow_unused=True)
+        return torch.autograd.grad(flowing, self._wanted, self._upstream, retain_graph=again, allow_unused=True)
 
     def _named(self, outputs: Any) -> dict[str, Tensor]:
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)

@@ -7,14 +7,17 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from wavlm_fast import console
 from wavlm_fast.errors import UserError, show_everything
 
+from ..gpu.card import record
 from ..run.providers import BASELINE, EXACT, OURS
-from . import tables
+from . import adopted, tables
 from .document import Found, Row, entries, is_ours, median, memory_beside, ours_beside
+from .report import write_report
 from .table import in_markdown
 
 _HERE = Path(__file__).parents[1]
@@ -106,7 +109,7 @@ def _command(case: str) -> str:
 
 
 def read(path: Path) -> Found:
-    """The document in a file.
+    """The document in a file; that of the latest full run has the record of a GPU with it, where there is one.
 
     Raises:
         UserError: there is none.
@@ -119,6 +122,9 @@ def read(path: Path) -> Found:
         raise UserError(f"the results {path} are no JSON: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("rows"), list):
         raise UserError(f'the results {path} are not what `wavlm-fast bench --json` writes: there is no list "rows"')
+    card = path.with_name(adopted.CARD)
+    if path == SOURCE and card.exists():
+        found["card"] = asdict(record.read(card))
     return found
 
 
@@ -148,9 +154,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     records = " and ".join(f"those of {made_of.name} to {to.name}" for made_of, to in RECORDS.items())
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help=f"print its tables; else write {records}")
     parser.add_argument("--headline", action="store_true", help="print the README's figures instead")
+    parser.add_argument(
+        "--gpu",
+        type=Path,
+        metavar="FILE",
+        help=f"take the record of `wavlm-fast gpu` in: as {adopted.CARD}, as a section of RESULTS.md and of a "
+        "page beside FILE, and as what the README says of GPUs",
+    )
     args = parser.parse_args(arguments)
     show_everything()
     try:
+        if args.gpu:
+            adopted.adopt(args.gpu, SOURCE.parent)
+            console.write_file(RECORDS[SOURCE], _text(SOURCE, False), "results")
+            write_report(read(SOURCE), args.gpu.parent)
+            return 0
         if args.file or args.headline:
             print(_text(args.file or SOURCE, args.headline), end="")
             return 0

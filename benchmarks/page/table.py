@@ -7,14 +7,14 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-from rich.console import Console
-from rich.markup import escape
+from typing import TYPE_CHECKING, Any
 
 from wavlm_fast import console
 
 from .document import Row, number
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 NONE = "-"
 _GB = 1e9
@@ -32,6 +32,8 @@ class Table:
 
     def show(self, out: Console) -> None:
         """Print it."""
+        from rich.markup import escape
+
         shown = console.table(*map(escape, self.columns), text=self.text)
         for row in self.rows:
             shown.add_row(*map(escape, row))
@@ -49,6 +51,15 @@ class Table:
         parts = [in_markdown(self.title), "".join(f"| {line} |\n" for line in (head, " | ".join(rule), *body))]
         remarks = "".join(f"- {in_markdown(remark)}\n" for remark in self.remarks)
         return "\n\n".join(filter(None, (parts[0], parts[1].strip(), remarks.strip()))) + "\n"
+
+    def plain(self) -> str:
+        """As text in columns, for where no library draws tables."""
+        lines = [self.columns, *self.rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
+        sides = ["<" if i < self.text else ">" for i in range(len(self.columns))]
+        cells = ([f"{c:{side}{w}}" for c, side, w in zip(line, sides, widths, strict=True)] for line in lines)
+        shown = [self.title, *("  ".join(line).rstrip() for line in cells), *(f"- {r}" for r in self.remarks)]
+        return "\n".join(shown) + "\n"
 
     def html(self) -> str:
         """As an HTML table with its caption."""

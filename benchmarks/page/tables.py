@@ -10,6 +10,8 @@ from typing import Any
 
 from wavlm_fast import console
 
+from ..gpu.card import tables as card
+from ..gpu.card.record import Found as Card
 from ..run.providers import ALONE, BASELINE, EXACT, OURS, UNIFORM
 from ..run.stages import WHOLE
 from .document import (
@@ -263,6 +265,10 @@ def _over_the_best(rows: Sequence[Row], cases: Collection[str]) -> Iterator[tupl
 
 
 _METHOD = {
+    "gpu": "By `wavlm-fast gpu`: each by itself, the median of up to 30 runs by the device's own clock, with something "
+    "else in its cache. Bytes are the inputs and outputs of each pass, once; operations those of the direct algorithm; "
+    "shares are of the peaks measured there. “SDPA, no bias” computes something else: the limit of what attention "
+    "without a bias takes. Ours is how many times as fast: the fastest of ours.",
     "gains": "Ratios are of runs side by side, in the same precision; a case counts where both were right and timed. "
     "Errors are the largest over these cases, max |x - truth| / max |truth| with the truth computed in float64.",
     "speed": "“fp32 over X” is how many times as fast ours is as X on the same input and threads: the median of the "
@@ -299,7 +305,7 @@ class Section:
 def sections(found: Found) -> list[Section]:
     """Everything that a run found, in the order that people read it; sections of what it did not measure are empty."""
     rows, memory, stages = (entries(found, name) for name in ("rows", "memory", "stages"))
-    return [
+    shown = [
         Section("gains", "What ours gains", of_gains(found)),
         Section("speed", "Case by case", summaries(found)),
         Section("scaling", "Cost against audio length and batch", of_scaling(entries(found, "scaling"))),
@@ -310,6 +316,9 @@ def sections(found: Found) -> list[Section]:
         Section("ops", "Single ops", of_ops(rows)),
         Section("cases", "Every measurement", [of_case(group) for group in split(rows, "case")]),
     ]
+    if found.get("card"):  # a record of its own
+        shown.append(Section("gpu", "On a GPU", card.tables(Card(**found["card"]))))
+    return shown
 
 
 def about(found: Found) -> list[tuple[str, str]]:

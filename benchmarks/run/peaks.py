@@ -45,13 +45,13 @@ class Peaks:
 def peaks(device: str = "cpu") -> Peaks:
     """Measure; takes about a second."""
     if device != "cpu":
-        fp32, bf16 = (_product(dtype, _GPU_SIZE, device) for dtype in (torch.float32, torch.bfloat16))
+        fp32, bf16 = (product(dtype, _GPU_SIZE, device) for dtype in (torch.float32, torch.bfloat16))
         return Peaks(fp32, bf16, "a large product by the vendor's library")
     if cpu.extension.problem() is not None:
         return Peaks(None, None, f"not measured: {cpu.extension.problem()}")
     fp32, bf16 = (torch.ops.wavlm_fast_cpu.peak(dtype) for dtype in ("float32", "bfloat16"))
     if _has_matrix_unit():
-        return Peaks(fp32, _product(), f"multiply-adds on registers, {cpu.isa()}; bf16: a large oneDNN product, on AMX")
+        return Peaks(fp32, product(), f"multiply-adds on registers, {cpu.isa()}; bf16: a large oneDNN product, on AMX")
     how = f"multiply-adds on registers, {cpu.isa()}"
     if math.isnan(bf16):
         return Peaks(fp32, fp32, f"{how}, which multiplies bfloat16 as float32")
@@ -63,6 +63,7 @@ def _has_matrix_unit() -> bool:
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
-def _product(dtype: torch.dtype = torch.bfloat16, size: int = _SIZE, device: str = "cpu") -> float:
+def product(dtype: torch.dtype = torch.bfloat16, size: int = _SIZE, device: str = "cpu") -> float:
+    """Operations per second of a product of square matrices by the vendor's library."""
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     return 2.0 * size**3 / min(measure.interleave({"product": lambda: torch.mm(a, b)}, _RUNS, device)["product"])

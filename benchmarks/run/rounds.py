@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,12 +18,14 @@ from . import fresh
 from .cases import MODELS, Case, bound, bound_step
 from .houses import HOUSES
 from .peaks import Peaks
-from .progress import Meter
 from .providers import BASELINE, EXACT, OURS, PADDED, SHORT, Call, Provider, Subject
 from .ragged import judged, seen
 from .regimes import REGIMES
 from .stages import breakdown
 from .verify import Judge, affordable, narrow
+
+if TYPE_CHECKING:  # it draws, with a library that an op's measurement has no use for
+    from .progress import Meter
 
 RAGGED = "ragged"  # the group of cases in which utterances run in several ways
 _STAGE_ROUNDS, _BRIEF = 7, 8000  # forwards, and samples of one that is nearly nothing but Python

@@ -6,10 +6,10 @@ import argparse
 import platform
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
-from rich.console import Console
 
 from .. import audio, backends, ops
 from ..console import (
@@ -26,6 +26,9 @@ from . import run_checkpoint, run_models, run_ops, table
 from .cases import cases_of
 from .mutation_check import self_test
 from .rule import DTYPES, FAIL, SKIPPED, Result
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _DEFAULT_DTYPES = ("float32", "bfloat16", "float16")
 _QUICK_DTYPES = ("float32", "bfloat16")
@@ -72,6 +75,8 @@ def _dtype_argument(text: str) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Compare; 0 when all that was compared is within what is allowed, 1 when something is not or nothing was."""
+    from rich.console import Console
+
     apply_threads(args.threads)
     # With JSON on standard output, the tables would be in its way.
     out = console() if args.json != "-" else Console(stderr=True, highlight=False)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from ..console import table
 from .mutation_check import Verdict
 from .rule import FAIL, SKIPPED, Result
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _COLUMNS = ("what", "computed", "backend", "dtype", "cases", "error", "allowed", "verdict")
 

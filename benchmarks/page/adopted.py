@@ -1,0 +1,97 @@
+"""The record of a GPU, taken into the repository: what `python -m benchmarks.results --gpu FILE` does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from wavlm_fast import console
+from wavlm_fast.errors import UserError
+
+from ..gpu.card import models, tables
+from ..gpu.card.record import Found, read
+from ..gpu.card.steps import MODELS
+from .table import NONE, figure
+
+README = Path(__file__).parents[2] / "README.md"
+CARD = "card.jsonl"  # the latest record that was taken in, beside that of the latest full run
+_TINY = "tiny"
+
+
+def adopt(file: Path, folder: Path) -> None:
+    """Keep the record in `file` in the folder, as `CARD`, and let the README say what is in it.
+
+    Raises:
+        UserError: there is no such record, it tells nothing of a GPU, or this is no checkout.
+    """
+    found = read(file)
+    if found.head.get("sizes") == _TINY:
+        raise UserError(f"the record {file} is of toy sizes, which say nothing of a GPU")
+    if tables.counted(found)[1] == 0:
+        raise UserError(f"the record {file} has no comparison with float64 in it")
+    try:
+        text = README.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"the README {README} cannot be read: {error.strerror or error}") from error
+    changed = readme(text, found)
+    console.write_file(folder / CARD, file.read_text(encoding="utf-8"), "record")
+    console.write_file(README, changed, "README")
+
+
+def readme(text: str, found: Found) -> str:
+    """The README's marked places, filled in.
+
+    Raises:
+        UserError: a place is missing.
+    """
+    for name, says in _PLACES.items():
+        place = re.compile(rf"(<!-- {name} -->).*?(<!-- /{name} -->)", re.DOTALL)
+        said = says(found)
+        text, count = place.subn(lambda marks, said=said: f"{marks[1]}{said}{marks[2]}", text)
+        if count != 1:
+            raise UserError(f"the README has {count} places <!-- {name} -->, and one is wanted")
+    return text
+
+
+def _heading(found: Found) -> str:
+    return ", on a GPU and without"
+
+
+def _ran(found: Found) -> str:
+    right, compared = tables.counted(found)
+    those = "all" if right == compared else f"{right}"
+    return (
+        f"They have run on an {_device(found)}: {those} of {compared} comparisons with float64 are right there "
+        "(benchmarks/RESULTS.md, On a GPU). What else is known of them, and how:"
+    )
+
+
+def _figure(found: Found) -> str:
+    right, compared = tables.counted(found)
+    shown = [f"{right} of {compared} comparisons right", *filter(None, (_faster(found, *w) for w in _SHOWN))]
+    return f"**measured on an {_device(found)}**: {'; '.join(shown)}"
+
+
+# Model, batch, what it does, and ours that is set against transformers' own.
+_SHOWN = (
+    ("base", 8, models.INFERENCE, "inference"),
+    ("large", 8, models.INFERENCE, "inference"),
+    ("base", 8, models.TRAINING, "training"),
+)
+
+
+def _faster(found: Found, model: str, batch: int, what: str, called: str) -> str | None:
+    rows = found.rows(MODELS)
+    there = (r for r in rows if (r.get("model"), r.get("batch"), r.get("what")) == (model, batch, what))
+    row = next((r for r in there if r["provider"] == models.THEIRS), None)
+    gained = row and tables.gain(row, rows, "model", "batch", "what")
+    said = figure(gained, "{:.2f} times as fast as transformers".format)
+    return None if said == NONE else f"{called} of {model}, {batch} × {row['length']:g} s, {row['dtype']}: {said}"
+
+
+def _device(found: Found) -> str:
+    return str(found.head["device"]).partition(" (")[0]
+
+
+_PLACES: dict[str, Callable[[Found], str]] = {"gpu-heading": _heading, "gpu-ran": _ran, "gpu": _figure}
