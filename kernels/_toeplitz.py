@@ -17,8 +17,9 @@ SHIFTS = tl.constexpr(4)
 # Entries in front of and behind each copy, so that tiles which overhang the sequence load without masks. No tile
 # is larger.
 MARGIN = 128
-# One program copies this many entries.
-BLOCK = 1024
+# One program copies this many entries, and looks for the ends among so many at a time: their loads do not wait for each
+# other.
+BLOCK, MOST_SEARCHED = 1024, 8192
 
 
 @triton.jit
@@ -31,6 +32,7 @@ def _toeplitz_kernel(
     W,
     MARGIN: tl.constexpr,
     BLOCK: tl.constexpr,
+    SEARCHED: tl.constexpr,
 ):
     block, head, reverse = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rel_bias_ptr += head * E
@@ -46,8 +48,8 @@ def _toeplitz_kernel(
         last = tl.load(rel_bias_ptr + E - 1)
         low = E  # the first entry that differs from entry 0
         high = -1  # the last entry that differs from entry E - 1
-        for start in range(0, E, BLOCK):
-            entry = start + tl.arange(0, BLOCK)
+        for start in range(0, E, SEARCHED):
+            entry = start + tl.arange(0, SEARCHED)
             value = tl.load(rel_bias_ptr + entry, mask=entry < E, other=0.0)
             low = tl.minimum(low, tl.min(tl.where((entry < E) & (value != first), entry, E), axis=0))
             high = tl.maximum(high, tl.max(tl.where((entry < E) & (value != last), entry, -1), axis=0))
@@ -71,7 +73,8 @@ def toeplitz(rel_bias: torch.Tensor, both: bool) -> tuple[torch.Tensor, torch.Te
     copies = rel_bias.new_empty(2 if both else 1, H, SHIFTS.value, W)
     ends = torch.empty(H, 2, dtype=torch.int32, device=rel_bias.device)
     grid = (triton.cdiv(W, BLOCK), H, copies.shape[0])
-    _toeplitz_kernel[grid](rel_bias, copies, ends, E, H, W, MARGIN=MARGIN, BLOCK=BLOCK)
+    searched = min(max(BLOCK, triton.next_power_of_2(E)), MOST_SEARCHED)
+    _toeplitz_kernel[grid](rel_bias, copies, ends, E, H, W, MARGIN=MARGIN, BLOCK=BLOCK, SEARCHED=searched)
     return copies, ends
 
 

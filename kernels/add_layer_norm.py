@@ -16,7 +16,7 @@ from ._tuning import Config, tunable
 MAX_CHANNELS = 16384
 # Programs of the backward, each with its own part of the weight's and bias's gradients: enough to fill a GPU, few
 # enough that adding up the parts costs nothing. Not the number of processors: sums would differ between GPUs.
-PARTS = 512
+PARTS = 256
 # Programs of the forward, below which they take fewer rows: two for each multiprocessor of an A100 or H100.
 FEW = 256
 

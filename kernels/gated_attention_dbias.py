@@ -5,7 +5,7 @@ elementwise and takes the sums over diagonals once, at its end. What it found is
 or, where torch asks for deterministic algorithms, stored as a part of its own for a second kernel to add up in order.
 
 Diagonals are an utterance's own. Of a dense batch a program takes every splits-th tile of a diagonal; of packed frames
-those tiles whose queries have EACH neighbouring places (`_packed_tiles.py`), as many as lie on its diagonal.
+those tiles whose queries have `each` neighbouring places (`_packed_tiles.py`), as many as lie on its diagonal.
 """
 
 import torch
@@ -22,7 +22,9 @@ from ._tuning import Config, tunable
 
 # Tiles of a program, about: enough to make little of its end, few enough to fill a GPU. How many programs there are
 # depends on the shapes alone, so that sums do not differ between GPUs.
-EACH = tl.constexpr(8)
+EACH = 8
+# Programs of a diagonal, and with them parts: memory goes by the frames, not by their square.
+MOST_SPLITS = 32
 
 
 @triton.jit(do_not_specialize=["utterances", "L"])
@@ -31,7 +33,7 @@ def _gated_attention_bwd_dbias_kernel(
     offsets_ptr, utterances, L,  # of packed frames; T is N
     dout_ptr, lse_ptr, delta_ptr, drel_bias_ptr,  # [H, 2L - 1], or parts [H, diagonals, splits, GROUPS, N]
     T, H, W, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    scale, gate_scale, dot_scale, threshold, keep_scale, batch, splits,
+    scale, gate_scale, dot_scale, threshold, keep_scale, batch, splits, each,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MARGIN: tl.constexpr,
     LENGTHS: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     ATOMIC: tl.constexpr, IN_PIECES: tl.constexpr,
@@ -58,8 +60,8 @@ def _gated_attention_bwd_dbias_kernel(
     sums = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     first_item, stop_item, step = split, tiles * batch, splits
     if PACKED:
-        first_item, step = split * EACH, 1
-        stop_item = tl.minimum(first_item + EACH, T // BLOCK_M + utterances)
+        first_item, step = split * each, 1
+        stop_item = tl.minimum(first_item + each, T // BLOCK_M + utterances)
         utterance = utterance_at(offsets_ptr, utterances, first_item, BLOCK_M)
         found = tl.full([], 0, tl.int32)
     for item in range(first_item, stop_item, step):
@@ -196,7 +198,8 @@ def _rel_bias_gradient(
     first_diagonal = -(query_tiles - 1) * (groups - 1)
     diagonals = key_tiles - first_diagonal
     tiles = B * query_tiles if offsets is None else places(T, offsets.shape[0] - 1, BLOCK_M)
-    splits = triton.cdiv(tiles, EACH.value)
+    each = max(EACH, triton.cdiv(tiles, MOST_SPLITS))
+    splits = triton.cdiv(tiles, each)
     parts = (H, diagonals, splits, groups, BLOCK_N)
     found = torch.zeros_like(rel_bias) if atomic else rel_bias.new_empty(parts)
     warps = 0
@@ -204,7 +207,7 @@ def _rel_bias_gradient(
         chip = target(q.device)
         warps = fragment_warps(BLOCK_M, config["num_warps"], q.dtype, constants["PRECISION"], chip)
     _gated_attention_bwd_dbias_kernel[(diagonals, splits, H)](
-        *operands, grad, lse, delta, found, *numbers, B, splits, ATOMIC=atomic, WARPS=warps, **constants, **config
+        *operands, grad, lse, delta, found, *numbers, B, splits, each, ATOMIC=atomic, WARPS=warps, **constants, **config
     )
     if atomic:
         return found

@@ -16,7 +16,7 @@ from ._tuning import Config, tunable
 # Programs of the backward, each with its own part of the parameters' gradients.
 PARTS = 256
 # Programs of the forward where there are heads enough: several for each multiprocessor of any GPU.
-PROGRAMS = 1024
+PROGRAMS = 512
 
 
 @triton.jit

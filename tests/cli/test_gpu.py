@@ -29,7 +29,8 @@ class Absent:
         frame = sys._getframe(1)
         while frame is not None and "importlib" in frame.f_code.co_filename:
             frame = frame.f_back
-        ours = frame is not None and frame.f_code.co_filename.startswith({str(ROOT)!r})
+        file = "" if frame is None else frame.f_code.co_filename
+        ours = file.startswith({str(ROOT)!r}) and "site-packages" not in file
         if ours and name.partition(".")[0] in {ABSENT}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
