@@ -31,6 +31,7 @@ PACKAGES = ("wavlm-fast", "torch", "transformers", "triton", "numpy", "soundfile
 VARIABLES = (
     "WAVLM_FAST_BACKEND",
     "WAVLM_FAST_CPU_ISA",
+    "WAVLM_FAST_AMX_TILES",
     "WAVLM_FAST_EXTENSION",
     "WAVLM_FAST_NO_EXTENSION",
     "WAVLM_FAST_AUTOTUNE",

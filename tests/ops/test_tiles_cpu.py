@@ -45,7 +45,9 @@ def stand_in(tmp_path_factory):
 def emulated(request, monkeypatch):
     """Tiles without a unit: its arithmetic written out, and its instructions done by a stand-in."""
     monkeypatch.setattr(packed_conv, "_prefers_onednn", lambda: False)
-    trapped = request.param == "trapped" and not torch.cpu._is_amx_tile_supported()
+    trapped = request.param == "trapped"
+    if trapped and torch.cpu._is_amx_tile_supported():
+        pytest.skip("this CPU does not stop at the unit's instructions, and nobody asked for it to run them")
     if trapped:
         library = request.getfixturevalue("stand_in")
         library.start()
@@ -175,6 +177,7 @@ def trial(monkeypatch):
             used.append(kind)
             real("emulated" if kind == "unit" else kind)
 
+        monkeypatch.setenv(tiles.ENVIRONMENT_VARIABLE, "1")
         monkeypatch.setattr(tiles, "use", use)
         monkeypatch.setattr(tiles, "_problem", lambda: problem)
         monkeypatch.setattr(tiles, "_seconds", lambda *runners: seconds if [run() for run in runners] else None)
@@ -234,6 +237,19 @@ def test_right_and_not_much_faster_stays_in_onednn(seconds, trial):
     x, weights = random(1, 4, 8), [random(8, 8)] * 4
     reason = cpu.TABLE["encoder_layer"].why_not(x, x, None, weights)
     assert reason == f"bfloat16 products run in oneDNN here, one by one: {tiles.why_not()}"
+
+
+@needs_onednn
+@pytest.mark.parametrize("asked", [None, "0", ""])
+def test_nobody_who_does_not_ask_gets_tiles(trial, asked, monkeypatch):
+    used = trial()
+    if asked is None:
+        monkeypatch.delenv(tiles.ENVIRONMENT_VARIABLE)
+    else:
+        monkeypatch.setenv(tiles.ENVIRONMENT_VARIABLE, asked)
+    assert packed_conv.in_onednn(random(1))
+    assert said().endswith("so far only emulated, are tried with WAVLM_FAST_AMX_TILES=1")
+    assert used == []
 
 
 @needs_onednn

@@ -1,13 +1,15 @@
 """Whether the engine packed_conv.py multiplies bfloat16 on AMX tiles (csrc/tiles.h), or leaves that to oneDNN.
 
-Nobody is taken at their word: before tiles compute anything for a user, a trial finds out whether they give the right
-numbers here, and sooner than oneDNN. It is made once per process, at the first call that could use them, in well under
-a second. What it finds wrong, too slow or failing leaves everything as it is without tiles.
+They were never run on a CPU that has the unit, only emulated, so they wait to be asked for, by WAVLM_FAST_AMX_TILES=1.
+Even then nobody is taken at their word: before tiles compute anything for a user, a trial finds out whether they give
+the right numbers here, and sooner than oneDNN. It is made once per process, at the first call that could use them, in
+well under a second. What it finds wrong, too slow or failing leaves everything as it is without tiles.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from functools import cache
@@ -25,6 +27,7 @@ _problem = extension.kernel("tiles_problem() -> str")
 _kernels = torch.ops.wavlm_fast_cpu  # of packed_conv.py, which asks this file
 _lock = ForkSafeLock()
 
+ENVIRONMENT_VARIABLE = "WAVLM_FAST_AMX_TILES"
 _MARGIN = 1.1  # by which tiles must be faster than oneDNN: what is measured once is not measured well
 _ROUNDS = 7
 
@@ -79,6 +82,8 @@ def why_not() -> str | None:
 
 @cache
 def _why_not() -> str | None:
+    if os.environ.get(ENVIRONMENT_VARIABLE) != "1":
+        return f"products on AMX tiles, so far only emulated, are tried with {ENVIRONMENT_VARIABLE}=1"
     return _problem() or _private.on_real_tensors(_trial)
 
 
