@@ -49,10 +49,10 @@ def _toeplitz_kernel(
         low = E  # the first entry that differs from entry 0
         high = -1  # the last entry that differs from entry E - 1
         for start in range(0, E, SEARCHED):
-            entry = start + tl.arange(0, SEARCHED)
-            value = tl.load(rel_bias_ptr + entry, mask=entry < E, other=0.0)
-            low = tl.minimum(low, tl.min(tl.where((entry < E) & (value != first), entry, E), axis=0))
-            high = tl.maximum(high, tl.max(tl.where((entry < E) & (value != last), entry, -1), axis=0))
+            sought = start + tl.arange(0, SEARCHED)
+            found = tl.load(rel_bias_ptr + sought, mask=sought < E, other=0.0)
+            low = tl.minimum(low, tl.min(tl.where((sought < E) & (found != first), sought, E), axis=0))
+            high = tl.maximum(high, tl.max(tl.where((sought < E) & (found != last), sought, -1), axis=0))
         tl.store(ends_ptr + head * 2, low - 1)
         tl.store(ends_ptr + head * 2 + 1, high + 1)
 
