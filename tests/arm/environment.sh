@@ -1,12 +1,12 @@
 #!/bin/sh
-# An aarch64 Python with torch, in the folder $1, for qemu-user: Debian's packages unpacked into root/, wheels, which the
+# An aarch64 Python with torch, in the folder $1, for qemu-user: Debian's packages unpacked into system/, wheels, which the
 # Python $2 has a pip for, into packages/, and bin/python, which starts it. Nothing is installed: nobody needs to be root.
 set -eu
 requirements=$PWD/constraints-arm.txt
 case "$2" in /*) python=$2 ;; *) python=$PWD/$2 ;; esac
 mkdir -p "$1" && cd "$1"
 here=$PWD
-rm -rf root packages apt && mkdir -p root bin apt/lists/partial apt/cache/archives/partial
+rm -rf system packages apt && mkdir -p system bin apt/lists/partial apt/cache/archives/partial
 keys=/usr/share/keyrings/debian-archive-keyring.gpg
 echo "deb [signed-by=$keys] http://deb.debian.org/debian bookworm main" > apt/sources.list
 : > apt/status
@@ -24,7 +24,7 @@ apt-get -qq update
 # Python with what it is linked to, and torch's C++ library; not what Debian would need to run.
 (cd apt && apt-get -qq download gcc-12-base libbz2-1.0 libc6 libcrypt1 libexpat1 libffi8 libgcc-s1 liblzma5 \
     libpython3.11-minimal libpython3.11-stdlib libsqlite3-0 libssl3 libstdc++6 libuuid1 python3.11-minimal zlib1g)
-for package in apt/*.deb; do dpkg -x "$package" root; done
+for package in apt/*.deb; do dpkg -x "$package" system; done
 unset APT_CONFIG
 
 platforms=
@@ -42,7 +42,7 @@ rm -rf apt
 # Under the wrapper's name, so that sys.executable starts an emulator again.
 cat > bin/python <<END
 #!/bin/sh
-export PYTHONHOME="$here/root/usr" PYTHONPATH="$here/packages\${PYTHONPATH:+:\$PYTHONPATH}"
-exec qemu-aarch64 -0 "$here/bin/python" -L "$here/root" "$here/root/usr/bin/python3.11" "\$@"
+export PYTHONHOME="$here/system/usr" PYTHONPATH="$here/packages\${PYTHONPATH:+:\$PYTHONPATH}"
+exec qemu-aarch64 -0 "$here/bin/python" -L "$here/system" "$here/system/usr/bin/python3.11" "\$@"
 END
 chmod +x bin/python
