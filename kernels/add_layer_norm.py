@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ._tuning import Config, tunable
+from ._wanted import only
 
 # A row of this many channels still fits the registers of one program, in fp32.
 MAX_CHANNELS = 16384
@@ -151,7 +152,7 @@ def add_layer_norm_backward(
     rows = total.numel() // C
     dx = torch.empty_like(total)
     if rows == 0:
-        return tuple(torch.zeros_like(t) if w else None for t, w in zip((total, weight, weight), wanted, strict=True))
+        return only(wanted, dx, torch.zeros_like(weight), torch.zeros_like(weight))
     summed = any(wanted[1:])
 
     def run(config: Config) -> torch.Tensor | tuple[None, None]:
@@ -164,4 +165,4 @@ def add_layer_norm_backward(
         return parts.sum(1).to(weight.dtype) if summed else (None, None)
 
     sums = backward_configs.launch(run, total.device, (C,), (rows,), (total.dtype, summed))
-    return tuple(t if w else None for t, w in zip((dx, *sums), wanted, strict=True))
+    return only(wanted, dx, *sums)

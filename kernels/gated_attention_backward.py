@@ -24,6 +24,7 @@ from ._rows import in_pieces, load_tile, operand, product_of_rows, row_pointers,
 from ._target import target
 from ._toeplitz import biased_scores, far_tiles, fragment_warps, toeplitz
 from ._tuning import Config, tunable
+from ._wanted import only
 from .gated_attention import LOG2_E, launch_constants
 from .gated_attention_dbias import rel_bias_gradient
 
@@ -321,8 +322,7 @@ def gated_attention_backward(
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
     dgate, delta = torch.empty_like(gate), torch.empty_like(gate)
     if not q.numel():
-        found = dq, dk, dv, dgate, torch.zeros_like(rel_bias)
-        return tuple(t if w else None for t, w in zip(found, wanted, strict=True))
+        return only(wanted, dq, dk, dv, dgate, torch.zeros_like(rel_bias))
     # A row whose scores all are -inf has weights of 0. Here, not in the kernels: there it would be done for each tile.
     lse = lse.nan_to_num(float("nan"), float("inf"), 0.0)
     copies, ends = toeplitz(rel_bias, both=True)
@@ -366,4 +366,4 @@ def gated_attention_backward(
         also = (name, constants["DROPOUT"], *(["packed"] if constants["PACKED"] else []))
         backward_configs.launch(run, q.device, depends_on, sizes(q, offsets), also)
     drel_bias = rel_bias_gradient(operands, grad, lse, delta, numbers, constants, offsets) if wanted[4] else None
-    return tuple(t if w else None for t, w in zip((dq, dk, dv, dgate, drel_bias), wanted, strict=True))
+    return only(wanted, dq, dk, dv, dgate, drel_bias)

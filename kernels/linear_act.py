@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from ._finish_backward import finish_backward
 from ._frames_product import frames_product
+from ._wanted import only
 
 # Up to here, at the balance of arithmetic and memory of an A100 or H100 (about 150 to 300 operations per byte), one
 # more pass over the output takes a third of the product's time or more. The fused loop keeps the matrix unit busy for
@@ -57,8 +58,7 @@ def linear_act_backward(
     """The op `linear_act_backward`: gradients of x, weight and bias, those that are wanted, products by the vendor."""
     grad = grad.contiguous()
     if not grad.numel():
-        given = zip((x, weight, bias), wanted, strict=True)
-        return tuple(torch.zeros_like(t) if w else None for t, w in given)
+        return only(wanted, *(None if t is None else torch.zeros_like(t) for t in (x, weight, bias)))
     dpre, sums = finish_backward(grad, pre.contiguous(), None, activation, wanted[2])
     rows = dpre.view(-1, weight.shape[0])
     dx = (rows @ weight).view(x.shape) if wanted[0] else None

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ._tuning import Config, tunable
+from ._wanted import only
 
 # Programs of the backward, each with its own part of the parameters' gradients.
 PARTS = 256
@@ -143,8 +144,7 @@ def position_gate_backward(
     dx = x.new_empty(x.shape)
     summed = any(wanted[1:])
     if not x.numel():
-        given = zip((x, weight, bias, const), wanted, strict=True)
-        return tuple(torch.zeros_like(t) if w else None for t, w in given)
+        return only(wanted, dx, *map(torch.zeros_like, (weight, bias, const)))
     grad, weight, bias, const = (t.contiguous() for t in (grad, weight, bias, const))
 
     def run(config: Config) -> tuple[torch.Tensor, ...]:
@@ -165,4 +165,4 @@ def position_gate_backward(
     # Each of the two sums of four gives its gradient to all four.
     dweight = dweight.repeat_interleave(4, 0).to(weight.dtype) if wanted[1] else None
     dbias = dbias.repeat_interleave(4).to(bias.dtype) if wanted[2] else None
-    return dx if wanted[0] else None, dweight, dbias, dconst.to(const.dtype) if wanted[3] else None
+    return only(wanted, dx, dweight, dbias, dconst.to(const.dtype) if wanted[3] else None)
