@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,15 +127,19 @@ def rounds(text: str) -> int:
     return value
 
 
-def positive_seconds(text: str) -> float:
-    """The argparse type of durations."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"a number of seconds above 0 is wanted, got {text!r}")
-    return value
+def positive(unit: str) -> Callable[[str], float]:
+    """The argparse type of durations in seconds or minutes."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"a number of {unit} above 0 is wanted, got {text!r}")
+        return value
+
+    return convert
 
 
 def device_argument(text: str) -> str:

@@ -17,7 +17,7 @@ from .console import (
     add_truncated_argument,
     apply_threads,
     console,
-    positive_seconds,
+    positive,
     print_table,
     table,
     write_json,
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_truncated_argument(parser)
     parser.add_argument(
         "--max-seconds",
-        type=positive_seconds,
+        type=positive("seconds"),
         default=30.0,
         metavar="S",
         help="compare on at most the first S seconds: transformers' memory grows with their square (default: 30)",

@@ -26,8 +26,8 @@ from .console import (
     apply_threads,
     console,
     dtype_argument,
+    positive,
     positive_int,
-    positive_seconds,
 )
 from .errors import UserError
 from .extraction.blocks import Block, blocks
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_truncated_argument(parser)
     parser.add_argument(
-        "--batch-seconds", type=positive_seconds, default=60.0, metavar="S", help="audio in a batch (default: 60)"
+        "--batch-seconds", type=positive("seconds"), default=60.0, metavar="S", help="audio in a batch (default: 60)"
     )
     parser.add_argument(
         "--shard", type=_shard, default=(0, 1), metavar="I/N", help="only share I, from 0, of N that have one --out"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import time
 from pathlib import Path
@@ -12,7 +11,9 @@ import torch
 
 from . import machine
 from .backends import load
-from .benchmarks.gpu.card import record, supervise, tables, worker
+from .benchmarks.gpu.card import record, supervise, tables
+from .benchmarks.gpu.card.steps import FULL, TINY
+from .console import positive
 from .errors import UserError
 
 
@@ -27,19 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"a folder for {record.FILE}, to which every measurement is added as it is made; a run that finds one of "
         "the same device and versions goes on with it",
     )
-    add("--minutes", type=_minutes, default=10.0, help="when to be through with everything (default: 10)")
+    add("--minutes", type=positive("minutes"), default=10.0, help="when to be through with everything (default: 10)")
     add("--device", default="cuda", help="cuda (default) or cuda:N; cpu with --tiny under TRITON_INTERPRET=1")
     add("--tiny", action="store_true", help="toy sizes, to see the command work")
-
-
-def _minutes(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"a number of minutes above 0 is wanted, got {text!r}")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     begin = time.time() - time.process_time()  # imports have taken some of it
     _check_device(args)
     folder = supervise.folder_for(args.out)
-    sizes = worker.TINY if args.tiny else worker.FULL
+    sizes = TINY if args.tiny else FULL
     found = supervise.Run(folder, args.device, sizes, args.minutes, _tell, begin)()
     print()
     for name in found.left_out:

@@ -11,12 +11,11 @@ from wavlm_fast.errors import UserError
 
 from ..gpu.card import models, tables
 from ..gpu.card.record import Found, read
-from ..gpu.card.steps import MODELS
+from ..gpu.card.steps import MODELS, TINY
 from .table import NONE, figure
 
 README = Path(__file__).parents[2] / "README.md"
 CARD = "card.jsonl"  # the latest record that was taken in, beside that of the latest full run
-_TINY = "tiny"
 
 
 def adopt(file: Path, folder: Path) -> None:
@@ -26,7 +25,7 @@ def adopt(file: Path, folder: Path) -> None:
         UserError: there is no such record, it tells nothing of a GPU, or this is no checkout.
     """
     found = read(file)
-    if found.head.get("sizes") == _TINY:
+    if found.head.get("sizes") == TINY:
         raise UserError(f"the record {file} is of toy sizes, which say nothing of a GPU")
     if tables.counted(found)[1] == 0:
         raise UserError(f"the record {file} has no comparison with float64 in it")

@@ -47,7 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     console.add_truncated_argument(parser)
     parser.add_argument("--batch", type=console.positive_int, nargs="+", metavar="B", help="own cases: utterances")
     parser.add_argument(
-        "--seconds", type=console.positive_seconds, nargs="+", metavar="S", help="own cases: seconds of each utterance"
+        "--seconds",
+        type=console.positive("seconds"),
+        nargs="+",
+        metavar="S",
+        help="own cases: seconds of each utterance",
     )
     parser.add_argument("--case", nargs="+", metavar="CASE", help=f"only these of: {', '.join(CASES)}, ops")
     parser.add_argument("--filter", metavar="TEXT", help="only cases whose name contains TEXT")

@@ -20,6 +20,7 @@ Row = dict[str, Any]
 PEAKS, PARITY, ATTENTION, STAGES, MODELS, TUNING = PHASES = (
     "peaks", "parity", "attention", "stages", "models", "tuning",
 )  # fmt: skip
+FULL, TINY = "full", "tiny"  # sizes
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
+from wavlm_fast.parity.rule import FAIL, PASS, SKIPPED
+
 from ...page.document import Row, median, number, split
 from ...page.table import NONE, Table, as_error, as_gb, as_share, digits, figure
 from .record import Found
 from .steps import ATTENTION, MODELS, PARITY, PEAKS, STAGES, TUNING
 
-_FAIL, _SKIPPED = "FAIL", "skipped"
 _MOST_NAMED = 12
 
 
@@ -29,15 +30,15 @@ def faults(found: Found) -> list[Row]:
     return [
         row
         for row in found.rows(PARITY, ATTENTION, STAGES, MODELS)
-        if row.get("verdict") == _FAIL or (row.get("ours") and row.get("problem"))
+        if row.get("verdict") == FAIL or (row.get("ours") and row.get("problem"))
     ]
 
 
 def counted(found: Found) -> tuple[int, int]:
     """Comparisons that passed, and all that were made."""
     rows = found.rows(PARITY)
-    judged = [row for row in rows if row.get("verdict") != _SKIPPED]
-    return sum(row.get("verdict") == "pass" for row in judged), len(judged)
+    judged = [row for row in rows if row.get("verdict") != SKIPPED]
+    return sum(row.get("verdict") == PASS for row in judged), len(judged)
 
 
 def one_line(line: Row) -> str:
@@ -82,10 +83,10 @@ def _parity(rows: Sequence[Row]) -> Table:
     table = Table("Right, against float64", columns, text=3)
     table.remarks += _problems(rows)
     for group in split((row for row in rows if "verdict" in row), "level", "name", "quantity", "dtype"):
-        judged = [row for row in group if row["verdict"] != _SKIPPED]
+        judged = [row for row in group if row["verdict"] != SKIPPED]
         table.remarks += [f"{row['step']}: {row['reason']}" for row in group if row["reason"]]
         if judged:
-            worst = max(judged, key=lambda row: (row["verdict"] == _FAIL, _excess(row)))
+            worst = max(judged, key=lambda row: (row["verdict"] == FAIL, _excess(row)))
             table.rows.append((
                 worst["name"], worst["quantity"], worst["dtype"], f"{len(judged)}", as_error(worst["error"]),
                 as_error(worst["allowed"]), worst["verdict"],

@@ -28,10 +28,9 @@ from wavlm_fast.console import finite
 
 from . import attention, models, parity, record, roof, stages, tuning
 from .session import Message, Session
-from .steps import PEAKS, Scale, Step
+from .steps import FULL, PEAKS, PHASES, TINY, Scale, Step
 
-_TINY = 1 / 20  # of the seconds that a real step is thought to take
-FULL, TINY = "full", "tiny"
+_PACE_OF_TINY = 1 / 20  # of the seconds that a real step is thought to take
 
 
 def head(scale: Scale) -> dict[str, Any]:
@@ -70,13 +69,13 @@ def measured(scale: Scale, rows: list[dict[str, Any]]) -> list[Step]:
 
 
 def _paced(scale: Scale, steps: Iterable[Step]) -> list[Step]:
-    return [replace(step, seconds=step.seconds * (_TINY if scale.tiny else 1)) for step in steps]
+    return [replace(step, seconds=step.seconds * (_PACE_OF_TINY if scale.tiny else 1)) for step in steps]
 
 
 def messages(scale: Scale, folder: Path, deadline: float) -> Iterator[Message]:
     """Run what the record in the folder does not have."""
     found = record.read(folder / record.FILE)
-    rows = [{"step": line["step"], "phase": line["phase"], **row} for line in found.lines for row in line["rows"]]
+    rows = found.rows(*PHASES)
     steps = measured(scale, rows)
     session = Session(found.done, rows, time.time, deadline)
     yield from session.run(_paced(scale, steps))
