@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 from torch.nn.modules import module as for_all_modules
 from transformers import PreTrainedModel
 
@@ -254,6 +254,22 @@ def in_make_fx() -> bool:
 def in_forward_mode() -> bool:
     """Whether a level of dual numbers is open."""
     return getattr(forward_ad, "_current_level", -1) >= 0
+
+
+def _somebody() -> int:
+    """What stands for as many watchers as cannot be counted."""
+    return 1
+
+
+_lost = "each call of an op takes longer"
+_function_modes = fetch("torch._C", "_len_torch_function_stack", _lost, _somebody)
+_dispatch_modes = fetch("torch._C", "_len_torch_dispatch_stack", _lost, _somebody)
+fetch("torch.autograd.profiler", "_is_profiler_enabled", _lost)
+
+
+def is_watched() -> bool:
+    """Whether a mode or a profiler is to hear of each op that is called."""
+    return bool(_function_modes() or _dispatch_modes() or getattr(profiler, "_is_profiler_enabled", True))
 
 
 # The kernels by which a program is decomposed, and one of those that torch lays over them meanwhile.

@@ -38,7 +38,7 @@ def test_a_wrong_call_is_refused_after_right_ones_and_each_time(wrong):
 def test_equal_calls_are_checked_once_and_others_again(monkeypatch):
     monkeypatch.setattr(_define, "_MOST_MET", 2)
     checked = []
-    check = _define._unless_met(lambda *args: checked.append(args))
+    check = _define._Checked(lambda *args: checked.append(args))
     x = torch.ones(2, 3)
     same = [(x, [x], 1), (torch.zeros(2, 3), (x,), 1)]
     others = [(x, [x], True), (x, [x], 1.0), (x, [x, x], 1), (x, [None], 1), (x.mT.contiguous().mT, [x], 1)]
@@ -51,7 +51,7 @@ def test_a_refused_call_is_not_taken_for_checked():
     def refuse(*args):
         raise ValueError("no")
 
-    check = _define._unless_met(refuse)
+    check = _define._Checked(refuse)
     for _ in range(2):
         with pytest.raises(ValueError, match="no"):
             check(torch.ones(1))

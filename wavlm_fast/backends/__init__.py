@@ -26,7 +26,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -56,8 +56,7 @@ class Implementation:
     why_not: Callable[..., str | None] = lambda *args: None
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):  # one is made in each call of an op
     """The backend that computes a call, and for each faster one the sentence why it does not."""
 
     backend: str
@@ -144,21 +143,21 @@ def resumed(name: str) -> Iterator[None]:
 
 
 def choose(op: str, args: tuple) -> Choice:
-    """Decide which backend computes `op` on `args` (the arguments of its schema, positionally).
+    """Decide which backend computes `op` on `args` (the arguments of its schema, positionally; a tensor first).
 
     Raises:
         BackendUnavailable: a backend was asked for by name and refuses this call.
     """
-    device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    device = args[0].device
     wanted = current()
     if wanted != "auto":
         return _named(wanted, op, args, device)
-    refused = []
+    refused = ()
     for backend in _serving(device.type):
         implementation, reason = _ask(backend, op, args, device)
         if reason is None:
-            return Choice(backend.NAME, implementation.fn, tuple(refused))
-        refused.append((backend.NAME, reason))
+            return Choice(backend.NAME, implementation.fn, refused)
+        refused = (*refused, (backend.NAME, reason))
         _log_once(op, backend.NAME, reason)
     raise AssertionError("the reference never refuses")
 

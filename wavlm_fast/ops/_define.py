@@ -18,6 +18,7 @@ from .._private import TAGS, unaliased
 from ..derived import derived
 from ..freed import refuse
 from ._decompose import decomposes
+from ._direct import would_hand_on
 
 NAMESPACE = "wavlm_fast"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -28,7 +29,7 @@ references: dict[str, Callable[..., Any]] = {}
 kernels: dict[str, Callable[..., Any]] = {}
 # Op name -> schema text without the name, for backends that implement the same schema in their own namespace.
 schemas: dict[str, str] = {}
-_checks: dict[str, Callable[..., None]] = {}
+_checks: dict[str, _Checked] = {}
 
 
 def define(
@@ -51,7 +52,7 @@ def define(
             values. A backward op refuses what its forward does, and what does not fit the forward's outputs.
     """
     schemas[name], kernels[name] = signature, kernel
-    check_new = _checks[name] = _unless_met(check)
+    checked = _checks[name] = _Checked(check)
 
     def choose(args: tuple) -> tuple[backends.Choice, bool]:
         """Who computes it, and whether that is ops that are chosen for in their turn."""
@@ -61,9 +62,7 @@ def define(
             backends.note(name, choice)
         return choice, by_ops
 
-    def dispatch(*args: Any) -> Any:
-        args = _completed(name, args)
-        check_new(*args)
+    def compute(args: tuple) -> Any:
         choice, by_ops = choose(args)
         if choice.backend == "reference" and not by_ops:
             refuse(name, args)
@@ -71,6 +70,18 @@ def define(
         outputs = choice.fn(*args)
         # Autograd forbids writing into an output that is a view, even when nobody else has its base; SpecAugment does.
         return tuple(map(unaliased, outputs)) if isinstance(outputs, tuple) else unaliased(outputs)
+
+    def dispatched(*args: Any) -> Any:
+        args = _completed(name, args)
+        checked(*args)
+        return compute(args)
+
+    def call(*args: Any) -> Any:
+        """The op, past the dispatcher where that has taken such a call before and would only hand it on."""
+        if torch.compiler.is_compiling() or not would_hand_on(args):
+            return op(*args)
+        completed = _completed(name, args)
+        return compute(completed) if checked.has_met(completed) else op(*args)
 
     def checked_fake(*args: Any) -> Any:
         args = _completed(name, args)
@@ -82,40 +93,52 @@ def define(
         return fake(*args)
 
     LIBRARY.define(name + signature, tags=TAGS)
-    LIBRARY.impl(name, dispatch, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, dispatched, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=LIBRARY)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     decomposes(op, list(arguments_of(signature)), kernel)
-    return op
+    return call
 
 
 _MOST_MET = 1024  # calls of an op: utterances have many lengths
 
 
-def _unless_met(check: Callable[..., None]) -> Callable[..., None]:
+class _Checked:
     """A check that lets pass what looks like a call which passed it earlier: it takes as long as a small op."""
-    met: set[tuple] = set()
 
-    def check_new(*args: Any) -> None:
-        try:
-            look = tuple(map(_look, args))
-            if look in met:
-                return
-        except (TypeError, RuntimeError):  # sizes of a traced graph, or a tensor without strides
-            look = None
-        check(*args)
+    def __init__(self, check: Callable[..., None]) -> None:
+        self._check = check
+        self._met: set[tuple] = set()
+
+    def __call__(self, *args: Any) -> None:
+        look = _look_of(args)
+        if look in self._met:
+            return
+        self._check(*args)
         if look is not None:
-            if len(met) >= _MOST_MET:
-                met.clear()
-            met.add(look)
+            if len(self._met) >= _MOST_MET:
+                self._met.clear()
+            self._met.add(look)
 
-    return check_new
+    def has_met(self, args: tuple) -> bool:
+        """Whether such a call has passed."""
+        return _look_of(args) in self._met
+
+
+def _look_of(args: tuple) -> tuple | None:
+    """All that a check can see of a call; None where that cannot be compared."""
+    try:
+        look = tuple(map(_look, args))
+        hash(look)
+    except (TypeError, RuntimeError):  # sizes of a traced graph, or a tensor without strides
+        return None
+    return look
 
 
 def _look(value: Any) -> Any:
     """All of an argument that a check can see: of tensors anything but values."""
     if isinstance(value, Tensor):
-        return value.shape, value.dtype, value.device, value.layout, value.stride()
+        return value.shape, value.dtype, value.device, value.layout, value.is_contiguous() or value.stride()
     if isinstance(value, (list, tuple)):
         return tuple(map(_look, value))
     return type(value), value
@@ -140,8 +163,9 @@ def _completed(name: str, args: tuple) -> tuple:
     hand on None for an empty list.
     """
     count, lists = _count_and_lists(name)
-    args = (*args, *[None] * (count - len(args)))
-    if not any(args[i] is None for i in lists):
+    if len(args) < count:
+        args = (*args, *[None] * (count - len(args)))
+    if not lists or not any(args[i] is None for i in lists):
         return args
     return tuple([] if a is None and i in lists else a for i, a in enumerate(args))
 

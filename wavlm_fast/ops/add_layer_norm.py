@@ -51,7 +51,7 @@ def add_layer_norm(
         return total if keep_sum else x.new_empty(0), normed
     save = keep_sum or needs_grad(x, residual, weight, bias)  # the gradient is computed from the sum
     total, normed = _op(x.contiguous(), residual.contiguous(), weight, bias, eps, save)
-    return total if keep_sum else x.new_empty(0), normed
+    return total if keep_sum or not save else x.new_empty(0), normed
 
 
 def reference(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:

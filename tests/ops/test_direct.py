@@ -1,0 +1,136 @@
+"""A call that looks like an earlier one goes past the dispatcher, and never past anybody who has a part in it."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from wavlm_fast import ops
+from wavlm_fast.ops._direct import would_hand_on
+
+OP = "wavlm_fast::linear_act"
+
+
+@pytest.fixture
+def arguments():
+    """Of a call that has been met."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
+    call(x, weight, bias)
+    return x, weight, bias
+
+
+def call(x, weight, bias):
+    return ops.linear_act(x, weight, bias, "gelu")
+
+
+def is_dispatched(*arguments):
+    """Whether a call comes to the op's kernel by the dispatcher."""
+    met = set()
+    sys.setprofile(lambda frame, event, arg: met.add(frame.f_code.co_name))
+    try:
+        call(*arguments)
+    finally:
+        sys.setprofile(None)
+    assert "compute" in met
+    return "dispatched" in met
+
+
+def test_a_call_that_was_met_is_not_dispatched_and_gives_the_same(arguments):
+    assert not is_dispatched(*arguments)
+    x, weight, bias = arguments
+    fresh = torch.randn(7, 4)
+    assert is_dispatched(fresh, weight, bias)
+    assert not is_dispatched(fresh, weight, bias)
+    wanted = torch.ops.wavlm_fast.linear_act(x, weight, bias, "gelu", False)[0]
+    assert torch.equal(call(*arguments), wanted)
+
+
+def test_weights_that_learn_are_no_matter_where_no_gradient_is_recorded(arguments):
+    x, weight, bias = arguments
+    learning = torch.nn.Parameter(weight)
+    with torch.no_grad():
+        assert not is_dispatched(x, learning, bias)
+    assert is_dispatched(x, learning, bias)
+    assert call(x, learning, bias).requires_grad
+    listed = [torch.randn(3, requires_grad=True)]
+    assert would_hand_on((x, [bias]))
+    assert not would_hand_on((x, listed))
+
+
+def test_modes_hear_of_it(arguments):
+    heard = []
+
+    class Dispatched(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            heard.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    class Called(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            heard.append(getattr(func, "name", str)())
+            return func(*args, **(kwargs or {}))
+
+    for mode in (Dispatched, Called):
+        heard.clear()
+        with mode():
+            call(*arguments)
+        assert OP in heard, mode
+
+
+def test_profiles_name_it(arguments):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call(*arguments)
+    assert OP in {event.key for event in profile.key_averages()}
+
+
+def test_subclasses_hear_of_it(arguments):
+    heard = []
+
+    class Told(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            heard.append(getattr(func, "name", str)())
+            return super().__torch_function__(func, types, args, kwargs)
+
+    x, weight, bias = arguments
+    call(x, weight.as_subclass(Told), bias)
+    assert OP in heard
+
+
+def test_autocast_lowers_it(arguments):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert call(*arguments).dtype == torch.bfloat16
+
+
+def test_traces_and_transforms_see_it(arguments):
+    x, weight, bias = arguments
+    traced = make_fx(call)(*arguments)
+    assert "wavlm_fast.linear_act" in traced.code
+    assert OP in str(torch.jit.trace(lambda *args: call(*args), arguments).inlined_graph)
+    call(x[:1], weight, bias)
+    dispatched = []  # to Triton, which would read the memory of all rows at once, as to others
+
+    def of_row(row):
+        dispatched.append(is_dispatched(row, weight, bias))
+        return row
+
+    torch.func.vmap(of_row)(x[:, None])
+    assert dispatched == [True]
+
+
+def test_graphs_hold_it(arguments):
+    graphs = []
+
+    def look(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    got = torch.compile(call, backend=look, fullgraph=True)(*arguments)
+    assert any("linear_act" in str(node.target) for node in graphs[0].graph.nodes)
+    assert torch.equal(got, call(*arguments))
