@@ -107,22 +107,22 @@ class _Checked:
     """A check that lets pass what looks like a call which passed it earlier: it takes as long as a small op."""
 
     def __init__(self, check: Callable[..., None]) -> None:
-        self._check = check
-        self._met: set[tuple] = set()
+        self.wants = check
+        self.met: set[tuple] = set()
 
     def __call__(self, *args: Any) -> None:
         look = _look_of(args)
-        if look in self._met:
+        if look in self.met:
             return
-        self._check(*args)
+        self.wants(*args)
         if look is not None:
-            if len(self._met) >= _MOST_MET:
-                self._met.clear()
-            self._met.add(look)
+            if len(self.met) >= _MOST_MET:
+                self.met.clear()
+            self.met.add(look)
 
     def has_met(self, args: tuple) -> bool:
         """Whether such a call has passed."""
-        return _look_of(args) in self._met
+        return _look_of(args) in self.met
 
 
 def _look_of(args: tuple) -> tuple | None:
