@@ -24,6 +24,7 @@ suppress_warnings = ["toc.not_readable"]  # pages that are still being written
 myst_heading_anchors = 4  # as GitHub makes them
 myst_enable_extensions = ["attrs_inline"]
 
+smartquotes = False  # which would make a dash of --option
 default_role = "code"  # docstrings are written with single backticks
 nitpicky = True
 nitpick_ignore_regex = [  # what others document
