@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 from transformers.models.wavlm import modeling_wavlm as hf
 
 from . import families
-
-Module = TypeVar("Module", bound=nn.Module)
+from .swap import Module
 
 
 def truncate(model: Module, layers: int) -> Module:
