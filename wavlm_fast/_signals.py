@@ -7,7 +7,7 @@ beyond us: nothing is imported here that it has not loaded already, not even `si
 
 from __future__ import annotations
 
-import _signal as signal
+import _signal as signal  # type: ignore[import-not-found]
 import os
 import sys
 

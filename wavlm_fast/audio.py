@@ -16,8 +16,9 @@ import torch
 
 from .containers import wrong_end
 from .errors import UserError
-from .inputs import SAMPLE_RATE as RATE
+from .inputs import SAMPLE_RATE
 
+RATE = SAMPLE_RATE
 RECEPTIVE_FIELD = 400  # samples that make the first frame, with the conv stack of every published WavLM
 _SHIFT = 1600  # samples by which the utterances of a batch are shifted against each other, so that none are alike
 _UNKNOWN = 1 << 62  # frames from which on libsndfile means that a file does not say
@@ -228,7 +229,7 @@ def _opened(path: Path) -> Iterator[Any]:
     """The file in soundfile; what goes wrong while opening or reading it becomes one sentence."""
     soundfile = _soundfile()
 
-    class Forward(soundfile.SoundFile):
+    class Forward(soundfile.SoundFile):  # type: ignore[misc, name-defined]
         """After each read soundfile seeks to where it is, which fails in streams of unknown length."""
 
         def seekable(self) -> bool:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from . import audio, checkpoint, machine
 from .console import DTYPES, add_model_arguments, apply_threads, console, print_table, table, write_json
+from .padding import Padding
 from .parity.rule import allowed_error, error_of, magnitude
 from .swap import accelerate
 
 _PARTS = (1, 2, 4, 8)  # of the recording: the whole of it, a half of it and so on
-_OURS = {"ours, padding='transformers'": "transformers", "ours, padding='exact'": "exact"}
+_OURS: dict[str, Padding] = {"ours, padding='transformers'": "transformers", "ours, padding='exact'": "exact"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

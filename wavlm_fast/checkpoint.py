@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import PreTrainedModel, WavLMConfig, WavLMModel
+from transformers import PreTrainedModel, WavLMConfig
 
 from .errors import UserError, first_line
 from .files import feed
@@ -59,7 +59,7 @@ def load(
         UserError: the path or id does not lead to a complete WavLM checkpoint.
     """
     if name is None:
-        model = make_sensitive(_transformers_model(WavLMConfig(), architecture), seed)
+        model: Any = make_sensitive(_transformers_model(WavLMConfig(), architecture), seed)
         if layers is not None:
             model = truncate(model, layers)
         return model.to(dtype).eval(), Source(None, False)
@@ -68,8 +68,9 @@ def load(
     if layers is not None:
         found.num_hidden_layers = layers
     try:
-        as_stored = {"dtype": "auto"} if dtype is None else {}  # the default of transformers 5
-        model, problems = _plain_class(architecture).from_pretrained(
+        as_stored: dict[str, Any] = {"dtype": "auto"} if dtype is None else {}  # the default of transformers 5
+        loading: Any = _plain_class(architecture).from_pretrained
+        model, problems = loading(
             name, config=found, output_loading_info=True, **as_stored
         )
     except Exception as error:  # whatever a broken file makes safetensors, pickle or transformers raise
@@ -122,12 +123,12 @@ def normalised(waveform: torch.Tensor, eps: float = 1e-7) -> torch.Tensor:
     return torch.from_numpy((samples - samples.mean()) / np.sqrt(samples.var() + eps))
 
 
-def receptive_field(model: torch.nn.Module) -> int:
+def receptive_field(model: Any) -> int:
     """Samples that the model's first frame needs."""
     return _receptive_field(model.config.conv_kernel, model.config.conv_stride)
 
 
-def accelerated(model: WavLMModel) -> WavLMModel:
+def accelerated(model: PreTrainedModel) -> PreTrainedModel:
     """A fast copy; the given model stays transformers' own."""
     from . import accelerate
 

@@ -111,7 +111,7 @@ def load(name: str) -> Model:
     if path.is_dir() or not (path.is_file() or path.suffix in _SUFFIXES):
         return _load_transformers(name)
     found = torch_files.read(path)
-    if found.house == "microsoft":
+    if found.house == "microsoft" and found.cfg is not None:
         return Model("microsoft", found.cfg, found.state, found.cfg.get("normalize") is True, found.said)
     arguments, said = conversion.torchaudio_arguments(found.state)
     return Model("torchaudio", arguments, found.state, arguments["extractor_mode"] == "layer_norm", said)
@@ -130,7 +130,7 @@ def convert(source: Model, house: str) -> Model:
     Raises:
         UserError: it has something that the other lacks, or its weights are not those of its configuration.
     """
-    middle = (source.config, source.state, [])
+    middle: Any = (source.config, source.state, [])
     if source.house == "microsoft":
         middle = conversion.from_microsoft(source.config, source.state)
     elif source.house == "torchaudio":
@@ -148,7 +148,7 @@ def convert(source: Model, house: str) -> Model:
     return Model(house, config, state, source.normalise, list(dict.fromkeys(said)))
 
 
-def build(model: Model) -> nn.Module:
+def build(model: Model) -> Any:
     """The house's own class with the weights as they are, in eval mode.
 
     Raises:
@@ -262,7 +262,7 @@ def compared(source: Model, waveform: Tensor, written: Path, converted: Model) -
     return measure.compare(theirs, ours, exact)
 
 
-def states(model: nn.Module, waveform: Tensor) -> dict[str, Tensor]:
+def states(model: Any, waveform: Tensor) -> dict[str, Tensor]:
     """The output `[B, T, C]` of every layer and of the encoder with its last norm, of any house's class on `[B, S]`."""
     found = {}
 

@@ -143,7 +143,7 @@ def _peak(provider: str, info: audio.AudioInfo, samples: int, args: argparse.Nam
 
 def _print_head(out: Console, model: torch.nn.Module, source: checkpoint.Source, args: argparse.Namespace) -> None:
     parameters = sum(p.numel() for p in model.parameters())
-    config = model.config
+    config: Any = model.config
     where = f"{torch.get_num_threads()} CPU threads" if args.device == "cpu" else machine.device_name(args.device)
     out.print(f"model    {source}", markup=False, soft_wrap=True)
     out.print(

@@ -97,7 +97,7 @@ def _remembered(
         entry = _store.get(key)
         known = entry is not None and entry.state == state
         if_met_before = if_met_before and not (replaces and _releases.get())
-        if not known or entry.value is None:
+        if entry is None or not known or entry.value is None:
             # A value built in inference mode could not take part in training later.
             with torch.inference_mode(False), torch.no_grad():
                 value = build() if known or not if_met_before else None
@@ -185,6 +185,7 @@ def _what_is_left(kind: str, sources: tuple[torch.Tensor, ...]) -> Any:
     entry = _store.get((kind, *map(id, sources)))
     if entry is None:
         refuse(kind, sources)
+    assert entry is not None
     return entry.value
 
 

@@ -10,7 +10,7 @@ import torch
 from . import _private, audio, backends, machine, ops
 from .backends.cpu import choices
 from .console import console, print_table, table, write_json
-from .kernels import _tuned
+from .kernels import _tuned  # type: ignore[attr-defined]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

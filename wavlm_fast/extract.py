@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
@@ -156,7 +156,7 @@ class _Listed:
 
 
 def _extractor(args: argparse.Namespace, kind: str) -> Extractor:
-    layers = "all" if "all" in args.layer else tuple(args.layer)
+    layers: Any = "all" if "all" in args.layer else tuple(args.layer)
     dtype = DTYPES[args.dtype]
     widened = torch.float32 if dtype == torch.bfloat16 and kind in WITHOUT_BFLOAT16 else dtype
     wanted = DTYPES[args.dtype_out] if args.dtype_out else widened
@@ -226,7 +226,7 @@ class _Run:
                 ) from error
         return self._finish()
 
-    def _extracted(self, blocks: Iterator[Block]) -> Iterator[Done]:
+    def _extracted(self, blocks: Iterator[Block]) -> Generator[Done, None, None]:
         if self.args.engine == "here":
             return run_here(self.worker, blocks, self._earlier)
         room = {"gpus": 1.0 if self.args.device != "cpu" else 0.0, "cpus": self.args.threads or 1}

@@ -22,7 +22,7 @@ from typing import Any
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 _HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:64] or "unknown"
 _PREFIX, _SUFFIX = ".wavlm-fast.", ".tmp"

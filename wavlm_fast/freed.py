@@ -8,7 +8,7 @@ dispatcher torch does not; there `refuse` is the guard.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ._private import reads_no_values
 
 _T = Tensor
-_PROPERTIES = (
+_PROPERTIES: tuple[Any, ...] = (
     _T.shape, _T.dtype, _T.device, _T.layout, _T.ndim, _T.itemsize, _T.is_cpu, _T.is_cuda, _T.is_meta, _T.is_sparse,
     _T.is_quantized, _T.is_nested, _T.requires_grad, _T.is_leaf, _T.grad, _T.grad_fn,
 )  # fmt: skip
@@ -26,7 +26,14 @@ _HARMLESS = {
     _T.is_contiguous, _T.is_floating_point, _T.is_complex, _T.is_inference,
 }  # fmt: skip
 _CONVERSIONS = (_T.to, _T.cpu, _T.cuda, _T.float, _T.double, _T.half, _T.bfloat16)
+_DATA: Any = _T.data
 _NAMESPACES = ("wavlm_fast", "wavlm_fast_cpu")
+
+if TYPE_CHECKING:
+    _Mixin = nn.Module  # what MayBeFreed is mixed into
+else:
+    _Mixin = object
+_Module = TypeVar("_Module", bound="MayBeFreed")
 
 
 class FreedWeight(nn.Parameter):
@@ -34,29 +41,34 @@ class FreedWeight(nn.Parameter):
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: Iterable[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func is Tensor.contiguous or (func in _CONVERSIONS and _stays(func, args, kwargs)):
             return args[0]
         # nn.Module.to sets what such a conversion gave, nn.Module.requires_grad_ what is so already.
-        sets_itself = func == Tensor.data.__set__ and args[0] is args[1]
+        sets_itself = func == _DATA.__set__ and args[0] is args[1]
         unchanged = sets_itself or (func is Tensor.requires_grad_ and not _wants_gradient(*args, **kwargs))
         ours = getattr(func, "namespace", None) in _NAMESPACES
         if func in _HARMLESS or unchanged or ours or reads_no_values(func):
             return super().__torch_function__(func, types, args, kwargs)
         attribute = getattr(func, "__self__", None)  # a property's, whose function is but called __get__
-        refuse(getattr(attribute, "__name__", None) or getattr(func, "__name__", str(func)), (*args, *kwargs.values()))
+        name = getattr(attribute, "__name__", None) or getattr(func, "__name__", str(func))
+        refuse(str(name), (*args, *kwargs.values()))
         return super().__torch_function__(func, types, args, kwargs)
 
-    def __repr__(self, *args: Any, **kwargs: Any) -> str:
+    def __repr__(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]
         return f"FreedWeight({tuple(self.shape)}, {self.dtype})"
 
 
-class MayBeFreed:
+class MayBeFreed(_Mixin):
     """Mixed into every fast class: refuses before anything is changed, not when the first freed weight is met."""
 
-    def train(self, mode: bool = True) -> Any:
+    def train(self: _Module, mode: bool = True) -> _Module:
         """As torch's.
 
         Raises:
@@ -77,7 +89,7 @@ class MayBeFreed:
         return super()._apply(fn, *args, **kwargs)
 
 
-def free(parameter: nn.Parameter) -> None:
+def free(parameter: Tensor) -> None:
     """Give up the values of a parameter in place: whoever holds it now holds a `FreedWeight`."""
     parameter.grad = None
     parameter.requires_grad_(False)
@@ -109,7 +121,7 @@ def _wants_gradient(tensor: Tensor, requires_grad: bool = True) -> bool:
     return requires_grad
 
 
-def _stays(conversion: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> bool:
+def _stays(conversion: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a conversion of `args[0]` would give its own dtype and device."""
     probe = conversion(torch.empty(0, dtype=args[0].dtype), *args[1:], **kwargs)
     return (probe.dtype, probe.device) == (args[0].dtype, args[0].device)

@@ -79,9 +79,9 @@ class Graphed:
     def __init__(self, model: nn.Module, example_inputs: Any, clone: bool) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"graphed wants a torch module, got a {type(model).__name__}")
-        self.model = model
+        self.model: nn.Module = model
         self.fallbacks: Counter[str] = Counter()
-        self.__signature__ = inspect.signature(model.forward)
+        self.__signature__: inspect.Signature = inspect.signature(model.forward)
         self._examples = [_checked(e) for e in _listed(example_inputs)]
         self._clone = clone
         self._lock = ForkSafeLock()
@@ -105,8 +105,9 @@ class Graphed:
         reason = self._refusal or (_why_not_arguments(given) if fits else "the arguments do not fit the signature")
         graph = self._graphs.get(_key(given)) if reason is None else None
         reason = reason or self._why_not(given, graph)
-        if reason is None:
+        if graph is not None and reason is None:
             return self._replay(graph, given)
+        assert reason is not None
         if reason not in self.fallbacks:
             logger.info("a call runs without a CUDA graph: %s", reason)
         self.fallbacks[reason] += 1
@@ -271,14 +272,14 @@ def _look_at(model: nn.Module) -> dict[str, Any]:
         "backend, precision or determinism are not as they were at the capture": (
             backends.current(),
             torch.backends.cuda.matmul.fp32_precision,
-            torch.backends.cudnn.conv.fp32_precision,
+            torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
             torch.are_deterministic_algorithms_enabled(),
         ),
         "the config asks for other outputs than at the capture": [getattr(config, name, None) for name in _FLAGS],
     }
 
 
-def _identity(tensor: Tensor | None) -> tuple | None:
+def _identity(tensor: Tensor | None) -> tuple[Any, ...] | None:
     if tensor is None:
         return None
     changes = None if tensor.is_inference() else version(tensor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> int:
     return samples
 
 
-def check_waveform(waveform: Tensor, convs: Sequence[nn.Module], name: str = "input_values") -> None:
+def check_waveform(waveform: Tensor, convs: Sequence[Any], name: str = "input_values") -> None:
     """Check the input of the feature encoder, whose convolutions are `convs`, under the name that callers know.
 
     Raises:
@@ -158,7 +159,7 @@ def check_lengths(config: WavLMConfig, *names: str) -> None:
         raise ValueError(f"the config's {', '.join(names)} must be of one length, got {found}")
 
 
-def check_checkpoint(source: object, options: dict) -> None:
+def check_checkpoint(source: Any, options: dict[str, Any]) -> None:
     """Check that a checkpoint exists and is a WavLM before anything is built for it.
 
     Args:

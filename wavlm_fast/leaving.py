@@ -51,4 +51,4 @@ def _leaving_compiled() -> str | None:
 
 # torch.compile runs this when it traces, and takes the answer for a constant: it cannot look into torch's state itself,
 # and what it has compiled is bound to that state anyway.
-_leaving_compiled._dynamo_marked_constant = True
+_leaving_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]

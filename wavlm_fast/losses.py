@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ def with_loss(
     return type(outputs)(**{**outputs, "loss": _loss(model, outputs["logits"], labels, lengths)})
 
 
-def _loss(model: PreTrainedModel, logits: Tensor, labels: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
+def _loss(model: Any, logits: Tensor, labels: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
     """The loss of a batch, a scalar; of one utterance what transformers gives for it alone.
 
     Args:

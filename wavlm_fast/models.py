@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
-from typing import Any
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import numpy as np
 import torch
@@ -29,10 +30,10 @@ from .modules._originals import StandIn, or_original, own_methods, stands_in_for
 from .modules._packing import Packing, in_front_end, packings, valid_samples
 from .modules._versions import ENCODER_COLLECTS
 from .packed_batch import PackedBatch
-from .padding import by_name, check_mode, set_mode, with_padding
+from .padding import Padding, by_name, check_mode, set_mode, with_padding
 
 
-def _named(cls: type, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _named(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of the forward of a class here by name; the order of positional ones differs between transformers
     4 and 5.
     """
@@ -46,11 +47,26 @@ _PARAMETERS = {
 }
 
 
+def _classes(config: Any) -> int:
+    return config.num_labels
+
+
 _OWN_MASK = dict(own_methods(hf.WavLMPreTrainedModel)).get(FRAME_MASK)
 
 
-class _FastModel(StandIn, MayBeFreed):
+if TYPE_CHECKING:
+    _Mixin = hf.WavLMPreTrainedModel  # what _FastModel is mixed into
+    _Model = TypeVar("_Model", bound="_FastModel")
+else:
+    _Mixin = object
+
+
+class _FastModel(StandIn, MayBeFreed, _Mixin):
     """Construction and loading, in front of each transformers class."""
+
+    if TYPE_CHECKING:  # transformers' own does not say what it returns
+
+        def eval(self: _Model) -> _Model: ...
 
     def check_labels(self, labels: Tensor, utterances: int) -> None:
         """Raise TypeError or ValueError for labels that the class's loss cannot take."""
@@ -62,7 +78,7 @@ class _FastModel(StandIn, MayBeFreed):
         from .swap import accelerate_new  # which puts the classes of this file in the place of transformers'
 
         if type(self).twin.__base__ is type(self):
-            self.__class__ = self.twin
+            self.__class__ = self.twin  # type: ignore[assignment]
         accelerate_new(self)
 
     def steps(self, signal: Signal) -> Iterator[Step]:
@@ -74,31 +90,54 @@ class _FastModel(StandIn, MayBeFreed):
         """Our classes initialize as transformers' own; transformers 5 treats modules that are not its own otherwise."""
         return cls.__module__ != __name__ and super().is_custom_code()
 
+    @overload
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls: type[_Model],
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *args: Any,
+        output_loading_info: Literal[True],
+        padding: Padding | None = None,
+        **kwargs: Any,
+    ) -> tuple[_Model, dict[str, Any]]: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls: type[_Model],
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *args: Any,
+        padding: Padding | None = None,
+        **kwargs: Any,
+    ) -> _Model: ...
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, padding: Padding | None = None, **kwargs: Any
+    ) -> Any:
         """Load a checkpoint as transformers does.
 
         Args:
             pretrained_model_name_or_path: folder or hub id.
-            args, kwargs: as transformers takes them, and `padding` as `accelerate` does.
+            padding: as `accelerate` takes it.
+            args, kwargs: as transformers takes them.
 
         Raises:
             FileNotFoundError: a path at which nothing is.
             ValueError: a checkpoint of another architecture, unless a config is given with it; an unknown `padding`.
         """
-        padding = kwargs.pop("padding", None)
         if padding is not None:
             check_mode(padding)
         if kwargs.get("config") is None:
             check_checkpoint(pretrained_model_name_or_path, kwargs)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         if padding is not None:  # with `output_loading_info` the model is not all that comes
             set_mode(loaded[0] if isinstance(loaded, tuple) else loaded, padding)
         return loaded
 
     def _get_feature_vector_attention_mask(
-        self, feature_vector_length: int, attention_mask: Tensor | PackedBatch, add_adapter: bool | None = None
-    ) -> Tensor | Packing:
+        self, feature_vector_length: int, attention_mask: Any, add_adapter: bool | None = None
+    ) -> Any:
         """The mask `[B, T]` over frames, True where valid, from one `[B, S]` over samples.
 
         transformers writes a one at the last valid frame, which on a GPU copies the number there; no graph can capture
@@ -144,7 +183,7 @@ class WavLMModel(_FastModel, hf.WavLMModel):
         return made(mask) if isinstance(mask, Tensor) and self._makes_own_masks() else mask
 
     def _mask_hidden_states(
-        self, hidden_states: Tensor, mask_time_indices: Tensor | None = None, attention_mask: Tensor | None = None
+        self, hidden_states: Tensor, mask_time_indices: Any = None, attention_mask: Any = None
     ) -> Tensor:
         """SpecAugment. transformers 5 reads a config entry that its config class lacks (`mask_feature_min_masks`)."""
         if isinstance(attention_mask, Packing):
@@ -187,9 +226,9 @@ class WavLMModel(_FastModel, hf.WavLMModel):
 
     @staticmethod
     def _spans(
-        shape: tuple[int, int], prob: float, length: int, attention_mask: Tensor | None, min_masks: int
+        shape: Sequence[int], prob: float, length: int, attention_mask: Tensor | None, min_masks: int
     ) -> Tensor:
-        found: np.ndarray = compute_mask_indices(shape, prob, length, attention_mask, min_masks)
+        found: np.ndarray[Any, Any] = compute_mask_indices(shape, prob, length, attention_mask, min_masks)
         return torch.from_numpy(found)
 
 
@@ -216,7 +255,7 @@ class WavLMForSequenceClassification(_FastModel, hf.WavLMForSequenceClassificati
     """transformers' `WavLMForSequenceClassification`, fast."""
 
     def check_labels(self, labels: Tensor, utterances: int) -> None:
-        check_labels(labels, self.config.num_labels, utterances)
+        check_labels(labels, _classes(self.config), utterances)
 
     @with_padding
     @or_original
@@ -253,7 +292,7 @@ class WavLMForAudioFrameClassification(_FastModel, hf.WavLMForAudioFrameClassifi
         return super().forward(*args, **kwargs)
 
 
-def _selected(hidden_states: tuple | None, wanted: bool | int | list[int]) -> tuple | list | None:
+def _selected(hidden_states: Any, wanted: bool | int | list[int] | None) -> Any:
     """The hidden states asked for: all, none, or (transformers 5) those at some indices, None standing for the rest."""
     if isinstance(wanted, bool) or wanted is None:
         return hidden_states if wanted else None
@@ -262,7 +301,7 @@ def _selected(hidden_states: tuple | None, wanted: bool | int | list[int]) -> tu
     return [state if i in kept else None for i, state in enumerate(hidden_states)]
 
 
-def _frames_for_head(model: nn.Module, arguments: dict[str, Any]) -> tuple[Any, Tensor, bool | int | list[int]]:
+def _frames_for_head(model: Any, arguments: dict[str, Any]) -> tuple[Any, Tensor, Any]:
     """Outputs of the WavLM in a model, the frames `[B, T, C]` that its head takes, and which hidden states the caller
     wants; what he leaves open, the config says.
     """
@@ -295,7 +334,7 @@ class WavLMForXVector(_FastModel, hf.WavLMForXVector):
         super().__init__(config, *args, **kwargs)
 
     def check_labels(self, labels: Tensor, utterances: int) -> None:
-        check_labels(labels, self.config.num_labels, utterances)
+        check_labels(labels, _classes(self.config), utterances)
 
     def steps(self, signal: Signal) -> Iterator[Step]:
         yield from super().steps(signal)
@@ -309,10 +348,10 @@ class WavLMForXVector(_FastModel, hf.WavLMForXVector):
     @with_padding
     @or_original
     @functools.wraps(hf.WavLMForXVector.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> XVectorOutput | tuple:
+    def forward(self, *args: Any, **kwargs: Any) -> XVectorOutput | tuple[Any, ...]:
         return self._forward(*args, **kwargs)
 
-    def _forward(self, *args: Any, **kwargs: Any) -> XVectorOutput | tuple:
+    def _forward(self, *args: Any, **kwargs: Any) -> XVectorOutput | tuple[Any, ...]:
         arguments = _named(WavLMForXVector, args, kwargs)
         labels, in_dict = arguments.pop("labels", None), arguments.pop("return_dict", None)
         if labels is not None:
@@ -334,7 +373,8 @@ class WavLMForXVector(_FastModel, hf.WavLMForXVector):
         hidden_states = self.projector(hidden_states)
         if isinstance(attention_mask, PackedBatch):
             return self._pooled_packed(hidden_states, attention_mask.frames)
-        for layer in self.tdnn:
+        layers: Any = self.tdnn  # time-delay layers, transformers' or ours
+        for layer in layers:
             hidden_states = layer(hidden_states)
         lengths = None
         if attention_mask is not None:
@@ -342,12 +382,13 @@ class WavLMForXVector(_FastModel, hf.WavLMForXVector):
             if valid_samples() is None:
                 lengths = tdnn_lengths(self, frames)
             else:
-                lengths = frames - sum((layer.kernel_size - 1) * layer.dilation for layer in self.tdnn)
+                lengths = frames - sum((layer.kernel_size - 1) * layer.dilation for layer in layers)
         return pool_statistics(hidden_states, lengths)
 
     def _pooled_packed(self, hidden_states: Tensor, packing: Packing) -> Tensor:
-        stages = packings(packing.lengths, [(layer.span, 1) for layer in self.tdnn], hidden_states.device)
-        for index, layer in enumerate(self.tdnn):
+        layers: Any = self.tdnn  # ours
+        stages = packings(packing.lengths, [(layer.span, 1) for layer in layers], hidden_states.device)
+        for index, layer in enumerate(layers):
             hidden_states = layer(hidden_states, *stages[index : index + 2])
         return ops.stats_pool(hidden_states, offsets=stages[-1].offsets)
 

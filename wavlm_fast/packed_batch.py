@@ -21,7 +21,7 @@ Forward = Callable[..., Any]
 
 # Outputs whose second dimension is frames; logits are of frames in two of the classes.
 _OF_FRAMES = ("last_hidden_state", "extract_features", "hidden_states")
-_PARTS = {
+_PARTS: dict[str, Any] = {
     "feature_extractor": FeatureEncoder,
     "feature_projection": FeatureProjection,
     "encoder": (FastWavLMEncoder, FastWavLMEncoderStableLayerNorm),
@@ -44,7 +44,7 @@ class PackedBatch:
         return self.stages[-1]
 
 
-def wavlm_of(model: nn.Module) -> nn.Module:
+def wavlm_of(model: nn.Module) -> Any:
     """The WavLM in a model with a head, or the model itself."""
     return getattr(model, "wavlm", model)
 
@@ -54,7 +54,7 @@ def samples_needed(model: nn.Module) -> int:
     front_end = wavlm_of(model).feature_extractor
     if not isinstance(front_end, FeatureEncoder):
         return 1  # somebody's own: it says itself
-    convs = [layer.conv for layer in front_end.conv_layers]
+    convs = [layer.conv for layer in front_end.conv_layers]  # type: ignore[attr-defined]
     stages = [(c.kernel_size[0], c.stride[0]) for c in convs if isinstance(c, nn.Conv1d)]
     stages += [(layer.span, 1) for layer in getattr(model, "tdnn", ()) if isinstance(layer, TimeDelayLayer)]
     return receptive_field([width for width, _ in stages], [stride for _, stride in stages])

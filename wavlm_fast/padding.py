@@ -11,7 +11,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,9 @@ from .packed_batch import (
     zero_past,
 )
 
-MODES = ("transformers", "exact")
+# What padding means to a model.
+Padding = Literal["transformers", "exact"]
+MODES = get_args(Padding)
 
 
 def check_mode(padding: object) -> None:
@@ -48,12 +50,12 @@ def check_mode(padding: object) -> None:
         raise ValueError(f"padding must be one of {', '.join(map(repr, MODES))}, got {padding!r}")
 
 
-def mode_of(model: nn.Module) -> str:
+def mode_of(model: nn.Module) -> Padding:
     """What padding means to a WavLM."""
     return model.__dict__.get(MODE, "transformers")
 
 
-def set_mode(model: nn.Module, padding: str) -> None:
+def set_mode(model: nn.Module, padding: Padding) -> None:
     """Say what padding means to every WavLM in a module. It is kept on them, and so copied and pickled with them."""
     for module in model.modules():
         if isinstance(module, (hf.WavLMPreTrainedModel, Model)):
@@ -62,7 +64,7 @@ def set_mode(model: nn.Module, padding: str) -> None:
                 module.__dict__[MODE] = padding
 
 
-def by_name(names: tuple[str, ...], args: tuple) -> dict[str, Any]:
+def by_name(names: tuple[str, ...], args: tuple[Any, ...]) -> dict[str, Any]:
     """Positional arguments by their names, which are the first of these.
 
     Raises:
@@ -87,14 +89,15 @@ def with_padding(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(self, **given)
         return _exact(functools.partial(forward, self), self, given)
 
-    chosen.__signature__ = inspect.signature(forward)
+    chosen.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     del chosen.__wrapped__  # as `or_original`
     return chosen
 
 
-def _exact(forward: Callable[..., Any], model: PreTrainedModel, given: dict[str, Any]) -> Any:
+def _exact(forward: Callable[..., Any], model: Any, given: dict[str, Any]) -> Any:
     """A padded batch, every row as if it were alone."""
     labels, in_dict = given.pop("labels", None), given.pop("return_dict", None)
+    lengths: Sequence[int] | Tensor
     waveforms, mask = given["input_values"], given["attention_mask"]
     if labels is not None:
         model.check_labels(labels, len(waveforms))

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import (
+    CausalLMOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+    Wav2Vec2BaseModelOutput,
+    XVectorOutput,
+)
+from transformers.models.wavlm import modeling_wavlm as hf
 
 from .families.models import Model
 from .inputs import check_waveform
@@ -19,8 +26,31 @@ from .modules._originals import StandIn
 from .packed_batch import PackedBatch, run_alone, run_packed, samples_needed, split, wavlm_of, why_alone
 from .padding import asks_for_attentions, frames_after
 
+Waveforms = Sequence[Tensor]
 
-def forward_ragged(model: nn.Module, waveforms: Sequence[Tensor], **kwargs: Any) -> list[ModelOutput]:
+
+# What a list holds where neither `return_dict` nor the model's config wants tuples.
+@overload
+def forward_ragged(
+    model: PreTrainedModel, waveforms: Waveforms, *, return_dict: Literal[False], **kwargs: Any
+) -> list[tuple[Any, ...]]: ...
+@overload
+def forward_ragged(model: hf.WavLMModel, waveforms: Waveforms, **kwargs: Any) -> list[Wav2Vec2BaseModelOutput]: ...
+@overload
+def forward_ragged(model: hf.WavLMForCTC, waveforms: Waveforms, **kwargs: Any) -> list[CausalLMOutput]: ...
+@overload
+def forward_ragged(
+    model: hf.WavLMForSequenceClassification, waveforms: Waveforms, **kwargs: Any
+) -> list[SequenceClassifierOutput]: ...
+@overload
+def forward_ragged(
+    model: hf.WavLMForAudioFrameClassification, waveforms: Waveforms, **kwargs: Any
+) -> list[TokenClassifierOutput]: ...
+@overload
+def forward_ragged(model: hf.WavLMForXVector, waveforms: Waveforms, **kwargs: Any) -> list[XVectorOutput]: ...
+@overload
+def forward_ragged(model: nn.Module, waveforms: Waveforms, **kwargs: Any) -> list[Any]: ...
+def forward_ragged(model: nn.Module, waveforms: Waveforms, **kwargs: Any) -> list[Any]:
     """Run a model on waveforms of any lengths without padding: the outputs of each are those of the waveform alone.
 
     All of them go through the model at once, one behind the other; where a module cannot take them so (`report` says
@@ -46,6 +76,7 @@ def forward_ragged(model: nn.Module, waveforms: Sequence[Tensor], **kwargs: Any)
     _check(model, waveforms, kwargs)
     if isinstance(model, Model):
         return model.run_each(waveforms, functools.partial(model.run, model, **kwargs))
+    assert isinstance(model, PreTrainedModel)
     labels = kwargs.pop("labels", None)
     in_dict = kwargs.pop("return_dict", None)
     labels = None if labels is None else _labels(model, labels, len(waveforms))
@@ -74,10 +105,11 @@ def _check(model: nn.Module, waveforms: Sequence[Tensor], kwargs: dict[str, Any]
         raise TypeError(f"forward_ragged wants a list of waveforms, got a {type(waveforms).__name__}")
     if not waveforms:
         raise ValueError("forward_ragged wants at least one waveform, got an empty list")
-    front_end = wavlm_of(model).feature_extractor
+    front_end: Any = wavlm_of(model).feature_extractor
     first = waveforms[0]
     needed = model.samples_needed() if isinstance(model, Model) else samples_needed(model)
-    convs = [layer.conv for layer in front_end.layers] if isinstance(front_end, FeatureEncoder) else None
+    known = isinstance(front_end, FeatureEncoder)  # else somebody's own, which says itself what it wants
+    convs: list[Any] | None = [layer.conv for layer in front_end.layers] if known else None
     for index, waveform in enumerate(waveforms):
         if not isinstance(waveform, Tensor):
             raise TypeError(f"forward_ragged wants tensors, waveform {index} is a {type(waveform).__name__}")
@@ -98,7 +130,7 @@ def _check(model: nn.Module, waveforms: Sequence[Tensor], kwargs: dict[str, Any]
         check_waveform(first[None], convs)
 
 
-def _labels(model: nn.Module, labels: Any, utterances: int) -> list[Tensor]:
+def _labels(model: Any, labels: Any, utterances: int) -> list[Tensor]:
     """The labels of each waveform, with a batch dimension."""
     if not isinstance(labels, (list, tuple, Tensor)) or len(labels) != utterances:
         found = len(labels) if isinstance(labels, (list, tuple, Tensor)) else f"a {type(labels).__name__}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from .families.models import Model
 from .modules import Signal, Step, steps_of
 from .modules._originals import StandIn
 from .packed_batch import why_alone
-from .padding import asks_for_attentions, mode_of
+from .padding import Padding, asks_for_attentions, mode_of
 from .swap import FAST_CLASSES
 
 
@@ -46,7 +47,7 @@ class Report:
     derived_bytes: int
     slow_modules: dict[str, int]
     missing: tuple[str, ...] = ()
-    padding: str = "transformers"
+    padding: Padding = "transformers"
     alone: str | None = None
     arithmetic: str | None = None
 
@@ -76,10 +77,16 @@ def report(model: nn.Module) -> Report:
 
     Args:
         model: an accelerated WavLM, or any module that contains one. Modules that are not fast are counted.
+
+    Returns:
+        A `Report`; `print` shows it as a table.
+
+    Raises:
+        TypeError: `model` is no torch module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"report wants a torch module, got a {type(model).__name__}")
-    counts: Counter[tuple] = Counter()
+    counts: Counter[tuple[str, str, tuple[str, ...]]] = Counter()
     with _private.without_memory(), derived.remembering_nothing(), torch.set_grad_enabled(model.training):
         for step in steps_of(model, Signal()):
             counts.update(_rows(step))
@@ -91,7 +98,7 @@ def report(model: nn.Module) -> Report:
     first = next(model.parameters(), torch.empty(0))
     wavlm = next((m for m in model.modules() if isinstance(m, (hf.WavLMPreTrainedModel, Model))), None)
     on_cpu = first.device.type == "cpu" and first.dtype == torch.bfloat16
-    padding = "transformers" if wavlm is None else mode_of(wavlm)
+    padding: Padding = "transformers" if wavlm is None else mode_of(wavlm)
     return Report(
         rows=tuple(Row(op, backend, count, reasons) for (op, backend, reasons), count in counts.items()),
         backend=backends.current(),
@@ -106,7 +113,7 @@ def report(model: nn.Module) -> Report:
     )
 
 
-def _why_alone(wavlm: nn.Module) -> str | None:
+def _why_alone(wavlm: Any) -> str | None:
     return wavlm.why_alone() if isinstance(wavlm, Model) else why_alone(wavlm, asks_for_attentions(wavlm, {}))
 
 
@@ -120,7 +127,7 @@ def _rows(step: Step) -> list[tuple[str, str, tuple[str, ...]]]:
         return [(step.op, "modules", (step.refusal,))]
     with backends.noting() as noted:
         try:
-            step.fused()
+            step.run()
         except Exception as error:  # so would the forward
             return [(step.op, "none", (str(error).partition("\n")[0],))]
     return [(op, choice.backend, tuple(reason for _, reason in choice.refused)) for op, choice in noted]

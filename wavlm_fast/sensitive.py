@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,7 +54,7 @@ def make_sensitive(model: nn.Module, seed: int = 0) -> nn.Module:
     Raises:
         TypeError: if the model has no WavLM configuration.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "model_type", None) != "wavlm":
         raise TypeError(f"make_sensitive wants a WavLM model with its config, got {type(model).__name__}")
     plan = _Plan.of(config, seed)

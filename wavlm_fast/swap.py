@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from .freed import refuse
 from .inputs import SAMPLE_RATE
 from .models import MODELS
 from .modules._originals import StandIn
-from .padding import check_mode, set_mode
+from .padding import Padding, check_mode, set_mode
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -28,13 +28,13 @@ Module = TypeVar("Module", bound=nn.Module)
 FAST_CLASSES = {fast.original: fast.twin for fast in (*MODULES, *MODELS)}
 
 # Of models that are built while installed.
-_padding = "transformers"
+_padding: Padding = "transformers"
 
 # Where transformers offers its model classes.
 _NAMESPACES = ("transformers", "transformers.models.wavlm", "transformers.models.wavlm.modeling_wavlm")
 
 
-def accelerate(model: Module, keep_originals: bool = True, padding: str | None = None) -> Module:
+def accelerate(model: Module, keep_originals: bool = True, padding: Padding | None = None) -> Module:
     """Make a live WavLM fast, in place: transformers', Microsoft's own or a copy of it, torchaudio's.
 
     Every module of a WavLM in `model` becomes the fast class that stands in for it. Parameters, buffers, names, hooks
@@ -84,7 +84,7 @@ def accelerate(model: Module, keep_originals: bool = True, padding: str | None =
 
 def _free_originals(model: nn.Module) -> None:
     """Have every WavLM in the model pack what it uses, and free what was packed, weight by weight."""
-    inside = [m for m in model.modules() if isinstance(m, (hf.WavLMPreTrainedModel, Model))]
+    inside: list[Any] = [m for m in model.modules() if isinstance(m, (hf.WavLMPreTrainedModel, Model))]
     parts = {part for m in inside for part in m.modules() if part is not m}
     for wavlm in inside:
         if wavlm not in parts:  # a head runs what it contains
@@ -105,6 +105,7 @@ def restore(model: Module) -> Module:
         `model`.
 
     Raises:
+        TypeError: `model` is no torch module.
         RuntimeError: weights were freed by `accelerate(model, keep_originals=False)`.
     """
     if not isinstance(model, nn.Module):
@@ -117,7 +118,7 @@ def restore(model: Module) -> Module:
     return model
 
 
-def install(padding: str = "transformers") -> None:
+def install(padding: Padding = "transformers") -> None:
     """Make transformers build fast WavLMs: its classes, and so its Auto classes, pipelines and Trainers.
 
     While installed, `transformers.WavLMModel` is `wavlm_fast.WavLMModel`, a subclass of the class that it replaces. So

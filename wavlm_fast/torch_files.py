@@ -88,7 +88,7 @@ def _code(path: Path) -> str | None:
         with path.open("rb") as file:
             for operation, argument, _ in pickletools.genops(file):
                 if operation.name == "GLOBAL":
-                    return argument.replace(" ", ".")
+                    return str(argument).replace(" ", ".")
                 if operation.name == "STACK_GLOBAL" and len(strings) > 1:
                     return ".".join(strings[-2:])
                 if isinstance(argument, str):

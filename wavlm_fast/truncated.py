@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from transformers.models.wavlm import modeling_wavlm as hf
 
 from . import families
+from .swap import Module
 
 
-def truncate(model: nn.Module, layers: int) -> nn.Module:
+def truncate(model: Module, layers: int) -> Module:
     """Cut a WavLM after some of its layers, in place.
 
     What each of the remaining layers gives, `hidden_states[k]` of transformers' for every k up to `layers`, is exactly
@@ -27,7 +30,7 @@ def truncate(model: nn.Module, layers: int) -> nn.Module:
         TypeError: no WavLM, or one with a head, whose output needs all layers.
         ValueError: the encoder has fewer layers, or `layers` is less than 1.
     """
-    encoder = model.encoder if isinstance(model, hf.WavLMModel) else families.transformer_of(model)
+    encoder: Any = model.encoder if isinstance(model, hf.WavLMModel) else families.transformer_of(model)
     if encoder is None:
         found = f"{type(model).__module__}.{type(model).__qualname__}"
         hint = ", whose head needs all layers: truncate its .wavlm" if hasattr(model, "wavlm") else ""

@@ -78,7 +78,7 @@ def _layer(index: int, channels: int, heads: int, wide: int, buckets: int) -> It
         for ending, shape in (("weight", (channels, channels)), ("bias", (channels,))):
             own = f"attention.{part}_proj.{ending}", f"self_attn.{part}_proj.{ending}"
             yield _named(layer, (*own, f"attention.attention.in_proj_{ending}"), shape, third)
-    for own, theirs, elsewhere, shape in (
+    for ours, theirs, elsewhere, size in (
         ("attention.out_proj", "self_attn.out_proj", "attention.attention.out_proj", (channels, channels)),
         ("attention.gru_rel_pos_linear", "self_attn.grep_linear", None, (8, channels // heads)),
         ("layer_norm", "self_attn_layer_norm", None, (channels,)),
@@ -86,8 +86,8 @@ def _layer(index: int, channels: int, heads: int, wide: int, buckets: int) -> It
         ("feed_forward.output_dense", "fc2", None, (channels, wide)),
         ("final_layer_norm", "final_layer_norm", None, (channels,)),
     ):
-        places = zip(layer, (own, theirs, elsewhere or own), strict=True)
-        yield from _with_bias(tuple(f"{place}.{name}" for place, name in places), shape)
+        places = zip(layer, (ours, theirs, elsewhere or ours), strict=True)
+        yield from _with_bias(tuple(f"{place}.{name}" for place, name in places), size)
     constant = "attention.gru_rel_pos_const"
     yield _named(layer, (constant, "self_attn.grep_a", constant), (1, heads, 1, 1))
     if index == 0:
@@ -96,7 +96,8 @@ def _layer(index: int, channels: int, heads: int, wide: int, buckets: int) -> It
 
 
 def _named(places: tuple[str, ...], endings: tuple[str, ...], shape: tuple[int, ...], third: int | None = None) -> Name:
-    return Name(*(f"{place}.{ending}" for place, ending in zip(places, endings, strict=True)), shape, third)
+    transformers, microsoft, torchaudio = (f"{p}.{ending}" for p, ending in zip(places, endings, strict=True))
+    return Name(transformers, microsoft, torchaudio, shape, third)
 
 
 def _with_bias(places: tuple[str, ...], shape: tuple[int, ...]) -> Iterator[Name]:
@@ -118,13 +119,13 @@ def spelt(state: State, new: bool) -> dict[str, Tensor]:
 
 def check(state: State, wanted: Iterable[tuple[str, tuple[int, ...]]]) -> None:
     """Refuse weights that are not exactly those wanted: (name, shape) each."""
-    wanted = dict(wanted)
-    for key, shape in wanted.items():
+    shapes = dict(wanted)
+    for key, shape in shapes.items():
         if key not in state:
             raise UserError(f"{key} is missing from the weights")
         if tuple(state[key].shape) != shape:
             raise UserError(f"{key} of shape {list(shape)} is wanted, got {list(state[key].shape)}")
         if not state[key].is_floating_point():
             raise UserError(f"floating-point weights are wanted, but {key} is {state[key].dtype}")
-    if other := [key for key in state if key not in wanted]:
+    if other := [key for key in state if key not in shapes]:
         raise UserError(f"{other[0]} among the weights is none of WavLM's")

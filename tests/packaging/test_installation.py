@@ -8,6 +8,8 @@ import zipfile
 import pytest
 from installations import ROOT, SAID, Environment, add_stand_in, make_clone
 
+from wavlm_fast import __version__
+
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
 
 # Imports everything that an installation promises, and prints the extension's problem.
@@ -66,13 +68,14 @@ def editable_installation(tmp_path_factory):
 
 def test_wheel_holds_the_package_and_nothing_else(wheel_installation):
     _, wheel = wheel_installation
-    assert wheel.name.startswith("wavlm_fast-0.1.0-py3-none-")
+    assert wheel.name.startswith(f"wavlm_fast-{__version__}-py3-none-")
     assert not wheel.name.endswith("-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         assert set(json.loads(archive.read("wavlm_fast/_build.json"))) == {"torch", "compiler", "levels", "sources"}
     assert_only_wavlm_fast(names)
     assert {"wavlm_fast/_C.so", "wavlm_fast/kernels/add_layer_norm.py", "wavlm_fast/data/speech.flac"} <= set(names)
+    assert "wavlm_fast/py.typed" in names
 
 
 def test_wheel_works(wheel_installation, tmp_path):
@@ -96,17 +99,17 @@ def test_sdist_builds_a_wheel(tmp_path):
         names = {name.partition("/")[2] for name in archive.getnames()}
     shutil.unpack_archive(sdist, tmp_path)
     assert {"build_backend.py", "csrc/dispatch.h", "csrc/add_layer_norm_kernel.cpp"} <= names
-    assert {"kernels/add_layer_norm.py", "Makefile", "LICENSE"} <= names
+    assert {"kernels/add_layer_norm.py", "Makefile", "LICENSE", "CITATION.cff", "wavlm_fast/py.typed"} <= names
     assert not {name for name in names if name.endswith((".so", "_build.json"))}
     wheel, log = build(
         "wheel", tmp_path / sdist.name.removesuffix(".tar.gz"), tmp_path / "dist", WAVLM_FAST_NO_EXTENSION="1"
     )
     assert log.count(SAID) == 1
-    assert wheel.name == "wavlm_fast-0.1.0-py3-none-any.whl"
+    assert wheel.name == f"wavlm_fast-{__version__}-py3-none-any.whl"
     names = zipfile.ZipFile(wheel).namelist()
     assert_only_wavlm_fast(names)
     beside = {path.relative_to(ROOT) for folder in ("kernels", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
-    assert {"wavlm_fast/_build.json", *(f"wavlm_fast/{path}" for path in beside)} <= set(names)
+    assert {"wavlm_fast/_build.json", "wavlm_fast/py.typed", *(f"wavlm_fast/{path}" for path in beside)} <= set(names)
     environment = Environment.create(tmp_path / "venv")
     environment.install(wheel, cwd=tmp_path)
     assert "WAVLM_FAST_NO_EXTENSION is set" in environment.python("-c", USE, cwd=tmp_path)

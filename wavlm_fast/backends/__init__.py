@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-logger = logging.getLogger("wavlm_fast")
+logger: logging.Logger = logging.getLogger("wavlm_fast")
 
 ENVIRONMENT_VARIABLE = "WAVLM_FAST_BACKEND"
 
@@ -114,10 +114,13 @@ def current() -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the ops of this thread on one backend: "auto" (default), "reference", "cpu" or "triton".
+    """Run the ops of this thread on one backend, in a `with` block.
 
     The backward pass of what ran inside follows, whenever and in whichever thread it runs. An op for which the named
     backend has no kernel runs on the reference; a kernel that cannot take the call raises `BackendUnavailable`.
+
+    Args:
+        name: "auto", which is the default, "reference", "cpu" or "triton".
 
     Raises:
         ValueError: no backend has that name.
@@ -142,7 +145,7 @@ def resumed(name: str) -> Iterator[None]:
         _wanted.reset(token)
 
 
-def choose(op: str, args: tuple) -> Choice:
+def choose(op: str, args: tuple[Any, ...]) -> Choice:
     """Decide which backend computes `op` on `args` (the arguments of its schema, positionally; a tensor first).
 
     Raises:
@@ -152,12 +155,12 @@ def choose(op: str, args: tuple) -> Choice:
     wanted = current()
     if wanted != "auto":
         return _named(wanted, op, args, device)
-    refused = ()
+    refused: tuple[tuple[str, str], ...] = ()
     for backend in _serving(device.type):
         implementation, reason = _ask(backend, op, args, device)
-        if reason is None:
+        if implementation is not None and reason is None:
             return Choice(backend.NAME, implementation.fn, refused)
-        refused = (*refused, (backend.NAME, reason))
+        refused = (*refused, (backend.NAME, str(reason)))
         _log_once(op, backend.NAME, reason)
     raise AssertionError("the reference never refuses")
 
@@ -196,18 +199,20 @@ def note(op: str, choice: Choice) -> None:
         noted.append((op, choice))
 
 
-def _named(name: str, op: str, args: tuple, device: torch.device) -> Choice:
+def _named(name: str, op: str, args: tuple[Any, ...], device: torch.device) -> Choice:
     backend = load(name)
     if op not in backend.TABLE:
-        reason = f"the {name} backend has no kernel for {op}"
-        return Choice("reference", load("reference").TABLE[op].fn, ((name, reason),))
+        lacks = f"the {name} backend has no kernel for {op}"
+        return Choice("reference", load("reference").TABLE[op].fn, ((name, lacks),))
     implementation, reason = _ask(backend, op, args, device)
-    if reason is not None:
+    if implementation is None or reason is not None:
         raise BackendUnavailable(f"{op} cannot run on the {name} backend: {reason}")
     return Choice(name, implementation.fn)
 
 
-def _ask(backend: ModuleType, op: str, args: tuple, device: torch.device) -> tuple[Implementation | None, str | None]:
+def _ask(
+    backend: ModuleType, op: str, args: tuple[Any, ...], device: torch.device
+) -> tuple[Implementation | None, str | None]:
     implementation = backend.TABLE.get(op)
     if implementation is None:
         return None, f"no {backend.NAME} kernel for {op}"

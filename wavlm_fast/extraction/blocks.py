@@ -43,7 +43,8 @@ def blocks(
         seconds: of audio in a block, at the most, but for one utterance alone.
         duration_of: from a file to the seconds that its header announces; None where it does not say.
     """
-    index, total, block = 0, 0.0, []
+    index, total = 0, 0.0
+    block: list[Utterance] = []
     for utterance, length in _with_durations(utterances, duration_of):
         if block and (total + length > seconds or len(block) == MOST_UTTERANCES):
             yield Block(index, tuple(block))

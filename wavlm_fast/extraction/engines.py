@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +46,7 @@ class Done:
         return sum(record.get("seconds", 0.0) for record in self.new)
 
 
-def run_here(worker: Worker, blocks: Iterable[Block], earlier: Earlier) -> Iterator[Done]:
+def run_here(worker: Worker, blocks: Iterable[Block], earlier: Earlier) -> Generator[Done, None, None]:
     """Extract blocks in this process. The model waits neither for a file to be decoded nor for one to be written.
 
     Yields:
@@ -148,7 +148,7 @@ def run_on_ray(
     actors: int | None = None,
     gpus: float = 0,
     cpus: float = 1,
-) -> Iterator[Done]:
+) -> Generator[Done, None, None]:
     """Extract blocks on Ray Data: each actor holds a model and writes its own blocks; what a lost one had begun is
     given to another.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import WavLMConfig
 
 from .. import audio, checkpoint
 from ..errors import UserError, first_line
@@ -17,7 +18,7 @@ from ..packed_batch import wavlm_of
 from ..ragged import forward_ragged
 from ..swap import accelerate
 from ..truncated import truncate, without_final_norm
-from .wanted import CONVENTIONS, Wanted
+from .wanted import CONVENTIONS, Average, Convention, ConventionName, Wanted, What
 
 Output = Tensor | str
 
@@ -57,51 +58,55 @@ class Extractor:
     def __init__(
         self,
         model: str | nn.Module | None,
-        what: str = "hidden",
-        layers: int | Sequence[int] | str = "all",
-        average: str | Sequence[str] = (),
-        convention: str = "hf",
+        what: What = "hidden",
+        layers: int | Sequence[int] | Literal["all"] = "all",
+        average: Average | Sequence[Average] = (),
+        convention: ConventionName = "hf",
         dtype: torch.dtype = torch.float32,
         dtype_out: torch.dtype | None = None,
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
         batch_seconds: float = 60.0,
         audio_column: str | None = None,
         column: str | None = None,
     ) -> None:
         if not isinstance(layers, str):
             layers = (layers,) if isinstance(layers, int) else tuple(layers)
-        average = (average,) if isinstance(average, str) else tuple(average)
-        self.wanted = Wanted(what, layers, average, convention)
-        self.convention = CONVENTIONS[convention]
-        self.dtype, self.dtype_out, self.device = dtype, dtype_out or dtype, device
-        self.batch_seconds = batch_seconds
-        self.audio_column, self.column = audio_column, column or what
+        averages: tuple[Average, ...] = (average,) if isinstance(average, str) else tuple(average)
+        self.wanted: Wanted = Wanted(what, layers, averages, convention)
+        self.convention: Convention = CONVENTIONS[convention]
+        self.dtype: torch.dtype = dtype
+        self.dtype_out: torch.dtype = dtype_out or dtype
+        self.device: str | torch.device = device
+        self.batch_seconds: float = batch_seconds
+        self.audio_column: str | None = audio_column
+        self.column: str = column or what
         if not batch_seconds > 0:
             raise UserError(f"batch_seconds must be more than 0, got {batch_seconds}")
         self.name: str | None = None
-        self._made_of: tuple | None = None
+        self._made_of: tuple[Any, ...] | None = None
+        self.config: WavLMConfig
         if isinstance(model, nn.Module):
-            model = wavlm_of(model) if what == "hidden" else model
-            self.config, saved, name = model.config, [type(model).__name__], "this model"
-            self._made_of = _made_of(model)
+            live: Any = wavlm_of(model) if what == "hidden" else model
+            self.config, saved, name = live.config, [type(live).__name__], "this model"
+            self._made_of = _made_of(live)
             if what == "text":
                 raise UserError("text needs a checkpoint by name, whose processor spells it, got a live model")
         else:
             self.name = None if model is None else str(model)
             self.config = checkpoint.config_of(self.name)
             saved, name = self.config.architectures or [], self.name or "the seeded model"
-        self.architecture = self.wanted.class_for(saved, name)
-        self.states = self.wanted.states(self.config.num_hidden_layers) if what == "hidden" else ()
+        self.architecture: str = self.wanted.class_for(saved, name)
+        self.states: tuple[int, ...] = self.wanted.states(self.config.num_hidden_layers) if what == "hidden" else ()
         # Whether each waveform is brought to zero mean and unit variance first.
         said = self.convention.normalise
-        self.normalises = checkpoint.source(self.name).normalise if said is None else said
-        self._model: nn.Module | None = None
+        self.normalises: bool = checkpoint.source(self.name).normalise if said is None else said
+        self._model: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": None, "_processor": None}
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> Any:
         """The fast model, cut behind the last layer that is needed; loaded when first asked for."""
         if self._model is None:
             self._model = self._load()
@@ -109,6 +114,7 @@ class Extractor:
 
     def _load(self) -> nn.Module:
         layers, needed = self.config.num_hidden_layers, self._needed
+        model: Any
         if self._made_of is None:
             model, _ = checkpoint.load(self.name, self.dtype, architecture=self.architecture, layers=needed)
         else:
@@ -118,10 +124,10 @@ class Extractor:
         if self.states and (needed < layers or not self.convention.final_norm):
             without_final_norm(model.encoder)
         if self.wanted.what == "text":
-            self._processor = checkpoint.processor(self.name)
+            self._processor = checkpoint.processor(str(self.name))
         return _primed(accelerate(model.eval().to(self.device)))
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch with the features of its audio, numpy arrays or strings, in one column more.
 
         Raises:
@@ -132,10 +138,12 @@ class Extractor:
             named = self.audio_column or " or ".join(_COLUMNS)
             raise UserError(f"a batch with a column of audio ({named}) is wanted, got {list(batch)}")
         found = self.outputs([waveform_of(item, self.samples_needed) for item in batch[column]])
-        failed = next((item for item in found if isinstance(item, Exception)), None)
-        if failed is not None:
-            raise failed
-        return {**batch, self.column: _column([as_array(item) for item in found])}
+        arrays: list[np.ndarray[Any, Any] | str] = []
+        for item in found:
+            if isinstance(item, Exception):
+                raise item
+            arrays.append(as_array(item))
+        return {**batch, self.column: _column(arrays)}
 
     @property
     def _needed(self) -> int:
@@ -177,7 +185,7 @@ class Extractor:
         _ = self.model  # loaded here: what is wrong with a checkpoint is no utterance's error
         prepared = [self._pieces(w) for w in waveforms]
         flat = [piece for pieces in prepared for piece in pieces]
-        results: list[Tensor | Exception | None] = [None] * len(flat)
+        results: list[Any] = [None] * len(flat)
         for indices in batches([len(piece) for piece in flat], self.batch_seconds * SAMPLE_RATE):
             for index, result in zip(indices, self._run([flat[i] for i in indices]), strict=True):
                 results[index] = result
@@ -231,10 +239,12 @@ class Extractor:
         return states.squeeze(0) if "layers" in self.wanted.average or self.wanted.single else states
 
     def _finished(self, pieces: list[Tensor | Exception]) -> Output | Exception:
-        failed = next((piece for piece in pieces if isinstance(piece, Exception)), None)
-        if failed is not None:
-            return failed
-        value = pieces[0] if len(pieces) == 1 else torch.cat(pieces, -2)
+        whole = []
+        for piece in pieces:
+            if isinstance(piece, Exception):
+                return piece
+            whole.append(piece)
+        value = whole[0] if len(whole) == 1 else torch.cat(whole, -2)
         value = (self._reduced(value) if self.states else value).cpu()
         if self.wanted.what == "text":
             return checkpoint.transcribed(self._processor, value)
@@ -285,14 +295,14 @@ def waveform_of(item: Any, at_least: int) -> Tensor:
     return waveform
 
 
-def as_array(item: Output) -> np.ndarray | str:
+def as_array(item: Output) -> np.ndarray[Any, Any] | str:
     """As numpy has it; bfloat16 as float32."""
     if isinstance(item, str):
         return item
     return (item.float() if item.dtype == torch.bfloat16 else item).numpy()
 
 
-def _column(items: list[Any]) -> np.ndarray | list[Any]:
+def _column(items: list[Any]) -> np.ndarray[Any, Any] | list[Any]:
     """One array where all are of a shape, else a list."""
     if not items or isinstance(items[0], str) or len({item.shape for item in items}) > 1:
         return items
@@ -314,12 +324,12 @@ def _primed(model: nn.Module) -> nn.Module:
     return model
 
 
-def _made_of(model: nn.Module) -> tuple:
+def _made_of(model: Any) -> tuple[Any, ...]:
     """What a live model is built from again: config and weights, as modules with weight norm do not pickle."""
     return model.config.to_dict(), {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
 
 
-def _rebuilt(made_of: tuple, architecture: str) -> nn.Module:
+def _rebuilt(made_of: tuple[Any, ...], architecture: str) -> nn.Module:
     config, state = made_of
     model = checkpoint.blank(config, architecture)
     model.load_state_dict(state)

@@ -46,10 +46,10 @@ def segments(path: str, scp: str) -> Iterator[Placed]:
     for place, (name, recording, times) in _fields(path, 3, wanted):
         if len(times.split()) not in (2, 3):
             raise UserError(f"{place}: {wanted} are wanted, got times {times!r}")
-        start, end, channel = (*times.split(), None)[:3]
+        start, until, channel = (*times.split(), None)[:3]
         if recording not in named:
             raise UserError(f"{place}: a recording that {scp} lists is wanted, got {shortened(recording)}")
-        end = None if re.fullmatch(r"-1(\.0*)?", end) else end
+        end = None if re.fullmatch(r"-1(\.0*)?", str(until)) else until
         # Where the path leads is settled already: no folder.
         yield utterance(place, "", named[recording][1], id=name, start=start, end=end, channel=channel)
 

@@ -40,7 +40,7 @@ def separated(path: str) -> Iterator[Placed]:
         UserError: the file cannot be read, or a row of it does not name an utterance.
     """
     folder = os.path.dirname(path)
-    tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.lower().endswith(".tsv") else {}
+    tabs: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.lower().endswith(".tsv") else {}
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             rows = csv.reader(file, **tabs)

@@ -121,11 +121,11 @@ def _reader(path: str) -> Callable[[str], Iterator[Placed]] | None:
 
 
 def _ids_of_files(paths: Sequence[str]) -> dict[str, str]:
-    named = defaultdict(dict)  # name without ending -> path -> its parts
+    named: dict[str, dict[str, list[str]]] = defaultdict(dict)  # name without ending -> path -> its parts
     for path in paths:
         parts = without_ending(os.path.abspath(path)).split(os.sep)
         named[parts[-1]][path] = parts
-    ids = {}
+    ids: dict[str, str] = {}
     for group in named.values():
         longest = max(map(len, group.values()))
         for count in range(1, longest + 1):

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ..errors import UserError
 
+What = Literal["hidden", "xvector", "logits", "frames", "text"]
+Average = Literal["layers", "frames"]
+ConventionName = Literal["hf", "s3prl", "fairseq", "knn-vc"]
+AVERAGES: tuple[Average, ...] = get_args(Average)
+
 # What -> transformers' class whose output it is, and the sentence's word for it.
-CLASSES = {
+CLASSES: dict[What, str] = {
     "hidden": "WavLMModel",
     "xvector": "WavLMForXVector",
     "logits": "WavLMForSequenceClassification",
@@ -18,7 +23,6 @@ CLASSES = {
 }
 # Classes of which these outputs are logits too.
 _LOGITS = ("WavLMForSequenceClassification", "WavLMForCTC")
-AVERAGES = ("layers", "frames")
 CHUNK = 1_600_000  # samples at which fairseq's dumps cut an utterance
 
 
@@ -39,7 +43,7 @@ class Convention:
     chunk: int = 0
 
 
-CONVENTIONS = {
+CONVENTIONS: dict[ConventionName, Convention] = {
     "hf": Convention(),
     "s3prl": Convention(eps=1e-5),
     "fairseq": Convention(eps=1e-5, final_norm=False, chunk=CHUNK),
@@ -59,10 +63,10 @@ class Wanted:
         convention: what readers of the features expect, of CONVENTIONS.
     """
 
-    what: str = "hidden"
-    layers: tuple[int, ...] | str = "all"
-    average: tuple[str, ...] = ()
-    convention: str = "hf"
+    what: What = "hidden"
+    layers: tuple[int, ...] | Literal["all"] = "all"
+    average: tuple[Average, ...] = ()
+    convention: ConventionName = "hf"
 
     def __post_init__(self) -> None:
         _one_of("what", self.what, tuple(CLASSES))

@@ -76,14 +76,14 @@ class Worker:
 
     def computed(self, utterances: Sequence[Loaded]) -> Iterator[tuple[Record, Output | Exception]]:
         """Features of the utterances of a block, batch by batch, and of those that have none the error."""
-        good = [u for u in utterances if u.waveform is not None]
+        good = [(u.record, u.waveform) for u in utterances if u.waveform is not None]
         for loaded in utterances:
             if loaded.waveform is None:
                 yield loaded.record, UserError(loaded.error)
         budget = self.extractor.batch_seconds * SAMPLE_RATE
-        for indices in batches([len(u.waveform) for u in good], budget):
-            outputs = self.extractor.outputs([good[i].waveform for i in indices])
-            yield from zip((good[i].record for i in indices), outputs, strict=True)
+        for indices in batches([len(waveform) for _, waveform in good], budget):
+            outputs = self.extractor.outputs([good[i][1] for i in indices])
+            yield from zip((good[i][0] for i in indices), outputs, strict=True)
 
     def writing(self, block: Block) -> BlockWriter:
         """What writes a block."""

@@ -85,7 +85,12 @@ class Model(Copy):
     def frames_of(self, outputs: Any) -> int:
         """How many frames there are in every row of outputs."""
         found = []
-        self.map_frames(lambda x: found.append(x.shape[1]) or x, outputs)
+
+        def look_at(x: Tensor) -> Tensor:
+            found.append(x.shape[1])
+            return x
+
+        self.map_frames(look_at, outputs)
         return found[0]
 
     def why_alone(self) -> str | None:

@@ -296,7 +296,9 @@ class _FastEncoder(FastModule):
         hidden_states = self._enter(self._embed_positions(hidden_states, attention_mask))
         collects_states = ENCODER_COLLECTS and output_hidden_states
         collects_weights = ENCODER_COLLECTS and output_attentions
-        states, weights, position_bias = [], [], None
+        states: list[Tensor] = []
+        weights: list[Tensor | None] = []
+        position_bias = None
         for index, layer in enumerate(self.layers):
             if collects_states:
                 states.append(hidden_states)

@@ -9,16 +9,21 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import nn
 
 from ..leaving import leaving
 
-Class = TypeVar("Class", bound=type)
+Class = TypeVar("Class", bound=type[nn.Module])
+
+if TYPE_CHECKING:
+    Mixin = nn.Module  # what it is mixed into
+else:
+    Mixin = object
 
 
-class StandIn:
+class StandIn(Mixin):
     """Mixed into every fast class."""
 
     original: ClassVar[type[nn.Module]]
@@ -26,7 +31,7 @@ class StandIn:
     twin: ClassVar[type[nn.Module]]
     # Name of each method of `original` that the fast class may do without calling it, the method that a module has
     # under that name, and transformers' own, as both were at import.
-    taken_over: ClassVar[tuple[tuple[str, Callable, Callable | None], ...]] = ()
+    taken_over: ClassVar[tuple[tuple[str, Callable[..., Any], Callable[..., Any] | None], ...]] = ()
     # Whether the original's forward takes and makes a dense position bias.
     original_makes_dense_bias: ClassVar[bool] = False
 
@@ -43,9 +48,9 @@ class StandIn:
         """Whether this is the class that takes the original's place, and not a subclass of somebody else's."""
         return cls is cls.twin
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # By its name and module pickle would find the original.
-        reduced = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
         return (_new, (self.original.__name__,), *reduced[2:]) if self.is_twin() else reduced
 
 
@@ -65,19 +70,20 @@ def stands_in_for(original: type[nn.Module], public: bool = False, tried: bool =
     they were then, whoever wrote them.
     """
 
-    def stand_in(fast: Class) -> Class:
+    def stand_in(cls: Class) -> Class:
+        fast: Any = cls
         fast.original = original
         methods = methods_when_tried(original) if tried else own_methods(original)
         fast.taken_over = tuple((name, getattr(fast, name), method) for name, method in methods)
         fast.twin = type(original.__name__, (fast,), {"__doc__": fast.__doc__}) if public else fast
         for name in ("__name__", "__qualname__", "__module__"):
             setattr(fast.twin, name, getattr(original, name))
-        return fast
+        return cls
 
     return stand_in
 
 
-def methods_of(module: nn.Module) -> tuple[Callable | None, ...]:
+def methods_of(module: nn.Module) -> tuple[Callable[..., Any] | None, ...]:
     """All that people may put their own in the place of, as it is now: two answers differ where somebody did."""
     own = tuple(
         method
@@ -87,7 +93,7 @@ def methods_of(module: nn.Module) -> tuple[Callable | None, ...]:
     return (type(module).forward, module.__dict__.get("forward"), *own)
 
 
-def own_methods(cls: type) -> tuple[tuple[str, Callable | None], ...]:
+def own_methods(cls: type) -> tuple[tuple[str, Callable[..., Any] | None], ...]:
     """The methods that a class defines, by name; None for one that somebody had put there before this import."""
     return tuple(
         (name, method if method.__module__ == cls.__module__ else None)
@@ -96,7 +102,7 @@ def own_methods(cls: type) -> tuple[tuple[str, Callable | None], ...]:
     )
 
 
-def methods_when_tried(cls: type[nn.Module]) -> tuple[tuple[str, Callable], ...]:
+def methods_when_tried(cls: type[nn.Module]) -> tuple[tuple[str, Callable[..., Any]], ...]:
     """The methods of a class and of those below it, but for torch's own of every module."""
     above = cls.__mro__[: cls.__mro__.index(nn.Module)]
     names = {name for own in above for name, found in vars(own).items() if inspect.isfunction(found)}

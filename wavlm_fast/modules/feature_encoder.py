@@ -31,6 +31,9 @@ class ConvLayer:
     """
 
     norm = "none"
+    conv: Any
+    layer_norm: Any
+    activation: Any
 
     @property
     def in_channels(self) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
 from typing import Any
 
-DEFAULTS = {
+DEFAULTS: dict[str, str | int | float | bool] = {
     # The front end. Mode "default": one group norm, after the first convolution; "layer_norm": one after each.
     "extractor_mode": "default",
     "conv_feature_layers": "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2",  # channels, kernel, stride
@@ -51,12 +52,48 @@ DEFAULTS = {
 class WavLMConfig:
     """What a WavLM is built from: the entries of a checkpoint's `cfg` as attributes, else published defaults."""
 
-    def __init__(self, cfg: dict[str, Any] | None = None) -> None:
+    extractor_mode: str
+    conv_feature_layers: str
+    conv_bias: bool
+    feature_grad_mult: float
+    normalize: bool
+    encoder_layers: int
+    encoder_embed_dim: int
+    encoder_ffn_embed_dim: int
+    encoder_attention_heads: int
+    activation_fn: str
+    layer_norm_first: bool
+    conv_pos: int
+    conv_pos_groups: int
+    relative_position_embedding: bool
+    num_buckets: int
+    max_distance: int
+    gru_rel_pos: bool
+    dropout: float
+    attention_dropout: float
+    activation_dropout: float
+    encoder_layerdrop: float
+    dropout_input: float
+    dropout_features: float
+    mask_length: int
+    mask_prob: float
+    mask_selection: str
+    mask_other: float
+    no_mask_overlap: bool
+    mask_min_space: int
+    mask_channel_length: int
+    mask_channel_prob: float
+    mask_channel_selection: str
+    mask_channel_other: float
+    no_mask_channel_overlap: bool
+    mask_channel_min_space: int
+
+    def __init__(self, cfg: Mapping[str, Any] | None = None) -> None:
         self.update(DEFAULTS)
         if cfg is not None:
             self.update(cfg)
 
-    def update(self, cfg: dict[str, Any]) -> None:
+    def update(self, cfg: Mapping[str, Any]) -> None:
         self.__dict__.update(cfg)
 
 

@@ -60,8 +60,8 @@ def compute_mask_indices(
 
     fewest = min(map(len, masked))
     mask = np.zeros(shape, bool)
-    for row, found in zip(mask, masked, strict=True):
-        row[found if len(found) == fewest else np.random.choice(found, fewest, replace=False)] = True
+    for marks, found in zip(mask, masked, strict=True):
+        marks[found if len(found) == fewest else np.random.choice(found, fewest, replace=False)] = True
     return mask
 
 
@@ -69,7 +69,7 @@ def _lengths(spans: int, mask_length: int, mask_type: str, other: float) -> np.n
     if mask_type == "static":
         return np.full(spans, mask_length)
     if mask_type == "uniform":
-        return np.random.randint(other, mask_length * 2 + 1, size=spans)
+        return np.random.randint(other, mask_length * 2 + 1, size=spans)  # type: ignore[call-overload]
     if mask_type == "normal":
         return np.maximum(1, np.rint(np.random.normal(mask_length, other, size=spans)).astype(int))
     if mask_type == "poisson":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any, Literal, cast, overload
 
 import numpy as np
 import torch
@@ -33,6 +34,19 @@ class WavLM(nn.Module):
     Raises:
         ValueError: the configuration is not a WavLM's, or one of its values is none that there is.
     """
+
+    mask_prob: float
+    mask_length: int
+    mask_selection: str
+    mask_other: float
+    mask_min_space: int
+    no_mask_overlap: bool
+    mask_channel_prob: float
+    mask_channel_length: int
+    mask_channel_selection: str
+    mask_channel_other: float
+    mask_channel_min_space: int
+    no_mask_channel_overlap: bool
 
     def __init__(self, cfg: WavLMConfig) -> None:
         super().__init__()
@@ -100,6 +114,40 @@ class WavLM(nn.Module):
         frames = features.size(1)
         samples = padding_mask.size(1) // frames * frames
         return padding_mask[:, :samples].reshape(padding_mask.size(0), frames, -1).all(-1).bool()
+
+    @overload
+    def extract_features(
+        self,
+        source: Tensor,
+        padding_mask: Tensor | None = None,
+        mask: bool = False,
+        ret_conv: bool = False,
+        output_layer: int | None = None,
+        ret_layer_results: Literal[False] = False,
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+    @overload
+    def extract_features(
+        self,
+        source: Tensor,
+        padding_mask: Tensor | None = None,
+        mask: bool = False,
+        ret_conv: bool = False,
+        output_layer: int | None = None,
+        *,
+        ret_layer_results: Literal[True],
+    ) -> tuple[tuple[Tensor, list[tuple[Tensor, None]]], Tensor | None]: ...
+
+    @overload
+    def extract_features(
+        self,
+        source: Tensor,
+        padding_mask: Tensor | None = None,
+        mask: bool = False,
+        ret_conv: bool = False,
+        output_layer: int | None = None,
+        ret_layer_results: bool = False,
+    ) -> tuple[Any, Tensor | None]: ...
 
     def extract_features(
         self,
@@ -193,7 +241,7 @@ class TransformerEncoder(nn.Module):
         self.embedding_dim = dim = args.encoder_embed_dim
         conv = WeightNormConv1d(dim, dim, args.conv_pos, padding=args.conv_pos // 2, groups=args.conv_pos_groups)
         nn.init.normal_(conv.weight, mean=0, std=math.sqrt(4 / (args.conv_pos * dim)))
-        nn.init.zeros_(conv.bias)
+        nn.init.zeros_(cast(Tensor, conv.bias))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's newer weight norm has other names: no checkpoint has them
             conv = nn.utils.weight_norm(conv, name="weight", dim=2)
