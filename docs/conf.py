@@ -29,7 +29,7 @@ default_role = "code"  # docstrings are written with single backticks
 nitpicky = True
 nitpick_ignore_regex = [  # what others document
     ("py:(class|exc|obj)", r"(torch|transformers|numpy|collections|argparse|pathlib)\..*"),
-    ("py:class", r"wavlm_fast\.swap\.Module"),
+    ("py:class", r"wavlm_fast\.\w+\.Module"),
 ]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
