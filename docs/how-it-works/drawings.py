@@ -25,7 +25,7 @@ rect,circle{stroke:var(--line)}.line{stroke:var(--line);stroke-width:1.4;fill:no
 .head{fill:var(--line)}
 """.replace("\n", "")
 
-Line = str | tuple[str, str]  # a text, or a text and its classes
+_CLASSES = {"*": "bold", "`": "code", "~": "pale", "^": "file"}  # of a line, by its first letter
 _DRAWINGS: dict[str, Callable[[], str]] = {}
 
 
@@ -36,7 +36,8 @@ class Drawing:
         self.parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
             f'role="img"><title>{escape(title)}</title><style>{_STYLE}</style>'
-            '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+            '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
+            'orient="auto">'
             '<path class="head" d="M0 0L8 4L0 8z"/></marker></defs>'
             f'<rect class="paper" x=".5" y=".5" width="{width - 1}" height="{height - 1}" rx="8"/>'
         ]
@@ -52,13 +53,14 @@ class Drawing:
         kind = f' class="{kind}"' if kind else ""
         self.parts.append(f'<text{kind} x="{x:g}" y="{y:g}"{place}>{escape(text, quote=False)}</text>')
 
-    def box(self, x: float, y: float, width: float, height: float, *lines: Line, kind: str = "box") -> None:
-        """A box with lines in its middle."""
+    def box(self, x: float, y: float, width: float, height: float, lines: str, kind: str = "box") -> None:
+        """A box with lines in its middle, each of a class by its first letter."""
         self.rect(x, y, width, height, kind, 5)
-        top = y + height / 2 - 16 * (len(lines) - 1) / 2 + 4.5
-        for i, line in enumerate(lines):
-            text, of = (line, "") if isinstance(line, str) else line
-            self.text(x + width / 2, top + 16 * i, text, of, "middle")
+        texts = lines.split("\n")
+        top = y + height / 2 - 16 * (len(texts) - 1) / 2 + 4.5
+        for i, text in enumerate(texts):
+            of = _CLASSES.get(text[0], "")
+            self.text(x + width / 2, top + 16 * i, text[1:] if of else text, of, "middle")
 
     def path(self, d: str, kind: str = "", arrow: bool = True) -> None:
         """A line along an SVG path, with a head at its end."""
@@ -96,16 +98,16 @@ def _path(d: Drawing) -> None:
     )
     for i, (name, kind, what, file) in enumerate(stations):
         y = 20 + 78 * i
-        d.box(24, y, 110, 48, (name, "bold"), kind=kind)
+        d.box(24, y, 110, 48, f"*{name}", kind)
         d.text(150, y + 20, what)
         d.text(150, y + 38, file, "file")
         if i < 3:
             d.arrow(79, y + 48, 79, y + 78)
-    d.box(560, 98, 136, 48, "the module's own", "forward", kind="f")
+    d.box(560, 98, 136, 48, "the module's own\nforward", "f")
     d.path("M490 122L560 122", "dashed")
     d.text(628, 164, "hook, adapter, patch:", "pale", "middle")
     d.text(628, 179, "it is called, not fused", "pale", "middle")
-    d.box(560, 254, 136, 48, "report(model)", "says the sentence", kind="f")
+    d.box(560, 254, 136, 48, "report(model)\nsays the sentence", "f")
     d.path("M490 278L560 278", "dashed")
     backends = (
         (24, "triton", "c", "GPUs, by Triton kernels", "kernels/gated_attention.py"),
@@ -115,7 +117,7 @@ def _path(d: Drawing) -> None:
     d.path("M79 302L79 345L598 345", arrow=False)
     for x, name, kind, what, file in backends:
         d.arrow(x + 98, 345, x + 98, 366)
-        d.box(x, 366, 196, 80, (name, "bold"), what, (file, "file"), kind=kind)
+        d.box(x, 366, 196, 80, f"*{name}\n{what}\n^{file}", kind)
 
 
 def _buckets(distance: int) -> str:
@@ -142,14 +144,14 @@ def _position_bias(d: Drawing) -> None:
         d.text(x + size * n + 15, y - 6, str(n - T + 1), "pale", "middle")
     for i, at, begin in ((1, 112, 5), (5, 156, 1)):
         left = x + size * (T - 1 - i)
-        d.path(f"M{left + 2} {at}L{left + 2} {at + 7}L{left + size * T - 2} {at + 7}L{left + size * T - 2} {at}", "", False)
+        d.path(f"M{left + 2} {at}l0 7l{size * T - 4} 0l0 -7", arrow=False)
         d.text(left + size * T / 2, at + 23, f"row {i}: entries {begin} to {begin + T - 1}", "", "middle")
     d.text(x, 216, "score of query i and key j", "bold")
-    d.box(x, 230, 150, 44, ("q[i]·k[j]·scale", "code"), kind="f")
+    d.box(x, 230, 150, 44, "`q[i]·k[j]·scale", "f")
     d.text(x + 157, 257, "+")
-    d.box(x + 173, 230, 70, 44, ("gate[i]", "code"), kind="e")
+    d.box(x + 173, 230, 70, 44, "`gate[i]", "e")
     d.text(x + 249, 257, "·")
-    d.box(x + 258, 230, 142, 44, ("rel_bias[j−i+T−1]", "code"), kind="a")
+    d.box(x + 258, 230, 142, 44, "`rel_bias[j−i+T−1]", "a")
     d.text(x, 298, "The gate is one number per frame and head, so a row of the", "pale")
     d.text(x, 314, "gated bias is never stored either: one multiply-add per score.", "pale")
 
@@ -157,9 +159,11 @@ def _position_bias(d: Drawing) -> None:
 @_drawn("group-norm", "The statistics of a convolution's output follow from the windows of its input", 720, 400)
 def _group_norm(d: Drawing) -> None:
     d.text(24, 30, "as it is written", "bold")
-    for i, (text, kind) in enumerate((("waveform", "a"), ("y [T, C]", "e"), ("mean, variance", "f"), ("out [T, C]", "c"))):
-        d.box(24 + 176 * i, 46, 128, 40, text, kind=kind)
-    for i, (over, under) in enumerate((("convolution", "written"), ("over time", "read"), ("norm, activation", "read again"))):
+    stations = ("waveform", "a"), ("y [T, C]", "e"), ("mean, variance", "f"), ("out [T, C]", "c")
+    for i, (text, kind) in enumerate(stations):
+        d.box(24 + 176 * i, 46, 128, 40, text, kind)
+    steps = ("convolution", "written"), ("over time", "read"), ("norm, activation", "read again")
+    for i, (over, under) in enumerate(steps):
         d.arrow(152 + 176 * i, 66, 200 + 176 * i, 66)
         d.text(176 + 176 * i, 104, under, "pale", "middle")
         d.text(176 + 176 * i, 40, over, "pale", "middle")
@@ -172,13 +176,13 @@ def _group_norm(d: Drawing) -> None:
         d.rect(24 + 30 * t, 220 + 9 * t, 60, 7, "a")
     d.text(196, 232, "windows x_t of K = 10", "pale")
     d.text(196, 248, "samples, 5 apart", "pale")
-    d.box(24, 300, 150, 74, ("m = mean x_t", "code"), ("G = mean x_t x_tᵀ", "code"), ("10 + 100 numbers", "pale"), kind="f")
+    d.box(24, 300, 150, 74, "`m = mean x_t\n`G = mean x_t x_tᵀ\n~10 + 100 numbers", "f")
     d.arrow(84, 268, 84, 300)
-    d.box(216, 300, 216, 74, ("mean_c = w_c · m", "code"), ("var_c = w_cᵀ (G − m mᵀ) w_c", "code"), ("for each channel c", "pale"), kind="f")
+    d.box(216, 300, 216, 74, "`mean_c = w_c · m\n`var_c = w_cᵀ (G − m mᵀ) w_c\n~for each channel c", "f")
     d.arrow(174, 337, 216, 337)
-    d.box(492, 300, 204, 74, ("gain, offset for each c", ""), ("known before any frame", "pale"), kind="b")
+    d.box(492, 300, 204, 74, "gain, offset for each c\n~known before any frame", "b")
     d.arrow(432, 337, 492, 337)
-    d.box(492, 176, 204, 64, "convolution, norm and", "activation in one pass", kind="c")
+    d.box(492, 176, 204, 64, "convolution, norm and\nactivation in one pass", "c")
     d.arrow(594, 300, 594, 240)
     d.path("M264 190L492 190")
     d.text(378, 182, "the waveform once more", "pale", "middle")
@@ -195,17 +199,17 @@ def _positional_conv(d: Drawing) -> None:
     d.text(359, 62, "block 2", "", "middle")
     d.path("M225 76L225 84L493 84L493 76", "", False)
     d.text(359, 100, "the 2P = 256 frames that its taps meet, from K / 2 before it", "pale", "middle")
-    d.box(24, 126, 190, 62, ("fold", "bold"), ("z[n] = x[n] + i x[n+P]", "code"), ("P complex numbers", "pale"), kind="a")
+    d.box(24, 126, 190, 62, "*fold\n`z[n] = x[n] + i x[n+P]\n~P complex numbers", "a")
     d.path("M225 84L119 84L119 126")
-    d.box(264, 126, 190, 62, ("transform", "bold"), ("z at the P roots of", ""), ("t^P = i", "code"), kind="a")
+    d.box(264, 126, 190, 62, "*transform\nz at the P roots of\n`t^P = i", "a")
     d.arrow(214, 157, 264, 157)
-    d.box(504, 126, 190, 62, ("at each root", "bold"), ("[rows, 48] × [48, 48]", "code"), ("complex, filters conjugated", "pale"), kind="b")
+    d.box(504, 126, 190, 62, "*at each root\n`[rows, 48] × [48, 48]\n~complex, filters conjugated", "b")
     d.arrow(454, 157, 504, 157)
-    d.box(504, 226, 190, 62, ("transform back", "bold"), ("the real part of z is", ""), ("the block's P frames", ""), kind="a")
+    d.box(504, 226, 190, 62, "*transform back\nthe real part of z is\nthe block's P frames", "a")
     d.arrow(599, 188, 599, 226)
-    d.box(264, 226, 190, 62, ("bias, GELU, + x", "bold"), ("written once", "pale"), kind="c")
+    d.box(264, 226, 190, 62, "*bias, GELU, + x\n~written once", "c")
     d.arrow(504, 257, 454, 257)
-    d.box(24, 226, 190, 62, ("spectra of the filters", "bold"), ("once per weight,", "pale"), ("while it does not learn", "pale"), kind="f")
+    d.box(24, 226, 190, 62, "*spectra of the filters\n~once per weight,\n~while it does not learn", "f")
     d.path("M119 226L119 207L560 207L560 188", "dashed")
     d.text(24, 322, "products for each frame of a block and each pair of channels", "bold")
     d.rect(24, 336, 512, 20, "e")
@@ -214,15 +218,15 @@ def _positional_conv(d: Drawing) -> None:
     d.text(50, 381, "4: a complex product at each of P roots; and the transforms, for each channel, not each pair")
 
 
-@_drawn("minimal-filtering", "Three outputs of a convolution with three taps and stride two in seven products", 720, 400)
+@_drawn("minimal-filtering", "Three outputs of a convolution, three taps, stride two, in seven products", 720, 400)
 def _minimal_filtering(d: Drawing) -> None:
     names = ("e0", "o0", "e1", "o1", "e2", "o2", "e3")
     d.text(24, 28, "directly: nine products for three frames", "bold")
     for n, name in enumerate(names):
-        d.box(24 + 42 * n, 46, 34, 28, (name, "code"), kind="b" if name[0] == "o" else "a")
+        d.box(24 + 42 * n, 46, 34, 28, f"`{name}", "b" if name[0] == "o" else "a")
     for t in range(3):
         x = 66 + 84 * t
-        d.box(x - 3, 128, 40, 28, (f"y{t}", "code"), kind="c")
+        d.box(x - 3, 128, 40, 28, f"`y{t}", "c")
         for k in range(3):
             d.path(f"M{41 + 84 * t + 42 * k} 74L{x + 17} 128", "", False)
     d.text(24, 184, "even rows e meet the taps w0 and w2,", "pale")
@@ -234,15 +238,15 @@ def _minimal_filtering(d: Drawing) -> None:
     )  # fmt: skip
     for n, (rows, tap, kind) in enumerate(products):
         y = 42 + 36 * n
-        d.box(372, y, 76, 28, (rows, "code"), kind=kind)
+        d.box(372, y, 76, 28, f"`{rows}", kind)
         d.text(458, y + 18, "×")
-        d.box(474, y, 116, 28, (tap, "code"), kind="f")
+        d.box(474, y, 116, 28, f"`{tap}", "f")
         d.text(602, y + 18, ("= a0", "= a1", "= a2", "= b", "= c", "= p", "= m")[n], "code")
     d.text(24, 240, "The two outer taps over three frames are a", "pale")
     d.text(24, 256, "filter of two taps on the even rows: four", "pale")
     d.text(24, 272, "products in place of six.", "pale")
     for t, formula in enumerate(("y0 = a0 + b + p + m", "y1 = a1 + p − m", "y2 = a2 + c + p + m")):
-        d.box(372, 306 + 29 * t, 218, 25, (formula, "code"), kind="c")
+        d.box(372, 306 + 29 * t, 218, 25, f"`{formula}", "c")
     d.text(24, 318, "Only neighbouring even rows are combined:", "pale")
     d.text(24, 334, "they are of like magnitude, and rounding", "pale")
     d.text(24, 350, "errors grow by a tenth.", "pale")
@@ -273,8 +277,10 @@ def _packed_frames(d: Drawing) -> None:
         d.text(24 + size * at, 240, str(at), "code", "middle")
     d.text(452, 209, "nothing between them")
     d.text(452, 239, "offsets [B + 1], int32, on the device", "pale")
-    d.box(24, 276, 200, 96, ("knows no boundaries", "bold"), "linear layers, layer norms,", "the gate, activations:", "take the frames as they are", kind="f")
-    d.box(240, 276, 224, 96, ("knows boundaries", "bold"), "convolutions, group norm,", "position convolution, attention,", "pooling: take the offsets", kind="b")
+    free = "*knows no boundaries\nlinear layers, layer norms,\nthe gate, activations:\ntake the frames as they are"
+    bound = "*knows boundaries\nconvolutions, group norm,\nposition convolution, attention,\npooling: take the offsets"
+    d.box(24, 276, 200, 96, free, "f")
+    d.box(240, 276, 224, 96, bound, "b")
     cell = 4.4
     x, y = 500, 272
     d.rect(x, y, cell * 20, cell * 20, "none")
@@ -288,21 +294,21 @@ def _packed_frames(d: Drawing) -> None:
 
 @_drawn("packed-weights", "When a copy of a weight is used, and when it is made anew", 720, 420)
 def _packed_weights(d: Drawing) -> None:
-    d.box(24, 24, 190, 56, ("a kernel wants", "bold"), "packed weight of W", kind="a")
-    d.box(270, 24, 190, 56, "gradient wanted, graph", "traced, or on a GPU?", kind="f")
+    d.box(24, 24, 190, 56, "*a kernel wants\npacked weight of W", "a")
+    d.box(270, 24, 190, 56, "gradient wanted, graph\ntraced, or on a GPU?", "f")
     d.arrow(214, 52, 270, 52)
-    d.box(516, 24, 180, 56, ("build, keep nothing", "bold"), ("cheap there, or avoided", "pale"), kind="b")
+    d.box(516, 24, 180, 56, "*build, keep nothing\n~cheap there, or avoided", "b")
     d.arrow(460, 52, 516, 52)
     d.text(488, 44, "yes", "pale", "middle")
-    d.box(270, 128, 190, 88, ("state of W now", "bold"), "address, version, dtype,", "shape, strides,", "64 of its values", kind="f")
+    d.box(270, 128, 190, 88, "*state of W now\naddress, version, dtype,\nshape, strides,\n64 of its values", "f")
     d.arrow(365, 80, 365, 128)
     d.text(374, 108, "no", "pale")
-    d.box(270, 264, 190, 48, "as when the copy", "was made?", kind="f")
+    d.box(270, 264, 190, 48, "as when the copy\nwas made?", "f")
     d.arrow(365, 216, 365, 264)
-    d.box(516, 264, 180, 48, ("use the copy", "bold"), kind="c")
+    d.box(516, 264, 180, 48, "*use the copy", "c")
     d.arrow(460, 288, 516, 288)
     d.text(488, 280, "yes", "pale", "middle")
-    d.box(24, 264, 190, 48, ("build, and remember", "bold"), ("with the state of W", "pale"), kind="b")
+    d.box(24, 264, 190, 48, "*build, and remember\n~with the state of W", "b")
     d.arrow(270, 288, 214, 288)
     d.text(242, 280, "no", "pale", "middle")
     d.text(24, 142, "W, row after row", "pale")
@@ -310,11 +316,15 @@ def _packed_weights(d: Drawing) -> None:
         row, column = divmod(n, 11)
         d.rect(24 + 17 * column, 150 + 13 * row, 17, 13, "e" if n % 7 == 0 else "box")
     d.text(24, 246, "looked at, evenly spaced", "pale")
-    changes = ("optimizer step, load_state_dict, in-place write", "another version", ".to, .half, new .data", "another address, dtype, shape", "write through .data, of all or much", "other values where it is looked", "write through .data, of a few elements", "may pass unnoticed")
-    for n in range(4):
-        y = 346 + 18 * n
-        d.text(24, y, changes[2 * n])
-        d.text(350, y, "→ " + changes[2 * n + 1], "bold" if n == 3 else "")
+    changes = (
+        ("optimizer step, load_state_dict, in-place write", "another version"),
+        (".to, .half, new .data", "another address, dtype, shape"),
+        ("write through .data, of all or much", "other values where it is looked"),
+        ("write through .data, of a few elements", "may pass unnoticed"),
+    )
+    for n, (change, seen) in enumerate(changes):
+        d.text(24, 346 + 18 * n, change)
+        d.text(350, 346 + 18 * n, f"→ {seen}", "bold" if n == 3 else "")
     d.text(516, 142, "W dies: so does the copy.", "pale")
     d.text(516, 160, "Never in state_dict, not", "pale")
     d.text(516, 176, "copied, not pickled.", "pale")
@@ -322,47 +332,48 @@ def _packed_weights(d: Drawing) -> None:
 
 @_drawn("parity", "Ours is compared with the truth, and allowed twice the error of plain torch", 720, 410)
 def _parity(d: Drawing) -> None:
-    d.box(24, 118, 132, 72, ("inputs", "bold"), "sensitive, rounded", "to the dtype", kind="f")
+    d.box(24, 118, 132, 72, "*inputs\nsensitive, rounded\nto the dtype", "f")
     rows = (
-        (24, "truth", "sums and products,", "float64", "d"), (122, "plain torch", "as transformers runs it,", "the dtype", "a"),
+        (24, "truth", "sums and products,", "float64", "d"),
+        (122, "plain torch", "as transformers runs it,", "the dtype", "a"),
         (220, "ours", "twice: as it is, and with", "fresh memory NaN", "c"),
-    )  # fmt: skip
+    )
     for y, name, what, where, kind in rows:
-        d.box(222, y, 190, 66, (name, "bold"), what, where, kind=kind)
+        d.box(222, y, 190, 66, f"*{name}\n{what}\n{where}", kind)
         d.path(f"M156 154L190 154L190 {y + 33}L222 {y + 33}")
-    d.box(478, 74, 210, 40, ("e_plain = |plain − truth|", "code"), kind="f")
-    d.box(478, 172, 210, 40, ("e_ours = |ours − truth|", "code"), kind="f")
-    d.path("M412 57L445 57L445 94L478 94")
-    d.path("M412 155L445 155L445 106L478 106")
-    d.path("M412 57L430 57L430 184L478 184")
-    d.path("M412 253L445 253L445 200L478 200")
-    d.box(478, 240, 210, 58, ("passes if at its most", "pale"), ("e_ours ≤ 2 e_plain + tiny", "code"), kind="b")
+    d.box(474, 74, 218, 40, "`e_plain = max|plain − truth|", "f")
+    d.box(474, 172, 218, 40, "`e_ours = max|ours − truth|", "f")
+    d.path("M412 57L445 57L445 94L474 94")
+    d.path("M412 155L445 155L445 106L474 106")
+    d.path("M412 57L430 57L430 184L474 184")
+    d.path("M412 253L445 253L445 200L474 200")
+    d.box(478, 240, 210, 58, "~passes if\n`e_ours ≤ 2 e_plain + tiny", "b")
     d.arrow(583, 212, 583, 240)
-    d.path("M688 94L702 94L702 269L688 269")
+    d.path("M692 94L704 94L704 269L688 269")
     d.path("M24 318L696 318", "dashed", False)
     d.text(24, 344, "and the harness itself", "bold")
-    d.box(24, 356, 190, 36, "ours, broken on purpose", kind="e")
+    d.box(24, 356, 190, 36, "ours, broken on purpose", "e")
     d.arrow(214, 374, 262, 374)
-    d.box(262, 356, 150, 36, "the same comparison", kind="f")
+    d.box(262, 356, 150, 36, "the same comparison", "f")
     d.arrow(412, 374, 460, 374)
-    d.box(460, 356, 228, 36, "must fail, or parity is blind", kind="b")
+    d.box(460, 356, 228, 36, "must fail, or parity is blind", "b")
 
 
 @_drawn("compile-gate", "What is asked of a Triton kernel before it meets a GPU", 720, 470)
 def _compile_gate(d: Drawing) -> None:
-    d.box(24, 24, 150, 52, ("kernels/*.py", "code"), "the source", kind="a")
-    d.box(24, 178, 150, 52, ("Triton's IR", "bold"), ("the compiler's own", "pale"), kind="f")
-    d.box(24, 300, 150, 52, ("machine code", "bold"), ("for each architecture", "pale"), kind="f")
+    d.box(24, 24, 150, 52, "`kernels/*.py\nthe source", "a")
+    d.box(24, 178, 150, 52, "*Triton's IR\n~the compiler's own", "f")
+    d.box(24, 300, 150, 52, "*machine code\n~for each architecture", "f")
     d.arrow(99, 76, 99, 178)
     d.arrow(99, 230, 99, 300)
     gates = (
-        (24, "interpreter", "float32 and float16 against float64; mistakes", "make test"),
+        (24, "interpreter", "float32, float16; mistakes put in on purpose", "make test"),
         (98, "counted bytes", "loads and stores, over compulsory bytes", "python -m benchmarks.gpu_bytes"),
         (178, "emulator", "bfloat16, TF32; bounds, races, unwritten memory", "make test-kernels"),
         (300, "read", "spills, shared memory, tensor cores, instructions", "python -m benchmarks.gpu_static"),
     )
     for y, name, what, command in gates:
-        d.box(236, y, 120, 52, (name, "bold"), kind="c")
+        d.box(236, y, 120, 52, f"*{name}", "c")
         d.text(372, y + 22, what)
         d.text(372, y + 41, command, "file")
     d.arrow(174, 50, 236, 50)
@@ -370,7 +381,7 @@ def _compile_gate(d: Drawing) -> None:
     d.arrow(174, 204, 236, 204)
     d.arrow(174, 326, 236, 326)
     d.path("M24 390L696 390", "dashed", False)
-    d.box(236, 406, 120, 46, ("a GPU", "bold"), kind="none")
+    d.box(236, 406, 120, 46, "*a GPU", "none")
     d.text(372, 426, "time, and whatever no gate above can tell")
     d.text(372, 445, "wavlm-fast gpu --out DIR, make test-gpu", "file")
     d.path("M99 352L99 429L236 429", "dashed")
