@@ -10,6 +10,7 @@
 #   make test-arm       the C++ kernels compiled for aarch64 and emulated, at both of its levels (Linux, qemu-user)
 #   make test-gpu       the Triton kernels on this machine's GPU
 #   make test-clients   WavLM as s3prl, torchaudio, pyannote.audio and speechbrain run it, with ours and without
+#   make docs    the documentation, in build/docs
 #   make wheel   the wheel of this platform, in dist/     make sdist        the source distribution, in dist/
 #   make test-matrix        the wheel (WHEEL=file, or a new one) under many versions of Python, torch and transformers
 #   make wheels, release    for .github/workflows: the wheel by cibuildwheel, and dist/ to the package index
@@ -33,7 +34,7 @@ BUILT_FROM := pyproject.toml setup.py build_backend.py MANIFEST.in constraints-c
 # Tests run side by side: one thread each keeps them from waiting for each other.
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(1)/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
-.PHONY: demo test test-compat test-kernels test-clients test-gpu test-matrix bench results lint clean
+.PHONY: demo test test-compat test-kernels test-clients test-gpu test-matrix bench results docs lint clean
 .PHONY: wheel sdist wheels release lint-workflows
 .NOTPARALLEL:
 
@@ -161,6 +162,11 @@ results: $(VENV)/peers
 	$(VENV)/bin/wavlm-fast bench --case corpus --json benchmarks/corpus.json $(ARGS)
 	$(VENV)/bin/python -m benchmarks.results
 
+# A warning is an error: of a link that leads nowhere, of a name that a docstring has and nothing else.
+docs: $(VENV)/docs
+	$(VENV)/bin/sphinx-build -c docs -W --keep-going -n -q $(ARGS) . build/docs
+	@echo "build/docs/index.html"
+
 # Other versions of clang-format have other opinions.
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -215,6 +221,11 @@ $(VENV)/installed: constraints.txt $(BUILT_FROM)
 # The extra "bench" by its names: as an extra it would build this package again.
 $(VENV)/peers: $(VENV)/installed
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt onnx onnxruntime openvino
+	touch $@
+
+# The extra "docs" by its names, likewise.
+$(VENV)/docs: $(VENV)/installed
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt furo matplotlib myst-parser sphinx
 	touch $@
 
 $(COMPAT_VENV)/installed: constraints-compat.txt $(BUILT_FROM)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ def _print(found: dict[str, Any]) -> None:
         say(package, version or "not installed")
     features = ", ".join(found["cpu"]["features"]) or "none that matter here"
     say("CPU", f"{found['cpu']['name']}: {features}")
-    say("threads", ", ".join(f"{value} {name}" for name, value in found["threads"].items()))
+    say("threads", _threads_line(found["threads"]))
     say("extension", _extension_line(found["extension"]))
     say("choices", _choices_line(found["choices"]))
     say("Triton", found["triton"]["problem"] or "importable")
@@ -139,6 +140,14 @@ def _print(found: dict[str, Any]) -> None:
         say("", f"{name}: {state['problem'] or 'usable'}")
     out.print()
     _print_places(out, found["ops"])
+
+
+def _threads_line(found: dict[str, float]) -> str:
+    told = ", ".join(f"{value:g} {name}" for name, value in found.items())
+    quota = found.get(machine.QUOTA, math.inf)
+    if found["torch threads"] <= max(1, quota):
+        return told
+    return f"{told}; threads beyond the quota stop all of them: OMP_NUM_THREADS={max(1, math.floor(quota))}"
 
 
 def _extension_line(found: dict[str, Any]) -> str:

@@ -51,6 +51,7 @@ VARIABLES = (
     "HF_HUB_OFFLINE",
     "TRANSFORMERS_OFFLINE",
 )
+QUOTA = "allowed by a quota of time"
 
 
 def versions(more: tuple[str, ...] = ()) -> dict[str, str | None]:
@@ -100,15 +101,50 @@ def _cpuinfo() -> list[str]:
         return []
 
 
-def threads() -> dict[str, int]:
-    """CPUs and threads."""
+def threads() -> dict[str, float]:
+    """CPUs and threads, and how many CPUs' time is allowed where there is a limit, of which torch does not know."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
     return {
         "CPUs": os.cpu_count() or 1,
         "usable by this process": usable,
+        **({} if quota is None else {QUOTA: quota}),
         "torch threads": torch.get_num_threads(),
         "torch inter-op threads": torch.get_num_interop_threads(),
     }
+
+
+def cpu_quota(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> float | None:
+    """The CPUs' time that the control groups of this process allow it, as a container's `--cpus`; None without a limit.
+
+    Args:
+        root: where control groups are mounted: version 2, or those of version 1, a folder for each controller.
+        groups: which ones the process is in.
+    """
+    found = []
+    try:
+        lines = groups.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = root / "cpu" if controllers else root
+        inner = top / path.lstrip("/")
+        # A container may not see the names of the groups above it, but has its own limit at the top.
+        folders = (folder for folder in (inner, *inner.parents) if folder.is_relative_to(top))
+        found += [_quota_of(folder, bool(controllers)) for folder in folders]
+    return min((quota for quota in found if quota is not None), default=None)
+
+
+def _quota_of(folder: Path, first_version: bool) -> float | None:
+    names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if first_version else ("cpu.max",)
+    try:
+        quota, period = " ".join(folder.joinpath(name).read_text() for name in names).split()
+        return None if quota in ("max", "-1") else int(quota) / int(period)
+    except (OSError, ValueError):  # no such group here, or another layout
+        return None
 
 
 def devices() -> list[str]:

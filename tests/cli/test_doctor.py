@@ -141,3 +141,37 @@ def test_a_system_without_cpuinfo(monkeypatch):
     monkeypatch.setattr(machine, "_cpuinfo", list)
     assert machine.cpu_name()
     assert isinstance(machine.cpu_features(), list)
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "quota"),
+    [
+        ("0::/", {"cpu.max": "150000 100000"}, 1.5),
+        ("0::/a/b", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, 3.0),
+        ("0::/a/b", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "200000 100000"}, 2.0),
+        ("0::/", {"cpu.max": "max 100000"}, None),
+        ("0::/", {}, None),
+        (
+            "4:memory:/a\n2:cpu,cpuacct:/on/the/host",
+            {"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"},
+            0.5,
+        ),
+        ("2:cpu,cpuacct:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+    ],
+)
+def test_the_quota_of_a_container(groups, files, quota, tmp_path):
+    for name, content in {"groups": groups, **{f"root/{name}": text for name, text in files.items()}}.items():
+        tmp_path.joinpath(name).parent.mkdir(parents=True, exist_ok=True)
+        tmp_path.joinpath(name).write_text(content + "\n")
+    assert machine.cpu_quota(tmp_path / "root", tmp_path / "groups") == quota
+    assert machine.cpu_quota(tmp_path / "root", tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(("quota", "threads"), [(1.5, 1), (0.5, 1), (None, 2), (2.0, 2)])
+def test_more_threads_than_a_quota_allows_show(command, monkeypatch, quota, threads):
+    monkeypatch.setattr(machine, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(doctor, "_print_places", lambda *args: None)
+    told = lines(command("doctor"))["threads"]
+    assert (f"{quota:g} allowed by a quota of time" in told) if quota else "quota" not in told
+    assert told.endswith(f"OMP_NUM_THREADS={threads}") == (threads < 2)

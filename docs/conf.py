@@ -1,0 +1,40 @@
+"""How docs/ is built: `make docs`. Nothing is fetched, neither here nor by the pages.
+
+The sources are read from the root of the checkout, so that links mean the same here as where Markdown is looked at.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "extensions")]
+
+import wavlm_fast  # noqa: E402
+
+project = "wavlm-fast"
+author = "the authors of wavlm-fast"
+release = version = wavlm_fast.__version__
+
+root_doc = "docs/index"
+include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/*.md", "docs/**.md"]
+exclude_patterns = ["build", "dist", "results", ".*", "*.egg-info", "wavlm_fast", "tests", "csrc", "kernels"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+suppress_warnings = ["toc.not_readable"]  # pages that are still being written
+
+myst_heading_anchors = 4  # as GitHub makes them
+myst_enable_extensions = ["attrs_inline"]
+
+default_role = "code"  # docstrings are written with single backticks
+nitpicky = True
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_type_aliases = {}
+python_use_unqualified_type_names = True
+
+html_theme = "furo"
+html_title = "wavlm-fast"
+html_copy_source = False
+html_show_sphinx = False
+html_show_copyright = False
+html_static_path = []
+pygments_style, pygments_dark_style = "tango", "monokai"
