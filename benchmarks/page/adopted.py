@@ -58,7 +58,7 @@ def guide_to(text: str, found: Found) -> str:
     Raises:
         UserError: a place is missing.
     """
-    return _filled(text, found, {"gpu-ran": _ran_shortly}, "guide to GPUs")
+    return _filled(text, found, {"gpu-ran": _ran}, "guide to GPUs")
 
 
 def _filled(text: str, found: Found, places: dict[str, Callable[[Found], str]], kind: str) -> str:
@@ -84,19 +84,11 @@ def _heading(found: Found) -> str:
 
 
 def _ran(found: Found) -> str:
-    return f"They have {_compared(found)}. What else is known of them, and how:"
-
-
-def _ran_shortly(found: Found) -> str:
-    return f"**The kernels have {_compared(found)}.** Everything below that is not measured says so."
-
-
-def _compared(found: Found) -> str:
     right, compared = tables.counted(found)
     those = "all" if right == compared else f"{right}"
     return (
-        f"run on an {_device(found)}: {those} of {compared} comparisons with float64 are right there "
-        "(benchmarks/RESULTS.md, On a GPU)"
+        f"they have run on an {_device(found)}, where {those} of {compared} comparisons with float64 are right "
+        "(benchmarks/RESULTS.md, On a GPU)."
     )
 
 

@@ -111,7 +111,7 @@ def test_the_command_takes_a_record_in(card, tmp_path, capsys):
     ) in changed
     guide = (tmp_path / "gpu.md").read_text()
     assert "has run on a GPU yet" not in guide
-    assert "**The kernels have run on an NVIDIA Made Up: all of 2 comparisons with float64 are right" in guide
+    assert "they have run on an NVIDIA Made Up, where all of 2 comparisons with float64 are right" in guide
     old, new = before.splitlines(), changed.splitlines()
     assert sum(a != b for a, b in zip(old, new, strict=True)) == 5
 
@@ -123,7 +123,7 @@ def test_another_record_takes_the_place_of_the_first(card, tmp_path):
     assert results.main(["--gpu", str(card(again))]) == 0
     changed = (tmp_path / "README.md").read_text()
     assert "**: 1 of 2 comparisons right" in changed
-    assert "1 of 2 comparisons with float64 are right there" in changed
+    assert "where 1 of 2 comparisons with float64 are right" in changed
     assert "FAIL" in (tmp_path / "RESULTS.md").read_text()
 
 
@@ -160,4 +160,4 @@ def test_the_readme_says_what_the_repository_s_record_says():
         assert guide == adopted.guide_to(guide, read(record))
     else:
         assert "<!-- gpu -->**measured on a GPU: not yet**<!-- /gpu -->" in text
-        assert "<!-- gpu-ran -->**None of the kernels has run on a GPU yet.**" in guide
+        assert "<!-- gpu-ran -->**none of the kernels has run on a GPU yet.**" in guide
