@@ -1,6 +1,7 @@
-"""Directives for what the code says of itself: `{commands}` of the command line, `{ops}`, and what was measured.
+"""What the code says of itself, and what was measured, in the places of pages that ask for it.
 
-What they write is text that the page's own parser reads, so that headings, links and tables are those of any page.
+A page has an empty block where a text of code belongs: {commands}, {ops}, {measured}. The text is put there before the
+page is read, so that its headings, links and tables are those of any page.
 """
 
 from __future__ import annotations
@@ -9,35 +10,34 @@ import argparse
 import inspect
 import os
 import re
+import textwrap
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from docutils import nodes
-from sphinx.application import Sphinx
-from sphinx.util.docutils import SphinxDirective
+import measured
 
 from wavlm_fast import backends, cli, ops
 
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
-class Written(SphinxDirective):
-    """A directive in whose place a text of its own stands."""
-
-    def text(self) -> str:
-        raise NotImplementedError
-
-    def run(self) -> list[nodes.Node]:
-        return self.parse_text_to_nodes(self.text(), allow_section_headings=True)
+_WIDTH = 84  # characters that a block of code shows
+_PLACE = re.compile(r"^```\{(commands|ops|measured)\}\n```$", re.MULTILINE)
 
 
-class Commands(Written):
+def fill(app: Sphinx, page: str, source: list[str]) -> None:
+    """Put the texts into a page's source."""
+    source[0] = _PLACE.sub(lambda place: "\n".join(WRITERS[place[1]]()), source[0])
+
+
+def commands() -> Iterator[str]:
     """A section for each command: what it does, how it is called, its arguments and options."""
-
-    def text(self) -> str:
-        return "\n".join(line for command in cli.COMMANDS for line in _command(command))
+    for command in cli.COMMANDS:
+        yield from _command(command)
 
 
 def _command(command: str) -> Iterator[str]:
-    os.environ["COLUMNS"] = "100"  # as wide as argparse writes
+    os.environ["COLUMNS"] = str(_WIDTH)  # as wide as argparse writes
     parser = cli.parser(command)._subparsers._group_actions[0].choices[command]
     yield from (f"## {parser.prog}", "", parser.description, "", "```text", parser.format_usage().strip(), "```", "")
     yield from ("```{eval-rst}", f".. program:: {parser.prog}", "")
@@ -58,8 +58,7 @@ def _invocation(action: argparse.Action) -> str:
 
 
 def _help(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
-    text = (action.help or "") % {**vars(action), "prog": parser.prog}
-    return f"{text[:1].upper()}{text[1:]}" + ("." if text else "")
+    return (action.help or "") % {**vars(action), "prog": parser.prog}
 
 
 def in_rst(text: str) -> str:
@@ -67,16 +66,14 @@ def in_rst(text: str) -> str:
     return re.sub(r"([\\*|_])", r"\\\1", " ".join(text.split()))
 
 
-class Ops(Written):
+def all_ops() -> Iterator[str]:
     """A table of all ops, then a section for each."""
-
-    def text(self) -> str:
-        lines = ["| op | equivalent to | `cpu` | `triton` |", "|---|---|---|---|"]
-        lines += [
-            f"| [`{name}`](#{name}) | {equivalent(name)} | {implemented(name, 'cpu')} | {implemented(name, 'triton')} |"
-            for name in ops.OPS
-        ]
-        return "\n".join([*lines, "", *(line for name in ops.OPS for line in _op(name))])
+    yield from ("| op | equivalent to | `cpu` | `triton` |", "|---|---|---|---|")
+    for name in ops.OPS:
+        cells = (f"[`{name}`](#{name})", equivalent(name), implemented(name, "cpu"), implemented(name, "triton"))
+        yield f"| {' | '.join(cells)} |"
+    for name in ops.OPS:
+        yield from _op(name)
 
 
 def equivalent(name: str) -> str:
@@ -97,14 +94,17 @@ def implemented(name: str, backend: str) -> str:
 
 
 def _op(name: str) -> Iterator[str]:
-    backward = f"{name}_backward"
-    yield from (f"## {name}", "", "```{eval-rst}", f".. autofunction:: wavlm_fast.ops.{name}", "```", "")
+    yield from ("", f"## {name}", "", "```{eval-rst}", f".. autofunction:: wavlm_fast.ops.{name}", "```", "")
     yield from ("Schemas, in torch's notation (`torch.ops.wavlm_fast`):", "", "```text")
-    yield from (f"{each}{ops.schemas[each]}" for each in (name, backward) if each in ops.schemas)
+    for each in (name, f"{name}_backward"):
+        if each in ops.schemas:
+            yield from textwrap.wrap(f"{each}{ops.schemas[each]}", _WIDTH, subsequent_indent="    ")
     yield from ("```", "")
 
 
+WRITERS = {"commands": commands, "ops": all_ops, "measured": measured.text}
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
-    app.add_directive("commands", Commands)
-    app.add_directive("ops", Ops)
+    app.connect("source-read", fill)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
