@@ -16,7 +16,7 @@ author = "the authors of wavlm-fast"
 release = version = wavlm_fast.__version__
 
 root_doc = "docs/index"
-include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/*.md", "docs/**.md"]
+include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/*.md", "docs/**.md", "examples/*.md"]
 exclude_patterns = ["build", "dist", "results", ".*", "*.egg-info", "wavlm_fast", "tests", "csrc", "kernels"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "from_code"]
 suppress_warnings = ["toc.not_readable"]  # pages that are still being written
@@ -24,11 +24,12 @@ suppress_warnings = ["toc.not_readable"]  # pages that are still being written
 myst_heading_anchors = 4  # as GitHub makes them
 myst_enable_extensions = ["attrs_inline"]
 
+smartquotes = False  # which would make a dash of --option
 default_role = "code"  # docstrings are written with single backticks
 nitpicky = True
 nitpick_ignore_regex = [  # what others document
     ("py:(class|exc|obj)", r"(torch|transformers|numpy|collections|argparse|pathlib)\..*"),
-    ("py:class", r"wavlm_fast\.swap\.Module"),
+    ("py:class", r"wavlm_fast\.\w+\.Module"),
 ]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

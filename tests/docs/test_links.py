@@ -8,7 +8,8 @@ import pytest
 from doc_blocks import ROOT, named, pages
 from doc_links import anchors, headings, links, why_broken
 
-OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.joinpath("benchmarks").glob("*.md"))]
+OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+OTHERS += [page for folder in ("benchmarks", "examples") for page in sorted(ROOT.joinpath(folder).glob("*.md"))]
 OWN = [page for page in pages() if page.name != "README.md"]
 
 
