@@ -15,11 +15,12 @@ from ..gpu.card.steps import MODELS, TINY
 from .table import NONE, figure
 
 README = Path(__file__).parents[2] / "README.md"
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "gpu.md"
 CARD = "card.jsonl"  # the latest record that was taken in, beside that of the latest full run
 
 
 def adopt(file: Path, folder: Path) -> None:
-    """Keep the record in `file` in the folder, as `CARD`, and let the README say what is in it.
+    """Keep the record in `file` in the folder, as `CARD`, and let the README and the guide say what is in it.
 
     Raises:
         UserError: there is no such record, it tells nothing of a GPU, or this is no checkout.
@@ -29,13 +30,17 @@ def adopt(file: Path, folder: Path) -> None:
         raise UserError(f"the record {file} is of toy sizes, which say nothing of a GPU")
     if tables.counted(found)[1] == 0:
         raise UserError(f"the record {file} has no comparison with float64 in it")
-    try:
-        text = README.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"the README {README} cannot be read: {error.strerror or error}") from error
-    changed = readme(text, found)
+    changed, guide = readme(_read(README, "README"), found), guide_to(_read(GUIDE, "guide"), found)
     console.write_file(folder / CARD, file.read_text(encoding="utf-8"), "record")
     console.write_file(README, changed, "README")
+    console.write_file(GUIDE, guide, "guide")
+
+
+def _read(page: Path, kind: str) -> str:
+    try:
+        return page.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"the {kind} {page} cannot be read: {error.strerror or error}") from error
 
 
 def readme(text: str, found: Found) -> str:
@@ -44,13 +49,34 @@ def readme(text: str, found: Found) -> str:
     Raises:
         UserError: a place is missing.
     """
-    for name, says in _PLACES.items():
+    return _filled(text, found, _PLACES, "README")
+
+
+def guide_to(text: str, found: Found) -> str:
+    """The guide's to GPUs.
+
+    Raises:
+        UserError: a place is missing.
+    """
+    return _filled(text, found, {"gpu-ran": _ran}, "guide to GPUs")
+
+
+def _filled(text: str, found: Found, places: dict[str, Callable[[Found], str]], kind: str) -> str:
+    for name, says in places.items():
         place = re.compile(rf"(<!-- {name} -->).*?(<!-- /{name} -->)", re.DOTALL)
         said = says(found)
         text, count = place.subn(lambda marks, said=said: f"{marks[1]}{said}{marks[2]}", text)
         if count != 1:
-            raise UserError(f"the README has {count} places <!-- {name} -->, and one is wanted")
+            raise UserError(f"the {kind} has {count} places <!-- {name} -->, and one is wanted")
     return text
+
+
+def _first(found: Found) -> str:
+    return f"The figures here are of CPUs; what an {_device(found)} says of the Triton kernels is under their heading."
+
+
+def _where(found: Found) -> str:
+    return f"run on an {_device(found)}; for others interpreted, emulated and compiled, and never run"
 
 
 def _heading(found: Found) -> str:
@@ -61,8 +87,8 @@ def _ran(found: Found) -> str:
     right, compared = tables.counted(found)
     those = "all" if right == compared else f"{right}"
     return (
-        f"They have run on an {_device(found)}: {those} of {compared} comparisons with float64 are right there "
-        "(benchmarks/RESULTS.md, On a GPU). What else is known of them, and how:"
+        f"they have run on an {_device(found)}, where {those} of {compared} comparisons with float64 are right "
+        "(benchmarks/RESULTS.md, On a GPU)."
     )
 
 
@@ -93,4 +119,10 @@ def _device(found: Found) -> str:
     return str(found.head["device"]).partition(" (")[0]
 
 
-_PLACES: dict[str, Callable[[Found], str]] = {"gpu-heading": _heading, "gpu-ran": _ran, "gpu": _figure}
+_PLACES: dict[str, Callable[[Found], str]] = {
+    "gpu-first": _first,
+    "gpu-where": _where,
+    "gpu-heading": _heading,
+    "gpu-ran": _ran,
+    "gpu": _figure,
+}

@@ -15,7 +15,7 @@ from wavlm_fast.errors import UserError, show_everything
 
 from ..gpu.card import record
 from ..run.providers import BASELINE, EXACT, OURS
-from . import adopted, tables
+from . import adopted, speed, tables
 from .document import Found, Row, entries, is_ours, median, memory_beside, ours_beside
 from .report import write_report
 from .table import in_markdown
@@ -30,6 +30,7 @@ RECORDS = {
     _HERE / "ragged.json": _HERE / "RAGGED.md",
     _HERE / "corpus.json": _HERE / "CORPUS.md",
 }
+FIGURE = _HERE.parent / "docs" / "figures" / "speed.svg"  # the README's plot of that run
 _USER_ERROR = 2
 _FIRST_LINE = "<!-- By `python -m benchmarks.results` from benchmarks/results.json, or another .json beside it. -->"
 _MEMORY_SECONDS = 120
@@ -152,7 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0, or 2 after a user's error."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=__doc__)
     records = " and ".join(f"those of {made_of.name} to {to.name}" for made_of, to in RECORDS.items())
-    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help=f"print its tables; else write {records}")
+    written = f"else write {records}, and the README's plot of {SOURCE.name} to {FIGURE.name}"
+    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help=f"print its tables; {written}")
     parser.add_argument("--headline", action="store_true", help="print the README's figures instead")
     parser.add_argument(
         "--gpu",
@@ -173,6 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(_text(args.file or SOURCE, args.headline), end="")
             return 0
         texts = {to: _text(made_of, False) for made_of, to in RECORDS.items()}
+        texts[FIGURE] = speed.svg(read(SOURCE))
         for target, text in texts.items():
             console.write_file(target, text, "results")
     except UserError as error:

@@ -65,7 +65,9 @@ def card(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "SOURCE", tmp_path / "results.json")
     monkeypatch.setattr(results, "RECORDS", {tmp_path / "results.json": tmp_path / "RESULTS.md"})
     monkeypatch.setattr(adopted, "README", tmp_path / "README.md")
+    monkeypatch.setattr(adopted, "GUIDE", tmp_path / "gpu.md")
     shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copy(ROOT / "docs" / "guides" / "gpu.md", tmp_path)
     results.SOURCE.write_text(json.dumps(made_up.document()))
     out = tmp_path / "out"
     out.mkdir()
@@ -98,14 +100,20 @@ def test_the_command_takes_a_record_in(card, tmp_path, capsys):
 
     changed = (tmp_path / "README.md").read_text()
     assert "not yet" not in changed.partition("### Triton kernels")[2].partition("\n## ")[0]
-    assert "has run on a GPU yet" not in changed
+    for said in ("has run on a GPU yet", "never run on a GPU"):
+        assert said in before
+        assert said not in changed
+    assert "<!-- gpu-where -->run on an NVIDIA Made Up; for others" in changed
     assert (
         "<!-- gpu -->**measured on an NVIDIA Made Up**: 2 of 2 comparisons right; inference of base, 8 × 10 s, bf16: "
         "2.50 times as fast as transformers; training of base, 8 × 10 s, bf16: 1.50 times as fast as transformers"
         "<!-- /gpu -->"
     ) in changed
+    guide = (tmp_path / "gpu.md").read_text()
+    assert "has run on a GPU yet" not in guide
+    assert "they have run on an NVIDIA Made Up, where all of 2 comparisons with float64 are right" in guide
     old, new = before.splitlines(), changed.splitlines()
-    assert sum(a != b for a, b in zip(old, new, strict=True)) == 3
+    assert sum(a != b for a, b in zip(old, new, strict=True)) == 5
 
 
 def test_another_record_takes_the_place_of_the_first(card, tmp_path):
@@ -115,7 +123,7 @@ def test_another_record_takes_the_place_of_the_first(card, tmp_path):
     assert results.main(["--gpu", str(card(again))]) == 0
     changed = (tmp_path / "README.md").read_text()
     assert "**: 1 of 2 comparisons right" in changed
-    assert "1 of 2 comparisons with float64 are right there" in changed
+    assert "where 1 of 2 comparisons with float64 are right" in changed
     assert "FAIL" in (tmp_path / "RESULTS.md").read_text()
 
 
@@ -140,14 +148,16 @@ def test_a_record_that_says_nothing_of_a_gpu_changes_nothing(card, tmp_path, cap
 def test_a_readme_without_its_places_is_refused(card, tmp_path, capsys):
     (tmp_path / "README.md").write_text("# nothing\n")
     assert results.main(["--gpu", str(card(lines()))]) == 2
-    assert "the README has 0 places <!-- gpu-heading -->" in capsys.readouterr().err
+    assert "the README has 0 places <!-- gpu-first -->" in capsys.readouterr().err
     assert not (tmp_path / "card.jsonl").exists()
 
 
 def test_the_readme_says_what_the_repository_s_record_says():
-    text = (ROOT / "README.md").read_text()
+    text, guide = (ROOT / "README.md").read_text(), (ROOT / "docs" / "guides" / "gpu.md").read_text()
     record = ROOT / "benchmarks" / "card.jsonl"
     if record.exists():
         assert text == adopted.readme(text, read(record))
+        assert guide == adopted.guide_to(guide, read(record))
     else:
         assert "<!-- gpu -->**measured on a GPU: not yet**<!-- /gpu -->" in text
+        assert "<!-- gpu-ran -->**none of the kernels has run on a GPU yet.**" in guide

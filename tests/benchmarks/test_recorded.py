@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from wavlm_fast import cli
-from wavlm_fast.benchmarks.page import results
+from wavlm_fast.benchmarks.page import results, speed
 from wavlm_fast.benchmarks.run import suite
 from wavlm_fast.benchmarks.run.cases import CASES
 
@@ -18,6 +18,11 @@ RECORDS = {source: results.read(source) for source in results.RECORDS}
 @pytest.mark.parametrize("source", RECORDS, ids=lambda path: path.name)
 def test_results_are_rendered_from_the_record(source):
     assert results.RECORDS[source].read_text() == results.markdown(RECORDS[source])
+
+
+def test_the_readme_s_plot_is_drawn_from_the_record():
+    assert results.FIGURE.read_text(encoding="utf-8") == speed.svg(RECORDS[results.SOURCE])
+    assert f"({results.FIGURE.relative_to(ROOT)})" in (ROOT / "README.md").read_text()
 
 
 def test_the_readme_shows_the_figures_of_the_records():

@@ -7,7 +7,7 @@ import re
 import made_up
 import pytest
 
-from wavlm_fast.benchmarks.page import results, tables
+from wavlm_fast.benchmarks.page import results, speed, tables
 
 
 def test_the_first_line_says_who_wrote_it():
@@ -113,6 +113,7 @@ def files(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "SOURCE", tmp_path / "results.json")
     records = {tmp_path / name: tmp_path / f"{name}.md" for name in ("results.json", "other")}
     monkeypatch.setattr(results, "RECORDS", records)
+    monkeypatch.setattr(results, "FIGURE", tmp_path / "speed.svg")
     return tmp_path
 
 
@@ -122,6 +123,7 @@ def test_the_command_writes_the_file(files, capsys):
     assert results.main([]) == 0
     for target in results.RECORDS.values():
         assert target.read_text(encoding="utf-8") == results.markdown(made_up.document())
+    assert results.FIGURE.read_text(encoding="utf-8") == speed.svg(made_up.document())
     assert capsys.readouterr().out == ""
 
 
