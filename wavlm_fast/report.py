@@ -76,6 +76,12 @@ def report(model: nn.Module) -> Report:
 
     Args:
         model: an accelerated WavLM, or any module that contains one. Modules that are not fast are counted.
+
+    Returns:
+        A `Report`; `print` shows it as a table.
+
+    Raises:
+        TypeError: `model` is no torch module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"report wants a torch module, got a {type(model).__name__}")

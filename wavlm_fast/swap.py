@@ -105,6 +105,7 @@ def restore(model: Module) -> Module:
         `model`.
 
     Raises:
+        TypeError: `model` is no torch module.
         RuntimeError: weights were freed by `accelerate(model, keep_originals=False)`.
     """
     if not isinstance(model, nn.Module):

@@ -115,10 +115,13 @@ def current() -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the ops of this thread on one backend: "auto" (default), "reference", "cpu" or "triton".
+    """Run the ops of this thread on one backend, in a `with` block.
 
     The backward pass of what ran inside follows, whenever and in whichever thread it runs. An op for which the named
     backend has no kernel runs on the reference; a kernel that cannot take the call raises `BackendUnavailable`.
+
+    Args:
+        name: "auto", which is the default, "reference", "cpu" or "triton".
 
     Raises:
         ValueError: no backend has that name.

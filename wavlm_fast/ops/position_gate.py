@@ -17,8 +17,9 @@ BACKWARD = f"{NAME}_backward"
 def position_gate(x: Tensor, weight: Tensor, bias: Tensor, const: Tensor) -> Tensor:
     """The gate of WavLM's relative position bias, from the attention module's input.
 
-    Per head: an 8-wide projection whose two halves are summed and squashed, `a, b = sigmoid(...)`, then
-    `a * (b * const - 1) + 2` (WavLM, Chen et al. 2022, equations 5 and 6; transformers' `WavLMAttention`).
+    Equivalent to, per head, `a * (b * const - 1) + 2` with
+    `a, b = F.linear(x, weight, bias).unflatten(-1, (2, 4)).sum(-1).sigmoid().unbind(-1)`. Source: equations 5 and 6 of
+    WavLM (Chen et al. 2022); transformers' `WavLMAttention`.
 
     Args:
         x: `[B, T, C]` frames, heads side by side in C = H·D, any strides with C contiguous.
