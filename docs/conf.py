@@ -16,7 +16,7 @@ author = "the authors of wavlm-fast"
 release = version = wavlm_fast.__version__
 
 root_doc = "docs/index"
-include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/*.md", "docs/**.md"]
+include_patterns = ["*.md", "benchmarks/*.md", "docs/**.md", "examples/README.md"]
 exclude_patterns = ["build", "dist", "results", ".*", "*.egg-info", "wavlm_fast", "tests", "csrc", "kernels"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "from_code"]
 suppress_warnings = ["toc.not_readable"]  # pages that are still being written

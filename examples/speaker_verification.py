@@ -38,8 +38,8 @@ def plot(path: str, thresholds: np.ndarray, accepted: np.ndarray, refused: np.nd
     from matplotlib.figure import Figure
 
     axes = Figure(figsize=(7, 4), layout="constrained").subplots()
-    axes.step(thresholds, 100 * accepted, where="post", label="two speakers accepted")
-    axes.step(thresholds, 100 * refused, where="post", label="one speaker refused")
+    axes.step(thresholds, 100 * accepted, label="two speakers accepted")
+    axes.step(thresholds, 100 * refused, label="one speaker refused")
     axes.axvline(thresholds[best], color="grey", linestyle=":", label=f"equal at {thresholds[best]:.3f}")
     axes.set(xlabel="threshold on the cosine", ylabel="errors in %")
     axes.legend()

@@ -158,7 +158,7 @@ def test_recordings_that_are_none(serve, model, speech):
         b"": (422, "the recording is empty"),
         good[: len(good) // 2]: (422, "the recording is cut or damaged"),
         wav(np.full(16000, np.nan)): (422, "the recording holds NaN"),
-        wav(np.zeros(300)): (422, "the recording is too short: at least"),
+        wav(np.zeros(4800)): (422, "the recording is too short: at least 5200 samples"),
         wav(np.zeros(40000)): (413, "at most 2 s of audio are wanted, the file says 2.5"),
         good + b"0" * 800_000: (413, "a Content-Length of at most 800000 is wanted"),
     }
