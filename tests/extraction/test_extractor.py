@@ -83,6 +83,17 @@ def test_heads(checkpoints, plain, what, name, output):
         assert value.dim() == extractor.dimensions
 
 
+def test_the_shortest_utterance(checkpoints):
+    for what, name in (("xvector", "WavLMForXVector"), ("logits", "WavLMForSequenceClassification")):
+        extractor = Extractor(checkpoints["base", name], what)
+        needed = extractor.samples_needed
+        (enough,) = extractor({"audio": [torch.randn(needed) * 0.1]})[what]
+        assert np.isfinite(enough).all()
+        assert isinstance(extractor.outputs([torch.randn(needed - 1) * 0.1])[0], UserError)
+        with pytest.raises(UserError, match=f"waveforms of {needed} samples or more are wanted"):
+            extractor({"audio": [torch.randn(needed - 1) * 0.1]})
+
+
 def test_text(checkpoints, waveforms, plain):
     folder = checkpoints["base", "WavLMForCTC"]
     found = Extractor(folder, "text").outputs(waveforms)

@@ -99,7 +99,8 @@ def test_sdist_builds_a_wheel(tmp_path):
         names = {name.partition("/")[2] for name in archive.getnames()}
     shutil.unpack_archive(sdist, tmp_path)
     assert {"build_backend.py", "csrc/dispatch.h", "csrc/add_layer_norm_kernel.cpp"} <= names
-    assert {"kernels/add_layer_norm.py", "Makefile", "LICENSE", "CITATION.cff", "wavlm_fast/py.typed"} <= names
+    assert {"kernels/add_layer_norm.py", "examples/service.py", "examples/tour.ipynb", "Makefile", "LICENSE"} <= names
+    assert {"CITATION.cff", "wavlm_fast/py.typed"} <= names
     assert not {name for name in names if name.endswith((".so", "_build.json"))}
     wheel, log = build(
         "wheel", tmp_path / sdist.name.removesuffix(".tar.gz"), tmp_path / "dist", WAVLM_FAST_NO_EXTENSION="1"

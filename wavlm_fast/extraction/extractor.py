@@ -170,7 +170,12 @@ class Extractor:
     @property
     def samples_needed(self) -> int:
         """Of the shortest utterance."""
-        return receptive_field(self.config.conv_kernel, self.config.conv_stride)
+        config, kernels, strides = self.config, [*self.config.conv_kernel], [*self.config.conv_stride]
+        if self.wanted.what == "xvector":
+            spans = zip(config.tdnn_kernel, config.tdnn_dilation, strict=True)
+            kernels += [*((k - 1) * d + 1 for k, d in spans), 2]  # there is no deviation of one frame
+            strides += [1] * (len(config.tdnn_kernel) + 1)
+        return receptive_field(kernels, strides)
 
     def outputs(self, waveforms: Sequence[Tensor]) -> list[Output | Exception]:
         """The features of each waveform on the CPU, or the error of one that cannot be used.
