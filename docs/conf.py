@@ -19,7 +19,6 @@ root_doc = "docs/index"
 include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/*.md", "docs/**.md", "examples/*.md"]
 exclude_patterns = ["build", "dist", "results", ".*", "*.egg-info", "wavlm_fast", "tests", "csrc", "kernels"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "from_code"]
-suppress_warnings = ["toc.not_readable"]  # pages that are still being written
 
 myst_heading_anchors = 4  # as GitHub makes them
 myst_enable_extensions = ["attrs_inline"]
