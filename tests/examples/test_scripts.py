@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import ROOT
+from doc_blocks import ROOT
 from transformers import (
     Wav2Vec2Processor,
     WavLMForAudioFrameClassification,

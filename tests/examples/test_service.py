@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT
+from doc_blocks import ROOT
 from transformers import WavLMForXVector
 
 from wavlm_fast import Extractor, audio

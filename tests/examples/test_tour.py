@@ -5,7 +5,7 @@ import os
 import sys
 
 import pytest
-from conftest import ROOT
+from doc_blocks import ROOT
 
 PATH = ROOT / "examples" / "tour.ipynb"
 CLAIMS = """
