@@ -1,4 +1,4 @@
-// Grants and switches the products on tiles.
+// Finds, grants and switches the unit of tiles.
 #include "tile_unit.h"
 
 #include <atomic>
@@ -34,8 +34,7 @@ struct Cpuid {
 // Linux does not want would end the process: both are asked.
 std::string problem() {
   if (!packed_conv().on_tiles.direct) return "the kernels in use have no products on tiles";
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-  if (const unsigned has = Cpuid(7, 0).d; !(has & kBf16) || !(has & kTile)) return "the CPU has no AMX BF16";
+  if (!has_tile_unit()) return "the CPU has no AMX BF16";
   const Cpuid palette(0x1d, 1);  // 8 tiles of 16 rows of 64 bytes
   if (palette.b != (8u << 16 | 64u) || (palette.c & 0xffffu) != 16u) return "the CPU has tiles of another size";
   constexpr long kGranted = 0x1022, kRequest = 0x1023, kTileData = 18;  // ARCH_GET_XCOMP_PERM, ARCH_REQ_XCOMP_PERM
@@ -74,5 +73,15 @@ STABLE_TORCH_LIBRARY_IMPL(wavlm_fast_cpu, CompositeExplicitAutograd, m) {
 }  // namespace
 
 Tiles tiles() { return chosen.load(std::memory_order_relaxed); }
+
+bool has_tile_unit() {
+#if defined(__linux__) && defined(__x86_64__)
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  const unsigned has = Cpuid(7, 0).d;
+  return (has & kBf16) && (has & kTile);
+#else
+  return false;
+#endif
+}
 
 }  // namespace wavlm_fast

@@ -7,4 +7,7 @@ enum class Tiles { none, unit, emulated };
 
 Tiles tiles();
 
+// Whether the CPU has a unit for tiles of bfloat16; that Linux lets this process use it is another question.
+bool has_tile_unit();
+
 }  // namespace wavlm_fast
