@@ -13,7 +13,8 @@
 namespace wavlm_fast {
 namespace WAVLM_FAST_ISA {
 
-// Rows of D numbers -> [channels][step] words, each of a pair of rows; `channels` and words are whole vectors.
+// Rows of D numbers -> [channels][step] words, each of a pair of rows; whole vectors of channels and of words, zeros where
+// there is no number or no row.
 template <class T>
 void copy_pairs_of_rows(const T* from, std::int64_t stride, std::int64_t rows, std::int64_t D, std::int64_t step,
                         float* to) {

@@ -132,8 +132,8 @@ void accumulate(const float* weights, const float* panel, std::int64_t words, bo
   }
 }
 
-// What is laid out as the one that multiplies wants it: registers, or a unit of tiles. First the values of a tile of keys,
-// whose first row is at `from`.
+// What depends on who multiplies, registers or a unit of tiles. First how the values of a tile of keys are laid out, whose
+// first row is at `from`.
 template <class Element, class T>
 void copy_values(Registers, const T* from, std::int64_t stride, std::int64_t D, const Sizes&, const Tile& tile) {
   copy_panels<Element>(from, stride, tile.count, D, kKeys, tile.values);
@@ -276,18 +276,17 @@ std::size_t scratch_size(std::int64_t D) {
 
 using Forward = GatedAttentionForward<bf16>*;
 #if defined(WAVLM_FAST_TILES)
-constexpr Forward kOnTiles = forward<Unit, Pair>, kOnEmulatedTiles = forward<EmulatedUnit, Pair>;
+constexpr Forward kOnTiles = forward<Unit, Pair>, kEmulated = forward<EmulatedUnit, Pair>;
 static_assert(kKeys % (2 * kTileWords) == 0 && kQueries <= kKeys / 2);
 #else
-constexpr Forward kOnTiles = nullptr, kOnEmulatedTiles = nullptr;
+constexpr Forward kOnTiles = nullptr, kEmulated = nullptr;
 #endif
 
 }  // namespace
 
 const GatedAttentionKernels& gated_attention_kernels() {
   static constexpr GatedAttentionKernels kernels = {
-      kQueries, kBlocks,         scratch_size, forward<Registers, Single>, forward<Registers, OfBf16>,
-      kOnTiles, kOnEmulatedTiles};
+      kQueries, kBlocks, scratch_size, forward<Registers, Single>, forward<Registers, OfBf16>, kOnTiles, kEmulated};
   return kernels;
 }
 
