@@ -7,6 +7,7 @@
 #include "attention_copy.h"
 #include "exp.h"
 #include "gated_attention.h"
+#include "tiles.h"
 
 namespace wavlm_fast {
 namespace WAVLM_FAST_ISA {
@@ -52,13 +53,26 @@ struct Keys {
   std::int64_t words;  // of a row
 };
 
+// The products of a key with queries -> scores, stored, and into `top` the greatest so far. `bias` is the key's, of the
+// first query.
+template <int N>
+WAVLM_FAST_INLINE void add_bias(Floats (&products)[N], const Floats (&gate)[N], const float* bias, float* to,
+                                Floats (&top)[N]) {
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) {
+    products[n] += gate[n] * load(bias + n * kLanes);
+    top[n] = maximum(products[n], top[n]);
+    store(to + n * kLanes, products[n]);
+  }
+}
+
 // Scores of keys, [count][N * kLanes], and into `top` the greatest so far. The queries are multiplied by the power of two
 // in the scale, which rounds nothing and keeps products in range; scores are in units of the rest, one to two, and so is
 // the gate. The rest enters only once, with the exponential. `bias` is that of the first key and the first query. Of keys,
 // whole groups of kRows are read.
 template <class Element, int N>
-WAVLM_FAST_INLINE void score(const Keys& keys, const float* q, const float* gates, const float* bias, float* to,
-                             Floats (&top)[N]) {
+WAVLM_FAST_INLINE void score(Registers, const Keys& keys, const float* q, const float* gates, const float* bias,
+                             float* to, Floats (&top)[N]) {
   Floats gate[N];
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n) gate[n] = load(gates + n * kLanes);
@@ -67,16 +81,10 @@ WAVLM_FAST_INLINE void score(const Keys& keys, const float* q, const float* gate
     for (int r = 0; r < kRows; ++r) rows[r] = keys.rows + (first + r) * keys.stride;
     Floats acc[kRows][N] = {};
     multiply<Element>(rows, 1, q, keys.words, acc);
-    float* scores = to + first * N * kLanes;
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       if (first + r >= keys.count) break;
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) {
-        acc[r][n] += gate[n] * load(bias - first - r + n * kLanes);
-        top[n] = maximum(acc[r][n], top[n]);
-        store(scores + (r * N + n) * kLanes, acc[r][n]);
-      }
+      add_bias(acc[r], gate, bias - first - r, to + (first + r) * N * kLanes, top);
     }
   }
 }

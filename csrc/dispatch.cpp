@@ -8,10 +8,7 @@
 
 #include "library.h"
 #include "peak.h"
-
-#if defined(WAVLM_FAST_HAVE_AVX512_BF16)
-#include <cpuid.h>
-#endif
+#include "tile_unit.h"
 
 #if defined(WAVLM_FAST_HAVE_NEON_BF16)
 #include <sys/auxv.h>
@@ -79,21 +76,15 @@ double measured_gain() {
   for (int i = 0; i < kTries; ++i) time(kernels.of_float, of_float), time(kernels.of_bf16, of_bf16);
   return kernels.bf16_operations / of_bf16 / (kernels.float_operations / of_float);
 }
-
-// Matrix units of bfloat16 do its products whatever vectors gain, and are of that level.
-bool has_matrix_units() {
-  unsigned a, b, c, d;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
-}
 #else
 double measured_gain() { return 0.0; }
-bool has_matrix_units() { return false; }
 #endif
 
 // The level for this CPU with such a gain, measured now unless given.
 Selection best_level(std::optional<double> gain = std::nullopt) {
   const Isa best = isa_levels().back();
-  if (best != Isa::avx512_bf16 || (!gain && has_matrix_units())) return {best, "", ""};
+  // A unit of tiles does bfloat16's products whatever vectors gain, and is of that level.
+  if (best != Isa::avx512_bf16 || (!gain && has_tile_unit())) return {best, "", ""};
   if (!gain) gain = measured_gain();
   if (*gain >= kPays) return {best, "", ""};
   const std::string share = std::to_string(static_cast<int>(*gain * 100.0 + 0.5));

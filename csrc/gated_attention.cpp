@@ -9,6 +9,7 @@
 #include "library.h"
 #include "packed_frames.h"
 #include "parallel.h"
+#include "tile_unit.h"
 
 namespace wavlm_fast {
 
@@ -143,7 +144,21 @@ void attend(const AttentionTensors& tensors, const Tensor& out, const Tensor& ls
   run(call, tensors.utterances, kernel, gated_attention_kernels());
 }
 
+GatedAttentionForward<bf16>* forward_bf16() {
+  const auto& kernels = gated_attention_kernels();
+  switch (tiles(TileWork::attention)) {
+    case Tiles::unit:
+      return kernels.on_tiles;
+    case Tiles::emulated:
+      return kernels.on_emulated_tiles;
+    default:
+      return kernels.forward_bf16;
+  }
+}
+
 }  // namespace
+
+bool gated_attention_has_tiles() { return gated_attention_kernels().on_tiles; }
 
 void negate(const Tensor& x) {
   dtype_of(x) == kFloat ? flip<uint32_t>(x.mutable_data_ptr(), x.numel())
@@ -159,7 +174,7 @@ Tensor gated_attention_into(const Tensor& out, const Tensor& q, const Tensor& k,
   if (dtype_of(q) == kFloat) {
     attend(tensors, out, lse, kernels.forward_float);
   } else {
-    attend(tensors, out, lse, kernels.forward_bf16);
+    attend(tensors, out, lse, forward_bf16());
   }
   return lse;
 }

@@ -62,6 +62,8 @@ struct GatedAttentionKernels {
   std::size_t (*scratch_size)(std::int64_t D);
   GatedAttentionForward<float>* forward_float;
   GatedAttentionForward<bf16>* forward_bf16;
+  // The same with products on tiles, and as if on tiles; null where the level has none.
+  GatedAttentionForward<bf16>*on_tiles, *on_emulated_tiles;
 };
 
 template <class T>

@@ -178,8 +178,8 @@ void weigh_block(const GatedAttentionBackward<T>& call, const float* bias, const
     const std::int64_t count = least(kKeys, keys - j);
     float* weights = work.weights + j * N * kLanes;
     Floats ignored[N] = {};
-    score<Single>({work.k + j * sizes.channels, sizes.channels, count, call.D}, work.q, work.gate, bias - j, weights,
-                  ignored);
+    score<Single>(Registers{}, {work.k + j * sizes.channels, sizes.channels, count, call.D}, work.q, work.gate,
+                  bias - j, weights, ignored);
     weigh(Single{}, weights, count, softmax, ignored);
     gradients_of_weights<N>({work.v + j * sizes.channels, sizes.channels, count, call.D}, j, block.row, call.dropout,
                             work.grad, weights, work.dweights + j * N * kLanes, rows);

@@ -53,6 +53,9 @@ Tensor gated_attention_into(const Tensor& out, const Tensor& q, const Tensor& k,
                             const Tensor& rel_bias, const std::optional<Tensor>& key_lengths, double dropout_p,
                             const std::optional<Tensor>& seed, double scale, Sizes bounds);
 
+// Whether the kernels of the level in use have products on tiles.
+bool gated_attention_has_tiles();
+
 // Changes the sign of every number of a contiguous tensor, float32 or bfloat16.
 void negate(const Tensor& x);
 

@@ -2,7 +2,7 @@
 //
 // A task walks over the keys in tiles. A tile is copied once and used by all query blocks of the task, so nothing of
 // size T is ever held.
-#include "attention_block.h"
+#include "attention_tiles.h"
 
 namespace wavlm_fast {
 namespace WAVLM_FAST_ISA {
@@ -14,7 +14,7 @@ constexpr int kBlocks = 12;  // of a task: their queries and sums stay in the se
 // A block of queries with its running softmax.
 struct Block {
   float* q;                   // [words of D][width]
-  float* sums;                // [width][channels]: sum over keys of weight * value
+  float* sums;                // [width][channels]: sum over keys of weight * value; on tiles [channels][width]
   float* gate;                // in units of scores
   float* top;                 // greatest score
   float* total;               // sum of weights
@@ -24,8 +24,9 @@ struct Block {
 
 struct Tile {
   float* keys;    // [kKeys][words of D]
-  float* values;  // panels
+  float* values;  // panels; on tiles [channels][kKeys / 2] pairs of keys, which leave half of the room
   float* scores;  // [kKeys][width of a block]; weights take their place
+  float* spare;   // that half, for the sums of a block
   std::int64_t first, count;
 };
 
@@ -131,10 +132,49 @@ void accumulate(const float* weights, const float* panel, std::int64_t words, bo
   }
 }
 
+// What depends on who multiplies, registers or a unit of tiles. First how the values of a tile of keys are laid out, whose
+// first row is at `from`.
+template <class Element, class T>
+void copy_values(Registers, const T* from, std::int64_t stride, std::int64_t D, const Sizes&, const Tile& tile) {
+  copy_panels<Element>(from, stride, tile.count, D, kKeys, tile.values);
+}
+
+// The block's sums = sums * fade + weights^T values.
+template <class Element, int N>
+void add_values(Registers, const Sizes& sizes, const Tile& tile, const float* fade, const Block& block) {
+  for_groups(sizes.channels / kLanes, [&](std::int64_t first, auto group) {
+    accumulate<Element, N, group.count>(tile.scores, tile.values + first * kLanes * kKeys,
+                                        divided_up(tile.count, Element::kDepth), tile.first > 0, fade,
+                                        block.sums + first * kLanes, sizes.channels);
+  });
+}
+
+// The block's sums as [width][channels].
+const float* sums_of(Registers, const Sizes&, const Tile&, const Block& block) { return block.sums; }
+
+#if defined(WAVLM_FAST_TILES)
+template <class Element, class Unit, class T>
+void copy_values(Unit&, const T* from, std::int64_t stride, std::int64_t D, const Sizes&, const Tile& tile) {
+  copy_pairs_of_rows(from, stride, tile.count, D, kKeys / 2, tile.values);
+}
+
+template <class Element, int N, class Unit>
+void add_values(Unit& unit, const Sizes& sizes, const Tile& tile, const float* fade, const Block& block) {
+  accumulate_turned<N>(unit, tile.values, kKeys / 2, sizes.channels, tile.scores, divided_up(tile.count, 2),
+                       tile.first > 0, fade, tile.spare, block.sums);
+}
+
+template <class Unit>
+const float* sums_of(Unit&, const Sizes& sizes, const Tile& tile, const Block& block) {
+  copy_transposed<Single>(block.sums, block.width, sizes.channels, block.width, sizes.channels, tile.spare);
+  return tile.spare;
+}
+#endif
+
 // One tile of keys for one block of N vectors of queries.
-template <class Element, int N, class T>
-void attend(const GatedAttention<T>& call, const Utterance& of, std::int64_t h, const Sizes& sizes, const Tile& tile,
-            const Block& block) {
+template <class Element, int N, class Engine, class T>
+void attend(Engine& engine, const GatedAttention<T>& call, const Utterance& of, std::int64_t h, const Sizes& sizes,
+            const Tile& tile, const Block& block) {
   const float* bias = bias_of(call, h) + block.first - tile.first;
   Floats top[N], total[N] = {};
   Softmax softmax[N];
@@ -143,7 +183,7 @@ void attend(const GatedAttention<T>& call, const Utterance& of, std::int64_t h, 
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n) top[n] = load(block.top + n * kLanes);
   const Keys keys = {tile.keys, sizes.words, tile.count, divided_up(call.D, Element::kDepth)};
-  score<Element>(keys, block.q, block.gate, bias, tile.scores, top);
+  score<Element>(engine, keys, block.q, block.gate, bias, tile.scores, top);
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n) {
     softmax[n] = Softmax(top[n], call.unit);
@@ -158,19 +198,14 @@ void attend(const GatedAttention<T>& call, const Utterance& of, std::int64_t h, 
     store(at, load(at) * load(fade + n * kLanes) + total[n]);
   }
   if (call.dropout.threshold) drop<Element, N>(call.dropout, row_of(call, of, h, block.first), tile);
-  for_groups(sizes.channels / kLanes, [&](std::int64_t first, auto group) {
-    accumulate<Element, N, group.count>(tile.scores, tile.values + first * kLanes * kKeys,
-                                        divided_up(tile.count, Element::kDepth), tile.first > 0, fade,
-                                        block.sums + first * kLanes, sizes.channels);
-  });
+  add_values<Element, N>(engine, sizes, tile, fade, block);
 }
 
 template <class T>
-void finish(const GatedAttention<T>& call, const Utterance& of, std::int64_t h, const Sizes& sizes,
-            const Block& block) {
+void finish(const GatedAttention<T>& call, const Utterance& of, std::int64_t h, const Sizes& sizes, const Block& block,
+            const float* sums) {
   T* out = head_of(call.out, call.out_strides, of, h) + block.first * call.out_strides.t;
   float* lse = call.lse + row_of(call, of, h, block.first);
-  const float* sums = block.sums;
   for (std::int64_t i = 0; i < block.count; ++i, out += call.out_strides.t, sums += sizes.channels) {
     const float top = block.top[i], total = block.total[i];
     const bool none = top == -__builtin_inff() && total == total;  // no key, or none that is not at -inf
@@ -192,13 +227,15 @@ void place(std::int64_t T, const Sizes& sizes, std::int64_t first_block, std::in
   }
 }
 
-template <class Element, class T>
+template <class Engine, class Element, class T>
 void forward(const GatedAttention<T>& call, const Utterance& of, std::int64_t h, std::int64_t first_block,
              std::int64_t end_block, float* scratch) {
   const Sizes sizes(call.D, Element::kDepth);
+  Engine engine;
   Tile tile;
   tile.keys = scratch;
   tile.values = tile.keys + kKeys * sizes.words;
+  tile.spare = tile.values + kKeys / 2 * sizes.channels;
   tile.scores = tile.values + kKeys * sizes.channels;
   Block blocks[kBlocks];
   const std::int64_t n_blocks = end_block - first_block;
@@ -211,7 +248,7 @@ void forward(const GatedAttention<T>& call, const Utterance& of, std::int64_t h,
   do {  // once even without keys, so that there are zeros to finish with
     tile.count = least(kKeys, keys - tile.first);
     copy_rows<Element>(k + tile.first * call.k_strides.t, call.k_strides.t, tile.count, call.D, sizes.words, tile.keys);
-    copy_panels<Element>(v + tile.first * call.v_strides.t, call.v_strides.t, tile.count, call.D, kKeys, tile.values);
+    copy_values<Element>(engine, v + tile.first * call.v_strides.t, call.v_strides.t, call.D, sizes, tile);
     const std::int64_t next = tile.first + kKeys, n_next = next < keys ? least(kKeys, keys - next) : 0;
     for (std::int64_t i = 0; i < n_blocks; ++i) {
       const Block& block = blocks[i];
@@ -225,8 +262,8 @@ void forward(const GatedAttention<T>& call, const Utterance& of, std::int64_t h,
       prefetch_rows(k + (next + row) * call.k_strides.t, call.k_strides.t, rows, call.D);
       prefetch_rows(v + (next + row) * call.v_strides.t, call.v_strides.t, rows, call.D);
       with_vectors(block.width / kLanes,
-                   [&](auto group) { attend<Element, group.count>(call, of, h, sizes, tile, block); });
-      if (n_next == 0) finish(call, of, h, sizes, block);
+                   [&](auto group) { attend<Element, group.count>(engine, call, of, h, sizes, tile, block); });
+      if (n_next == 0) finish(call, of, h, sizes, block, sums_of(engine, sizes, tile, block));
     }
     tile.first = next;
   } while (tile.first < keys);
@@ -237,11 +274,19 @@ std::size_t scratch_size(std::int64_t D) {
   return kBlocks * sizes.block() + sizes.tile();
 }
 
+using Forward = GatedAttentionForward<bf16>*;
+#if defined(WAVLM_FAST_TILES)
+constexpr Forward kOnTiles = forward<Unit, Pair>, kEmulated = forward<EmulatedUnit, Pair>;
+static_assert(kKeys % (2 * kTileWords) == 0 && kQueries <= kKeys / 2);
+#else
+constexpr Forward kOnTiles = nullptr, kEmulated = nullptr;
+#endif
+
 }  // namespace
 
 const GatedAttentionKernels& gated_attention_kernels() {
-  static constexpr GatedAttentionKernels kernels = {kQueries, kBlocks, scratch_size, forward<Single, float>,
-                                                    forward<OfBf16, bf16>};
+  static constexpr GatedAttentionKernels kernels = {
+      kQueries, kBlocks, scratch_size, forward<Registers, Single>, forward<Registers, OfBf16>, kOnTiles, kEmulated};
   return kernels;
 }
 

@@ -118,7 +118,7 @@ const PackedConvVariants<float, bf16>& variants() {
 }
 template <>
 const PackedConvVariants<bf16, bf16>& variants() {
-  switch (tiles()) {
+  switch (tiles(TileWork::products)) {
     case Tiles::unit:
       return packed_conv().on_tiles;
     case Tiles::emulated:

@@ -109,9 +109,6 @@ struct Unpacked {
   }
 };
 
-// What multiplies: vectors in registers, or a unit of csrc/tiles.h.
-struct Registers {};
-
 // sums[t] (+)= words of row t * panel for a run of words, words_of(t) being where those are, and done(t, rows) when so
 // many rows from t have their sums. Writes a whole number of tiles: sums of rows past the end are left with something
 // that nobody reads. ahead(share, shares) fetches a share of what is needed next.
@@ -138,15 +135,7 @@ WAVLM_FAST_INLINE void pass_run(Registers, const WordsOf& words_of, std::int64_t
 }
 
 #if defined(WAVLM_FAST_TILES)
-// Calls body(Vectors<n>{}) for n from 0 to N - 1.
-template <int N, class Body>
-WAVLM_FAST_INLINE void each_tile(const Body& body) {
-  body(Vectors<0>{});
-  if constexpr (N > 1) body(Vectors<1>{});
-  if constexpr (N > 2) body(Vectors<2>{});
-}
-
-// Words of the rows from t on, which then lie `stride` words apart: where they are, if evenly, else in a copy.
+// Words of the rows from t on, which then lie `stride` bytes apart: where they are, if evenly, else in a copy.
 template <class WordsOf>
 const Word* even_rows(const WordsOf& words_of, std::int64_t t, std::int64_t count, std::int64_t words, float* copy,
                       std::int64_t& stride) {
@@ -161,14 +150,12 @@ const Word* even_rows(const WordsOf& words_of, std::int64_t t, std::int64_t coun
   return copy;
 }
 
-// The same on tiles, whose columns are the panel as it lies. With one row of tiles at a time there are enough of them
-// for each to be loaded while another one is multiplied. What is left of a run behind whole tiles is a run of its own,
-// of narrower ones: nothing is read that does not belong to a row, and a row knows of no other.
+// The same on tiles, whose columns are the panel as it lies. What is left of a run behind whole tiles is a run of its
+// own, of narrower ones: nothing is read that does not belong to a row, and a row knows of no other.
 template <class Element, int N, class Unit, class WordsOf, class Ahead, class Done>
 WAVLM_FAST_INLINE void pass_run(Unit& unit, const WordsOf& words_of, std::int64_t count, const float* panel,
                                 std::int64_t run, const Ahead& ahead, Sums sums, const Done& done) {
-  constexpr std::int64_t kColumnStride = N * kLanes * sizeof(float);
-  static_assert(kLanes == kTileWords && kSlice == kTileWords && kWords % (2 * kTileWords) == 0);
+  static_assert(kSlice == kTileWords && kWords % (2 * kTileWords) == 0);
   const std::int64_t sum_stride = sums.step * sizeof(float);
   const std::int64_t shares = divided_up(count, kTileRows) * divided_up(run, kSlice);
   std::int64_t share = 0;
@@ -181,30 +168,15 @@ WAVLM_FAST_INLINE void pass_run(Unit& unit, const WordsOf& words_of, std::int64_
       rows = least(kTileRows, count - t);
       unit.shape(static_cast<int>(rows), static_cast<int>(step));
       float* to = sums.at + t * sums.step;
-      each_tile<N>([&](auto n) {
-        if (sums.add) {
-          unit.template load<kSumTile + n.count>(to + n.count * kLanes, sum_stride);
-        } else {
-          unit.template zero<kSumTile + n.count>();
-        }
-      });
+      if (sums.add) {
+        load_sums<N>(unit, to, sum_stride);
+      } else {
+        zero_sums<N>(unit);
+      }
       std::int64_t stride;
       const Word* from = even_rows(part_of, t, rows, words, copy, stride);
-      const float* columns = panel + begin * N * kLanes;
-      const auto multiply = [&](auto row) {
-        ahead(share++, shares);
-        unit.template load<row.count>(from, stride);
-        each_tile<N>([&](auto n) {
-          unit.template load<kColumnTile + n.count>(columns + n.count * kLanes, kColumnStride);
-          unit.template multiply_add<kSumTile + n.count, row.count, kColumnTile + n.count>();
-        });
-        from += step, columns += step * N * kLanes;
-      };
-      for (std::int64_t at = 0; at < words; at += 2 * step) {
-        multiply(Vectors<kRowTile>{});
-        if (at + step < words) multiply(Vectors<kRowTile + 1>{});
-      }
-      each_tile<N>([&](auto n) { unit.template store<kSumTile + n.count>(to + n.count * kLanes, sum_stride); });
+      multiply_tiles<N>(unit, from, stride, panel + begin * N * kLanes, words, step, [&] { ahead(share++, shares); });
+      store_sums<N>(unit, to, sum_stride);
       if (begin + words == run) done(t, rows);
     }
   }

@@ -13,6 +13,9 @@
 namespace wavlm_fast {
 namespace WAVLM_FAST_ISA {
 
+// What multiplies: vectors in registers, or a unit of this file.
+struct Registers {};
+
 constexpr int kTileRows = 16;
 constexpr int kTileWords = 16;  // of a row: 32 bfloat16, or 16 float32
 constexpr int kSumTile = 0;     // three for sums, of as many vectors of columns
@@ -129,6 +132,52 @@ class EmulatedUnit {
   int rows_ = 0, words_ = 0;
   alignas(64) float tiles_[8][kTileRows][kTileWords];
 };
+
+// Calls body(Vectors<n>{}) for n from 0 to N - 1.
+template <int N, class Body>
+WAVLM_FAST_INLINE void each_tile(const Body& body) {
+  body(Vectors<0>{});
+  if constexpr (N > 1) body(Vectors<1>{});
+  if constexpr (N > 2) body(Vectors<2>{});
+}
+
+// N tiles of sums beside each other, of floats that are a row `stride` bytes apart.
+template <int N, class Unit>
+WAVLM_FAST_INLINE void zero_sums(Unit& unit) {
+  each_tile<N>([&](auto n) { unit.template zero<kSumTile + n.count>(); });
+}
+
+template <int N, class Unit>
+WAVLM_FAST_INLINE void load_sums(Unit& unit, const float* from, std::int64_t stride) {
+  each_tile<N>([&](auto n) { unit.template load<kSumTile + n.count>(from + n.count * kLanes, stride); });
+}
+
+template <int N, class Unit>
+WAVLM_FAST_INLINE void store_sums(Unit& unit, float* to, std::int64_t stride) {
+  each_tile<N>([&](auto n) { unit.template store<kSumTile + n.count>(to + n.count * kLanes, stride); });
+}
+
+// Sums += rows * columns, [words][N * kLanes], for words in steps of as many as a tile has; before each `ahead` is
+// called. With one row of tiles at a time there are enough of them for each to be loaded while another is multiplied.
+template <int N, class Unit, class Ahead>
+WAVLM_FAST_INLINE void multiply_tiles(Unit& unit, const Word* rows, std::int64_t stride, const float* columns,
+                                      std::int64_t words, std::int64_t step, const Ahead& ahead) {
+  constexpr std::int64_t kColumnStride = N * kLanes * sizeof(float);
+  static_assert(kLanes == kTileWords);
+  const auto multiply = [&](auto row) {
+    ahead();
+    unit.template load<row.count>(rows, stride);
+    each_tile<N>([&](auto n) {
+      unit.template load<kColumnTile + n.count>(columns + n.count * kLanes, kColumnStride);
+      unit.template multiply_add<kSumTile + n.count, row.count, kColumnTile + n.count>();
+    });
+    rows += step, columns += step * N * kLanes;
+  };
+  for (std::int64_t at = 0; at < words; at += 2 * step) {
+    multiply(Vectors<kRowTile>{});
+    if (at + step < words) multiply(Vectors<kRowTile + 1>{});
+  }
+}
 
 #endif
 

@@ -2,6 +2,7 @@
 // bytes that the assembler made, checked, and done as Intel's manual has it (Software Developer's Manual, volume 2).
 #include <ucontext.h>
 
+#include <atomic>
 #include <cmath>
 #include <csignal>
 #include <cstdint>
@@ -22,6 +23,7 @@ static_assert(sizeof(Config) == 64);
 
 thread_local Config config;
 thread_local std::uint8_t tiles[8][16][64];
+std::atomic<int> configurations, threads;  // times that tiles got a shape, and threads whose tiles have one
 struct sigaction before;
 
 // What would be a fault of the processor.
@@ -89,6 +91,8 @@ void check_tile(int tile) {
 }
 
 void configure(const void* from) {
+  ++configurations;
+  if (config.palette == 0) ++threads;
   std::memcpy(&config, from, sizeof(config));
   expect(config.palette == 1 && config.start_row == 0, "another palette, or a start row");
   for (int byte : config.reserved) expect(byte == 0, "reserved bytes of the configuration");
@@ -140,6 +144,7 @@ void run(int, siginfo_t*, void* context) {
       configure(reinterpret_cast<const void*>(found.base));
       break;
     case 0x490:  // TILERELEASE
+      if (config.palette != 0) --threads;
       config = {};
       break;
     case 0x496:
@@ -171,5 +176,7 @@ extern "C" void start() {
 
 extern "C" void stop() { sigaction(SIGILL, &before, nullptr); }
 
-// Whether this thread has released its tiles.
-extern "C" bool released() { return config.palette == 0; }
+// Whether all threads have released their tiles.
+extern "C" bool released() { return threads == 0; }
+
+extern "C" int configured() { return configurations; }

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import shlex
-import shutil
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +15,7 @@ from wavlm_fast.backends.cpu import onednn, packed_conv, tiles
 
 pytestmark = pytest.mark.skipif(cpu.isa() != "avx512_bf16", reason="tiles go with the level avx512_bf16")
 needs_onednn = pytest.mark.skipif(onednn.why_not() is not None, reason=str(onednn.why_not()))
+WORKS = (tiles.PRODUCTS, tiles.ATTENTION)
 LINEAR = [
     (1, 768, 96, "gelu"),
     (33, 1000, 97, "none"),
@@ -28,35 +23,6 @@ LINEAR = [
     (150, 302, 7, "gelu_tanh"),
     (17, 6, 48, "none"),
 ]
-
-
-@pytest.fixture(scope="module")
-def stand_in(tmp_path_factory):
-    """What does the unit's instructions, where the CPU stops at them."""
-    command = shlex.split(os.environ.get("CXX") or "c++")
-    if shutil.which(command[0]) is None:
-        pytest.skip("no C++ compiler found")
-    source, library = Path(__file__).with_name("amx_unit.cpp"), tmp_path_factory.mktemp("amx") / "amx_unit.so"
-    subprocess.run([*command, "-std=c++20", "-O1", "-shared", "-fPIC", source, "-o", library], check=True)
-    return ctypes.CDLL(library)
-
-
-@pytest.fixture(params=["emulated", "trapped"])
-def emulated(request, monkeypatch):
-    """Tiles without a unit: its arithmetic written out, and its instructions done by a stand-in."""
-    monkeypatch.setattr(packed_conv, "_prefers_onednn", lambda: False)
-    trapped = request.param == "trapped"
-    if trapped and torch.cpu._is_amx_tile_supported():
-        pytest.skip("this CPU does not stop at the unit's instructions, and nobody asked for it to run them")
-    if trapped:
-        library = request.getfixturevalue("stand_in")
-        library.start()
-    tiles.use(request.param)
-    yield request.param
-    tiles.use("none")
-    if trapped:
-        library.stop()
-        assert library.released()
 
 
 def random(*shape, seed=0, scale=1.0):
@@ -135,7 +101,8 @@ def test_the_fused_layer(norm_first, emulated):
     rel_bias, lengths = random(heads, 2 * T - 1, seed=40).float(), torch.tensor([T, T - 9])
     args = (random(2, T, rows, seed=50), rel_bias, lengths, weights, biases, gate, norms)
     found = cpu.TABLE["encoder_layer"].fn(*args, [1e-5, 1e-3], 0.25, "gelu", norm_first)
-    tiles.use("none")
+    for work in WORKS:
+        tiles.use(work, "none")
     plain = cpu.TABLE["encoder_layer"].fn(*args, [1e-5, 1e-3], 0.25, "gelu", norm_first)
     wide = [[t.double() for t in a] if isinstance(a, list) else a.double() if a is not lengths else a for a in args]
     true = REFERENCE["encoder_layer"].fn(*wide, [1e-5, 1e-3], 0.25, "gelu", norm_first)
@@ -155,9 +122,22 @@ def test_first_and_second_numbers_of_pairs_are_summed_apart(emulated):
     weight = torch.tensor([2.0**24, 1, *[0, 1] * 15, -(2.0**24), *[0] * 31]).bfloat16()[None]
     sums = []
     for kind in (emulated, "none"):
-        tiles.use(kind)
+        tiles.use(tiles.PRODUCTS, kind)
         sums.append(cpu.TABLE["linear_act"].fn(torch.ones_like(weight), weight, None, "none", False)[0].item())
     assert sums[0] == 16 != sums[1]  # one after the other, the ones would be lost beside the first number
+
+
+def test_emulation_is_the_manual_to_the_bit(trapped):
+    """Numbers whose sums depend on their order, and some that are denormal or whose products are."""
+    x, *rest = linear(37, 302, 40, "none")
+    x[::3] *= 2.0**-125
+    x[::7] *= 2.0**-10
+    found = []
+    for kind in ("emulated", "trapped", "none"):
+        tiles.use(tiles.PRODUCTS, kind)
+        found.append(cpu.TABLE["linear_act"].fn(x, *rest)[0])
+    assert torch.equal(*found[:2])
+    assert not torch.equal(*found[1:])
 
 
 def test_denormal_numbers_are_zeros(emulated):
@@ -166,45 +146,24 @@ def test_denormal_numbers_are_zeros(emulated):
     assert not cpu.TABLE["linear_act"].fn(tiny, one, None, "none", False)[0].any()
 
 
-@pytest.fixture
-def trial(monkeypatch):
-    """Makes a CPU with AMX of this one: the unit is emulated, and what is measured is told."""
-    real = tiles.use
-    used = []
-
-    def fake(seconds=(1.0, 2.0), problem=""):
-        def use(kind):
-            used.append(kind)
-            real("emulated" if kind == "unit" else kind)
-
-        monkeypatch.setenv(tiles.ENVIRONMENT_VARIABLE, "1")
-        monkeypatch.setattr(tiles, "use", use)
-        monkeypatch.setattr(tiles, "_problem", lambda: problem)
-        monkeypatch.setattr(tiles, "_seconds", lambda *runners: seconds if [run() for run in runners] else None)
-        monkeypatch.setattr(packed_conv, "_has_amx", lambda: True)
-        tiles._why_not.cache_clear()
-        return used
-
-    yield fake
-    real("none")
-    tiles._why_not.cache_clear()
-
-
 def spoil(monkeypatch, change):
     """Let tiles give other numbers."""
-    real = tiles.Case.runner
 
-    def runner(case, *operands):
-        run = real(case, *operands)
-        return lambda: change(run()) if tiles.in_use == "unit" else run()
+    def spoiled(real):
+        def runner(case, *operands):
+            run = real(case, *operands)
+            return lambda: change(run()) if tiles.in_use == "unit" else run()
 
-    def use(kind, real=tiles.use):
+        return runner
+
+    def use(work, kind, real=tiles.use):
         tiles.in_use = kind
-        real(kind)
+        real(work, kind)
 
     monkeypatch.setattr(tiles, "in_use", "none", raising=False)
     monkeypatch.setattr(tiles, "use", use)
-    monkeypatch.setattr(tiles.Case, "runner", runner)
+    for cls in (tiles.Case, tiles.Attention):
+        monkeypatch.setattr(cls, "runner", spoiled(cls.runner))
     monkeypatch.setattr(tiles, "_seconds", pytest.fail)
 
 
@@ -219,11 +178,11 @@ def said():
 def test_right_and_faster_is_chosen(trial):
     used = trial()
     assert not packed_conv.in_onednn(random(1))
-    assert used[-1] == "unit"
-    assert said() == "bfloat16 products run on AMX tiles"
-    count = len(used)
-    assert tiles.why_not() is None
-    assert len(used) == count  # tried once
+    assert said() == "bfloat16 products run on AMX tiles, attention too"
+    assert [used[work][-1] for work in WORKS] == ["unit", "unit"]
+    counts = [*map(len, used.values())]
+    assert [tiles.why_not(work) for work in WORKS] == [None, None]
+    assert [*map(len, used.values())] == counts  # tried once
 
 
 @needs_onednn
@@ -231,12 +190,14 @@ def test_right_and_faster_is_chosen(trial):
 def test_right_and_not_much_faster_stays_in_onednn(seconds, trial):
     used = trial(seconds)
     assert packed_conv.in_onednn(random(1))
-    assert tiles.why_not().startswith(f"a product on AMX tiles took 300 µs in a trial, oneDNN {seconds[1] * 1e6:.0f} (")
-    assert used[-1] == "none"
-    assert said() == f"bfloat16 products run in oneDNN: {tiles.why_not()}"
+    reasons = [tiles.why_not(work) for work in WORKS]
+    for work, rivals, reason in zip(WORKS, ("oneDNN", "dot products"), reasons, strict=True):
+        assert reason.startswith(f"{work} on AMX tiles took 300 µs in a trial, {rivals} {seconds[1] * 1e6:.0f} (")
+    assert [used[work][-1] for work in WORKS] == ["none", "none"]
+    assert said() == "bfloat16 products run in oneDNN: {}; attention by dot products: {}".format(*reasons)
     x, weights = random(1, 4, 8), [random(8, 8)] * 4
     reason = cpu.TABLE["encoder_layer"].why_not(x, x, None, weights)
-    assert reason == f"bfloat16 products run in oneDNN here, one by one: {tiles.why_not()}"
+    assert reason == f"bfloat16 products run in oneDNN here, one by one: {reasons[0]}"
 
 
 @needs_onednn
@@ -248,8 +209,9 @@ def test_nobody_who_does_not_ask_gets_tiles(trial, asked, monkeypatch):
     else:
         monkeypatch.setenv(tiles.ENVIRONMENT_VARIABLE, asked)
     assert packed_conv.in_onednn(random(1))
-    assert said().endswith("so far only emulated, are tried with WAVLM_FAST_AMX_TILES=1")
-    assert used == []
+    only = "AMX tiles, so far only emulated, are tried with WAVLM_FAST_AMX_TILES=1"
+    assert said() == f"bfloat16 products run in oneDNN: {only}"
+    assert not any(used.values())
 
 
 @needs_onednn
@@ -257,18 +219,20 @@ def test_wrong_is_never_timed(trial, monkeypatch):
     used = trial()
     spoil(monkeypatch, lambda out: out.index_fill(1, torch.tensor(-1), 0.0))
     assert packed_conv.in_onednn(random(1))
-    assert said().endswith("products on AMX tiles came out wrong in a trial")
-    assert used[-1] == "none"
+    wrong = "on AMX tiles came out wrong in a trial"
+    assert said() == f"bfloat16 products run in oneDNN: products {wrong}; attention by dot products: attention {wrong}"
+    assert [used[work][-1] for work in WORKS] == ["none", "none"]
 
 
 @needs_onednn
-def test_inexact_is_never_timed(trial, monkeypatch):
+@pytest.mark.parametrize("work", WORKS)
+def test_inexact_is_never_timed(work, trial, monkeypatch):
     used = trial()
-    # Whole numbers are left as they are, others lose bits.
-    spoil(monkeypatch, lambda out: out if out.frac().eq(0).all() else (out / 4).round() * 4)
-    assert packed_conv.in_onednn(random(1))
-    assert tiles.why_not() == "products on AMX tiles came out wrong in a trial"
-    assert used[-1] == "none"
+    calls = len(tiles._TRIALS[work].right)
+    spoil(monkeypatch, lambda out: out if calls >= len(used[work]) / 2 else out * 1.05)
+    assert tiles.why_not(work) == f"{work} on AMX tiles came out wrong in a trial"
+    assert len(used[work]) == 2 * calls + 3  # what comes out exact was right: none and unit, each time
+    assert used[work][-1] == "none"
 
 
 @needs_onednn
@@ -276,31 +240,48 @@ def test_what_linux_refuses_is_not_tried(trial):
     used = trial(problem="Linux does not grant this process AMX: Operation not permitted")
     assert packed_conv.in_onednn(random(1))
     assert "does not grant" in said()
-    assert used == []
+    assert not any(used.values())
+
+
+@needs_onednn
+def test_products_and_attention_are_decided_apart(trial, monkeypatch):
+    used = trial()
+    real = tiles._verdict
+    lost = {work: f"{work} lose" for work in WORKS}
+    monkeypatch.setattr(tiles, "_verdict", lambda work: real(work) if work not in lost else lost[work])
+    assert said() == "bfloat16 products run in oneDNN: products lose; attention by dot products: attention lose"
+    del lost[tiles.ATTENTION]
+    tiles._why_not.cache_clear()
+    assert said() == "bfloat16 products run in oneDNN: products lose; attention on AMX tiles"
+    assert [used[work][-1] for work in WORKS] == ["none", "unit"]
+    lost = {tiles.ATTENTION: "it loses"}
+    tiles._why_not.cache_clear()
+    assert said() == "bfloat16 products run on AMX tiles; attention by dot products: it loses"
+    assert [used[work][-1] for work in WORKS] == ["unit", "none"]
 
 
 @needs_onednn
 def test_a_trial_that_fails_is_a_reason(trial, monkeypatch):
     used = trial()
-    monkeypatch.setattr(tiles, "_is_right", lambda case: 1 / 0)
+    monkeypatch.setattr(tiles, "_is_right", lambda work, case: 1 / 0)
     assert packed_conv.in_onednn(random(1))
     assert "a trial of products on AMX tiles failed: ZeroDivisionError: division by zero" in said()
-    assert used[-1] == "none"
+    assert used[tiles.PRODUCTS][-1] == "none"
 
 
 @needs_onednn
 def test_a_trial_that_is_broken_off_is_made_again(trial, monkeypatch):
     used = trial()
 
-    def interrupted(case):
+    def interrupted(work, case):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(tiles, "_is_right", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            tiles.why_not()
-    assert used[-1] == "none"
-    assert tiles.why_not() is None
+            tiles.why_not(tiles.PRODUCTS)
+    assert used[tiles.PRODUCTS][-1] == "none"
+    assert tiles.why_not(tiles.PRODUCTS) is None
 
 
 @needs_onednn
@@ -308,9 +289,9 @@ def test_threads_share_a_trial(trial, monkeypatch):
     trial()
     tries = []
     real = tiles._verdict
-    monkeypatch.setattr(tiles, "_verdict", lambda: tries.append(time.sleep(0.05)) or real())
+    monkeypatch.setattr(tiles, "_verdict", lambda work: tries.append(time.sleep(0.05)) or real(work))
     with ThreadPoolExecutor(4) as pool:
-        assert [*pool.map(lambda _: tiles.why_not(), range(4))] == [None] * 4
+        assert [*pool.map(lambda _: tiles.why_not(tiles.PRODUCTS), range(4))] == [None] * 4
     assert len(tries) == 1
 
 
@@ -318,7 +299,7 @@ def test_threads_share_a_trial(trial, monkeypatch):
 def test_a_trial_is_the_same_whatever_a_user_has_set(trial):
     trial()
     with torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), torch.device("meta"):
-        assert tiles.why_not() is None
+        assert tiles.why_not(tiles.PRODUCTS) is None
 
 
 def test_a_cpu_without_it_is_left_alone(monkeypatch):
@@ -328,9 +309,11 @@ def test_a_cpu_without_it_is_left_alone(monkeypatch):
     assert not packed_conv.in_onednn(random(1))
     assert tiles._problem() == "the CPU has no AMX BF16"
     with pytest.raises(RuntimeError, match="the CPU has no AMX BF16"):
-        tiles.use("unit")
+        tiles.use(tiles.PRODUCTS, "unit")
 
 
-def test_kinds_are_known():
+def test_kinds_of_work_and_of_tiles_are_known():
     with pytest.raises(RuntimeError, match="expected none, unit, emulated or trapped"):
-        tiles.use("all")
+        tiles.use(tiles.PRODUCTS, "all")
+    with pytest.raises(RuntimeError, match="expected products or attention, got softmax"):
+        tiles.use("softmax", "none")

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...derived import concatenated
 from ...ops.encoder_layer import MERGED
 from .. import Implementation
-from . import extension, packed_conv
+from . import extension, packed_conv, tiles
 
 _encoder_layer = extension.kernel(
     "encoder_layer(Tensor x, Tensor rel_bias, Tensor? key_lengths, Tensor[] packed, Tensor[] biases, Tensor[] gate, "
@@ -36,6 +36,7 @@ def encoder_layer(
     else:
         qkv = packed_conv.pack_together("packed qkv", weights[:3], keep)
         qkv_bias = concatenated("qkv bias", biases[:3])
+    tiles.decide_attention(x)
     packed = [qkv, *(_pack(weight, keep) for weight in weights[-3:])]
     return _encoder_layer(x, rel_bias, key_lengths, packed, [qkv_bias, *biases[-3:]], *rest)
 

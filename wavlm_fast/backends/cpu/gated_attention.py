@@ -5,10 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import Implementation
-from . import extension
+from . import extension, tiles
 
 _forward = extension.kernel_of_op("gated_attention")
 _backward = extension.kernel_of_op("gated_attention_backward")
+
+
+def gated_attention(q: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    """The op of that name."""
+    tiles.decide_attention(q)
+    return _forward(q, *rest)
 
 
 def why_not(q: Tensor, *rest: object) -> str | None:
@@ -24,6 +30,6 @@ def why_not_backward(grad: Tensor, q: Tensor, *rest: object) -> str | None:
 
 
 TABLE = {
-    "gated_attention": Implementation(_forward, why_not),
+    "gated_attention": Implementation(gated_attention, why_not),
     "gated_attention_backward": Implementation(_backward, why_not_backward),
 }

@@ -123,7 +123,7 @@ def _prefers_onednn() -> bool:
 
 def why_onednn() -> str | None:
     """Why oneDNN would do bfloat16 better than C++, a sentence; None where it would not."""
-    return extension.problem() or (tiles.why_not() if _has_amx() else None)
+    return extension.problem() or (tiles.why_not(tiles.PRODUCTS) if _has_amx() else None)
 
 
 _has_amx = cache(is_amx_supported)
@@ -133,9 +133,15 @@ def arithmetic() -> str | None:
     """How bfloat16 is multiplied, a sentence, where that is not by dot products; None where it is."""
     if not _has_amx() or extension.problem() is not None:
         return extension.isa_reason()
-    if tiles.why_not() is None:
-        return "bfloat16 products run on AMX tiles"
-    return f"bfloat16 products run in oneDNN: {tiles.why_not()}" if _prefers_onednn() else None
+    products, attention = tiles.why_not(tiles.PRODUCTS), tiles.why_not(tiles.ATTENTION)
+    if products is None:
+        said = "bfloat16 products run on AMX tiles"
+        return f"{said}, attention too" if attention is None else f"{said}; attention by dot products: {attention}"
+    said = f"bfloat16 products run in oneDNN: {products}" if _prefers_onednn() else None
+    if attention == products:  # nobody asked for tiles, or there are none
+        return said
+    said = said or f"bfloat16 products run by dot products: {products}"
+    return f"{said}; attention on AMX tiles" if attention is None else f"{said}; attention by dot products: {attention}"
 
 
 def why_not(x: Tensor, weight: Tensor, *rest: object) -> str | None:
