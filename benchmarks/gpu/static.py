@@ -92,7 +92,7 @@ class Row:
 
 def pretended(architecture: Architecture) -> str:
     """The name in kernels/_target.py that an architecture goes by."""
-    names = {"sm_90": "hopper", "sm_100": "blackwell", "gfx942": "cdna3", "gfx90a": "cdna"}
+    names = {"sm_80": "ampere", "sm_90": "hopper", "sm_100": "blackwell", "gfx942": "cdna3", "gfx90a": "cdna"}
     return names.get(architecture.name, "cuda")
 
 

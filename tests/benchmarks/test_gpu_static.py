@@ -65,9 +65,15 @@ def test_tf32_is_compiled_where_it_exists():
     assert torch.backends.cudnn.allow_tf32
 
 
-def test_without_tf32_nothing_is_compiled_for_it():
-    found = tasks(["sm_80"], ["fp32"], "", [0])
-    assert {t.launch.arguments.get("PRECISION", "ieee") for t in found} == {"ieee"}
+@pytest.mark.parametrize(("architecture", "convolutions"), [("sm_80", "bf16x6"), ("sm_86", "ieee")])
+def test_without_tf32_nothing_is_compiled_for_it(architecture, convolutions):
+    """Convolutions are made of bf16 pieces where those pay."""
+    by_op = {}
+    for task in tasks([architecture], ["fp32"], "", [0]):
+        by_op.setdefault(task.op, set()).add(task.launch.arguments.get("PRECISION", "ieee"))
+    assert by_op["gated_attention"] == by_op["gated_attention_backward"] == {"ieee"}
+    assert by_op["tdnn"] == {convolutions}
+    assert set().union(*by_op.values()) == {"ieee", convolutions}
 
 
 def test_attention_is_compiled_with_wide_heads_and_for_packed_frames():
@@ -151,13 +157,15 @@ def test_the_loop_multiplies_what_the_kernel_says(architecture, dtype):
     built = build(task.launch, task.architecture)
     operations = matrix_operations(built.loop, built)
     (product,) = built.products
-    if dtype == "fp32" and architecture != "gfx942":
+    pieces = dtype == "fp32" and architecture in ("sm_80", "sm_90")
+    assert product.times == (6 if pieces else 1)
+    if dtype == "fp32" and not pieces and architecture != "gfx942":
         assert not operations
         lanes = built.warps * 32
         each = 4 if architecture == "sm_100" else 2  # FFMA2 does two multiply-adds
         assert built.loop.counts["fp32"] * lanes >= product.operations / each
     else:
-        assert operations == {"fp32" if dtype == "fp32" else "half": product.operations}
+        assert operations == {"fp32" if dtype == "fp32" and not pieces else "half": product.operations}
 
 
 def test_the_command(capsys, tmp_path):
