@@ -40,8 +40,9 @@ _LENGTHS = {"queries · keys": 64, "front end, k2": 1024, "front end, k3": 1536,
 _NUMBERS = {
     "normal": torch.randn,
     "all positive": torch.rand,
-    "of many sizes": lambda *shape, generator: torch.randn(*shape, generator=generator)
-    * torch.randn(*shape, generator=generator).mul(3).exp(),
+    "of many sizes": lambda *shape, generator: (
+        torch.randn(*shape, generator=generator) * torch.randn(*shape, generator=generator).mul(3).exp()
+    ),
 }
 
 
