@@ -78,7 +78,10 @@ def main() -> None:
     setup(
         packages=[*find_packages(include=["wavlm_fast", "wavlm_fast.*"]), *FOLDERS, *inner],
         package_dir=folders,
-        package_data={"wavlm_fast": ["_build.json", "data/*", "py.typed"]},
+        package_data={
+            "wavlm_fast": ["_build.json", "data/*", "py.typed"],
+            "wavlm_fast.kernels": ["tuned.json"],
+        },
         ext_modules=[] if reason else [extension],
         cmdclass={"build_py": record_in_build_py(reason), "build_ext": BuildExtension, "bdist_wheel": AnyPythonWheel},
     )

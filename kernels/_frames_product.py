@@ -194,7 +194,7 @@ FEW = 128
 
 @tunable
 def product_configs(
-    length: int, N: int, dtype: torch.dtype, norm: bool, few: bool, target: str
+    length: int, N: int, dtype: torch.dtype, precision: str, norm: bool, few: bool, target: str
 ) -> tuple[Config, ...]:
     """Tiles and warps, for sums over `length`; `few` says that large tiles would leave a GPU without work.
 
@@ -207,8 +207,8 @@ def product_configs(
         frames = max(16, min(64, (32768 if half and target != "cdna" else 16384) // whole))
         warps = 8 if frames * whole >= 8192 else 4
         depth = 64 if half and target == "hopper" and whole <= 512 else 32
-        if target == "cdna" and not half:
-            depth = 16  # two stages of 32 are more shared memory than there is
+        if (target == "cdna" and not half) or precision == "bf16x6":
+            depth = 16  # two stages of 32 are more shared memory than there is, and pieces of 32 more registers
         default = {"BLOCK_T": frames, "BLOCK_N": whole, "BLOCK_K": depth, "num_warps": warps,
                    "num_stages": 3 if half and target != "cdna" else 2}  # fmt: skip
         return default, {**default, "BLOCK_T": max(16, frames // 2)}, {**default, "num_stages": 2}
@@ -283,7 +283,8 @@ def frames_product(
     also = (G, taps, stride, step, out_stride, padded, activation, pre is None, residual is None, precision, to_k, to_n)
     also += apart(offsets)
     few = G * triton.cdiv(N, 128) * triton.cdiv(units, 128) * x.shape[0] < FEW
-    product_configs.launch(run, x.device, (taps * C, N, x.dtype, norm is not None, few), (units, x.shape[0]), also)
+    depends_on = (taps * C, N, x.dtype, precision, norm is not None, few)
+    product_configs.launch(run, x.device, depends_on, (units, x.shape[0]), also)
 
 
 @tunable

@@ -17,7 +17,10 @@ def _of_device(index: int) -> str:
     if torch.version.hip:
         name = torch.cuda.get_device_properties(index).gcnArchName
         return "cdna3" if name.startswith("gfx942") else "cdna"
-    return {9: "hopper", 10: "blackwell"}.get(torch.cuda.get_device_capability(index)[0], "cuda")
+    major, minor = torch.cuda.get_device_capability(index)
+    if (major, minor) == (8, 0):
+        return "ampere"
+    return {9: "hopper", 10: "blackwell"}.get(major, "cuda")
 
 
 def _kind(device: torch.device) -> str:
@@ -35,7 +38,7 @@ def target(device: torch.device) -> str:
     NVIDIA GPUs) and "cdna" (AMD).
     """
     kind = _kind(device)
-    return {"blackwell": "hopper", "cdna3": "cdna"}.get(kind, kind)
+    return {"ampere": "cuda", "blackwell": "hopper", "cdna3": "cdna"}.get(kind, kind)
 
 
 def has_tensor_memory(device: torch.device) -> bool:
@@ -48,9 +51,19 @@ def has_tf32(device: torch.device) -> bool:
     return _kind(device) != "cdna"
 
 
+def pieces_pay(device: torch.device) -> bool:
+    """Whether six products of bf16 numbers take less time than one of fp32 numbers: on sm_80 and sm_90, whose matrix
+    units do 32 operations for each fp32 lane. Those of GeForce and the like do four; on sm_100 the pieces themselves
+    take too long. Triton's interpreter, on the CPU, knows no pieces.
+    """
+    return _kind(device) in ("ampere", "hopper") and device.type != "cpu"
+
+
 @contextmanager
 def pretend(name: str) -> Iterator[None]:
-    """Launch as for another GPU: "hopper" (sm_90), "blackwell" (sm_100), "cuda", "cdna3" (gfx942) or "cdna"."""
+    """Launch as for another GPU: "ampere" (sm_80), "hopper" (sm_90), "blackwell" (sm_100), "cuda" (of NVIDIA's all
+    others), "cdna3" (gfx942) or "cdna".
+    """
     token = _pretended.set(name)
     try:
         yield

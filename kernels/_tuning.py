@@ -2,11 +2,11 @@
 
 Each kernel file has a function, marked `@tunable`, that returns a short tuple of configurations for a shape, a dtype
 and a target of _target.py, the default first. A launch takes the choice that was found for its device and sizes, from
-this process or from the file of _tuned.py, and else the default. WAVLM_FAST_AUTOTUNE=1 makes the first launch of each
-kind time all configurations and keep the fastest.
+this process or from the files of _tuned.py, and else the default. WAVLM_FAST_AUTOTUNE=1 makes the first launch of each
+kind time all configurations and keep the fastest, whatever ships with the package.
 
 Sums may be added up in another order under another configuration. Where torch asks for deterministic algorithms, only
-defaults run: nothing then depends on what was measured or on what the file holds.
+defaults run: nothing then depends on what was measured or on what the files hold.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Tunable:
             self._chosen[key] = configs[0]
             return configs[0]
         place = _tuned.place(torch.cuda.get_device_name(device), self.name, configs, key[2:])
-        config = _tuned.read(place, configs)
+        config = _tuned.read(place, configs, shipped=not searches)
         if config is None and searches:
             # A graph's capture must not hold the search, and must not settle the choice either.
             if torch.cuda.is_current_stream_capturing():

@@ -70,10 +70,15 @@ def extension() -> dict[str, Any]:
 
 
 def _tuning() -> dict[str, Any]:
-    """Where the tuned choices of Triton kernels lie, and how many there are for each device here."""
+    """Where the tuned choices of Triton kernels lie, and how many there are for each device, found here or shipped."""
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    importable = machine.triton_problem() is None
-    return {"file": str(_tuned.path()), "choices": {name: _tuned.count(name) for name in devices if importable}}
+    if machine.triton_problem() is not None:
+        devices = []
+    return {
+        "file": str(_tuned.path()),
+        "choices": {name: _tuned.count(name) for name in devices},
+        "shipped": {name: _tuned.count(name, _tuned.SHIPPED) for name in devices},
+    }
 
 
 def _audio() -> dict[str, Any]:
@@ -169,12 +174,13 @@ def _private_line(found: dict[str, Any]) -> str:
 
 
 def _tuning_line(found: dict[str, Any]) -> str:
-    told = [
-        f"{count} for {name} in {found['file']}"
-        if count
-        else f"none for {name}: kernels run with their defaults, WAVLM_FAST_AUTOTUNE=1 searches"
-        for name, count in found["choices"].items()
-    ]
+    told = []
+    for name, count in found["choices"].items():
+        shipped = found["shipped"][name]
+        have = [f"{count} for {name} in {found['file']}"] if count else []
+        have += [f"{shipped} for {name} that came with the package"] if shipped else []
+        none = f"none for {name}: kernels run with their defaults, WAVLM_FAST_AUTOTUNE=1 searches"
+        told.append(", ".join(have) or none)
     return "; ".join(told) or f"nothing to tune here; choices would lie in {found['file']}"
 
 

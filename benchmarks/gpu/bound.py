@@ -65,7 +65,7 @@ def matrix_operations(mix: Mix, built: Built) -> Mapping[str, float]:
     count = sum(n for name, n in mix.matrix_names.items() if name.startswith("UTCHMMA"))
     if count:
         type_ = built.products[0].type
-        steps = sum(p.m / min(p.m, 128) * p.k / (16 if type_ == "half" else 8) for p in built.products)
+        steps = sum(p.times * p.m / min(p.m, 128) * p.k / (16 if type_ == "half" else 8) for p in built.products)
         found[type_] = found.get(type_, 0) + count * sum(p.operations for p in built.products) / steps
     return found
 

@@ -99,12 +99,12 @@ def ours(case: Case) -> tuple[Any, list[Launch], Bytes]:
     return outputs, launches, Bytes(around.total, around.total)
 
 
-def attention(dtype: torch.dtype, head_dim: int) -> dict[str, Bytes]:
-    """Bytes of attention and its backward for one head, from the interpreter."""
+def attention(dtype: torch.dtype, head_dim: int, batch: int = BATCH, frames: int = FRAMES) -> dict[str, Bytes]:
+    """Bytes of attention and its backward for one head, by op and by kernel, from the interpreter."""
     # bfloat16 is not computed there; it takes the same tiles as float16.
     name = "float32" if dtype is torch.float32 else "float16"
     module = f"{__package__}.counted_bytes"
-    command = [sys.executable, "-m", module, str(BATCH), str(FRAMES), str(head_dim), name, TARGET]
+    command = [sys.executable, "-m", module, str(batch), str(frames), str(head_dim), name, TARGET]
     root = str(Path(wavlm_fast.__file__).parents[1])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}

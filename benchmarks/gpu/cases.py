@@ -134,7 +134,7 @@ def _calls(
     name, given = f"{op.name}_backward", _given_backward(op, arguments)
     for first in (False, True) if "waveform" in arguments else (True,):
         gradients = schemas[name].partition("->")[2].count("Tensor")
-        wanted = [first, *(arguments[a] is not None for a in _tensors(op)[1:gradients])]
+        wanted = [first, *(arguments[a] is not None for a in tensors(op)[1:gradients])]
         also = TO_WAVEFORM if first and "waveform" in arguments else what
         yield Case(model, name, _in_order(name, {**given, "wanted": wanted}), also)
 
@@ -148,7 +148,7 @@ def _given_backward(op: Op, arguments: dict[str, Any]) -> dict[str, Any]:
     return {**arguments, **made, **{a: made.get(a.removeprefix("grad_"), made[returned[0]]) for a in grads}}
 
 
-def _tensors(op: Op) -> list[str]:
+def tensors(op: Op) -> list[str]:
     """The arguments of a dense batch that may have gradients."""
     return [a for a, kind in op.arguments.items() if kind in ("Tensor", "Tensor?") and a not in _PACKING]
 

@@ -100,6 +100,7 @@ class Mix:
     loaded_bytes: int = 0
     integer_names: Counter[str] = field(default_factory=Counter)
     matrix_names: Counter[str] = field(default_factory=Counter)
+    names: Counter[tuple[str, str]] = field(default_factory=Counter)  # by kind and name
 
     @property
     def total(self) -> int:
@@ -112,6 +113,7 @@ def mix(code: Iterable[Instruction], lanes: int) -> Mix:
     for instruction in code:
         kind, width = instruction.kind, instruction.width * lanes
         found.counts[kind] += 1
+        found.names[kind, instruction.name] += 1
         if kind in ("integer", "matrix"):
             (found.integer_names if kind == "integer" else found.matrix_names)[instruction.name] += 1
         type_, operations = instruction.product()

@@ -54,11 +54,12 @@ class Product:
     n: int
     k: int
     type: str
+    times: int = 1  # of pieces: how many products it is made of
 
     @property
     def operations(self) -> int:
         """Two per multiply-add."""
-        return 2 * self.m * self.n * self.k
+        return 2 * self.m * self.n * self.k * self.times
 
 
 @dataclass
@@ -153,8 +154,10 @@ def _products(ttir: str) -> list[Product]:
     found = []
     for line in re.findall(r"tt\.dot .*", ttir):
         (m, k), (_, n) = (map(int, shape) for shape in re.findall(r"tensor<(\d+)x(\d+)x", line)[:2])
-        type_ = "half" if re.search(r"tensor<\d+x\d+xb?f16>", line) else "tf32" if "tf32" in line else "fp32"
-        found.append(Product(m, n, k, type_))
+        pieces = re.search(r"(bf16|tf32)x(\d)", line)
+        half = re.search(r"tensor<\d+x\d+xb?f16>", line) or "bf16x" in line
+        type_ = "half" if half else "tf32" if "tf32" in line else "fp32"
+        found.append(Product(m, n, k, type_, int(pieces[2]) if pieces else 1))
     return found
 
 

@@ -89,18 +89,27 @@ def counting() -> Iterator[list[Counted]]:
 
 
 def attention(batch: int, frames: int, head_dim: int, dtype: torch.dtype, target: str) -> dict[str, Bytes]:
-    """Bytes of the launches of `gated_attention` and its backward for one head."""
+    """Bytes of the launches of `gated_attention` and its backward for one head: of each op, and by its kernels."""
     q, k, v = torch.randn(batch, frames, 3, 1, head_dim, dtype=dtype).unbind(2)
     gate, rel_bias = torch.rand(batch, 1, frames), torch.randn(1, 2 * frames - 1)
     options = (torch.full((batch,), frames), 0.0, None, head_dim**-0.5)
     found = {}
     with pretend(target), counting() as launches:
         out, lse = TABLE["gated_attention"].fn(q, k, v, gate, rel_bias, *options)
-        found["gated_attention"] = sum((c.bytes for c in launches), Bytes())
+        found |= _by_name("gated_attention", launches)
         launches.clear()
         saved = options[0], out, lse, *options[1:]
         TABLE["gated_attention_backward"].fn(out, q, k, v, gate, rel_bias, *saved, [True] * 5)
-        found["gated_attention_backward"] = sum((c.bytes for c in launches), Bytes())
+        found |= _by_name("gated_attention_backward", launches)
+    return found
+
+
+def _by_name(op: str, launches: list[Counted]) -> dict[str, Bytes]:
+    found = {op: Bytes()}
+    for counted in launches:
+        moved, name = counted.bytes, counted.launch.kernel.fn.__name__.strip("_")
+        found[op] += moved
+        found[f"{op} {name}"] = found.get(f"{op} {name}", Bytes()) + moved
     return found
 
 

@@ -44,6 +44,9 @@ BOUNDS = {
     ("gated_attention_bwd_dkv_kernel", "sm_80"): (14.0, 14.6),
     ("gated_attention_bwd_dkv_kernel", "sm_90"): (13.1, 16.2),
 }
+# The same of tiles of 128 keys, which add to the sums of values half as often. On sm_90 they are no default: what they
+# gain costs every second program that a multiprocessor holds, and which weighs more is to be measured.
+WIDE_BOUNDS = {("gated_attention_fwd_kernel", "sm_90"): 8.3}
 _PER_SCORE = (
     "gated_attention_fwd_kernel", "gated_attention_bwd_dq_kernel", "gated_attention_bwd_dkv_kernel",
     "gated_attention_bwd_dbias_kernel",
@@ -51,6 +54,7 @@ _PER_SCORE = (
 QUICK = ("sm_80", "sm_90", "gfx942")
 TF32 = "tf32"
 TYPES = {**DTYPES, TF32: torch.float32}  # by the names of the table
+_LEAST_SHOWN = 0.1  # per score
 _TILES = ("BLOCK_M", "BLOCK_T", "BLOCK_R", "BLOCK_N", "BLOCK_C", "BLOCK_K", "BLOCK_D")
 
 
@@ -85,6 +89,7 @@ class Row:
     instructions: dict[str, int]  # of the inner loop, else of the whole kernel, by kind
     loop: bool
     per_score: float | None  # instructions outside the matrix unit
+    names: dict[str, float]  # those by kind and name, per score
     bound: str
     share: float | None  # of the peak of the unit that multiplies
     faults: tuple[str, ...]
@@ -92,7 +97,7 @@ class Row:
 
 def pretended(architecture: Architecture) -> str:
     """The name in kernels/_target.py that an architecture goes by."""
-    names = {"sm_90": "hopper", "sm_100": "blackwell", "gfx942": "cdna3", "gfx90a": "cdna"}
+    names = {"sm_80": "ampere", "sm_90": "hopper", "sm_100": "blackwell", "gfx942": "cdna3", "gfx90a": "cdna"}
     return names.get(architecture.name, "cuda")
 
 
@@ -158,8 +163,23 @@ def per_score(launch: Launch, built: Built, architecture: Architecture) -> float
     loop = built.loop
     if launch.name not in _PER_SCORE or loop is None:
         return None
+    return (loop.total - loop.counts["matrix"]) / _scores(launch, built, architecture)
+
+
+def _scores(launch: Launch, built: Built, architecture: Architecture) -> float:
+    """Of a tile of attention: how many a thread holds."""
     threads = built.warps * architecture.target.warp_size
-    return (loop.total - loop.counts["matrix"]) / (launch.arguments["BLOCK_M"] * launch.arguments["BLOCK_N"] / threads)
+    return launch.arguments["BLOCK_M"] * launch.arguments["BLOCK_N"] / threads
+
+
+def by_name(launch: Launch, built: Built, architecture: Architecture) -> dict[str, float]:
+    """What `per_score` adds up, the most first."""
+    if per_score(launch, built, architecture) is None:
+        return {}
+    scores = _scores(launch, built, architecture)
+    return {
+        f"{kind} {name}": count / scores for (kind, name), count in built.loop.names.most_common() if kind != "matrix"
+    }
 
 
 def faults(task: Task, built: Built) -> tuple[str, ...]:
@@ -176,6 +196,8 @@ def faults(task: Task, built: Built) -> tuple[str, ...]:
     count, limits = per_score(launch, built, architecture), BOUNDS.get((launch.name, architecture.name))
     if limits is not None and any(p.type == "half" for p in built.products) and launch.arguments["D"] == 64:
         limit = limits[0 if task.default else 1]
+        if launch.arguments["BLOCK_N"] == 128:
+            limit = WIDE_BOUNDS.get((launch.name, architecture.name), limit)
         if count is None:
             found.append("has no inner loop")
         elif count > limit:
@@ -196,7 +218,8 @@ def judge(task: Task) -> Row:
         shared=built.shared, shared_limit=architecture.shared_limit, resident=built.resident,
         occupancy=built.resident * built.warps * architecture.target.warp_size / architecture.threads,
         instructions={kind: mix.counts[kind] for kind in KINDS}, loop=built.loop is not None,
-        per_score=per_score(launch, built, architecture), bound=str(reached),
+        per_score=per_score(launch, built, architecture), names=by_name(launch, built, architecture),
+        bound=str(reached),
         share=None if math.isnan(reached.share) else reached.share, faults=faults(task, built),
     )  # fmt: skip
 
@@ -248,6 +271,13 @@ def line(row: Row) -> str:
     )
 
 
+def instructions(row: Row) -> str:
+    """What a score of attention's inner loop takes, under the row: by name, as long as it shows in the sum."""
+    shown = [f"{count:5.2f} {name}" for name, count in row.names.items() if count >= _LEAST_SHOWN]
+    rest = sum(count for count in row.names.values() if count < _LEAST_SHOWN)
+    return "\n".join(f"        {text}" for text in [*shown, f"{rest:5.2f} others"]) if row.names else ""
+
+
 def report(rows: Iterable[Row]) -> dict[str, Any]:
     """All rows and what compiled them, for JSON."""
     return {"triton": triton.__version__, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}
@@ -261,6 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--op", default="", help="only ops whose name contains this")
     parser.add_argument("--defaults", action="store_true", help="only what runs without tuning")
     parser.add_argument("--quick", action="store_true", help=f"defaults in bfloat16 on {', '.join(QUICK)}")
+    parser.add_argument("--instructions", action="store_true", help="what a score of attention takes, by name")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; as many as cores by default")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     args = parser.parse_args(arguments)
@@ -271,6 +302,8 @@ def main(arguments: list[str] | None = None) -> int:
     indices = [0] if args.defaults or args.quick else range(MOST)
     for row in judge_all((architectures, dtypes, args.op, indices), args.jobs):
         print(line(row), flush=True)
+        if args.instructions and row.names:
+            print(instructions(row))
         rows.append(row)
     if args.json:
         args.json.write_text(json.dumps(report(rows), indent=1))

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from wavlm_fast import console
 from wavlm_fast.errors import UserError
+from wavlm_fast.kernels import _tuned
 
 from ..gpu.card import models, tables
 from ..gpu.card.record import Found, read
-from ..gpu.card.steps import MODELS, TINY
+from ..gpu.card.steps import MODELS, TINY, TUNING
 from .table import NONE, figure
 
 README = Path(__file__).parents[2] / "README.md"
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "gpu.md"
+Config = dict[str, int]
 CARD = "card.jsonl"  # the latest record that was taken in, beside that of the latest full run
 
 
 def adopt(file: Path, folder: Path) -> None:
-    """Keep the record in `file` in the folder, as `CARD`, and let the README and the guide say what is in it.
+    """Keep the record in `file` in the folder, as `CARD`, let the README and the guide say what is in it, and ship its
+    choices.
 
     Raises:
         UserError: there is no such record, it tells nothing of a GPU, or this is no checkout.
@@ -31,9 +35,35 @@ def adopt(file: Path, folder: Path) -> None:
     if tables.counted(found)[1] == 0:
         raise UserError(f"the record {file} has no comparison with float64 in it")
     changed, guide = readme(_read(README, "README"), found), guide_to(_read(GUIDE, "guide"), found)
+    shipped = choices(found, _shipped())
     console.write_file(folder / CARD, file.read_text(encoding="utf-8"), "record")
     console.write_file(README, changed, "README")
     console.write_file(GUIDE, guide, "guide")
+    console.write_file(_tuned.SHIPPED, json.dumps(shipped, indent=1, sort_keys=True) + "\n", "tuned choices")
+
+
+def choices(found: Found, before: dict[str, Config]) -> dict[str, Config]:
+    """What ships from now on: what the search of a record found, and what other records did. Choices of kernels that
+    have changed since are left out.
+
+    Raises:
+        UserError: the record's choices are no configurations.
+    """
+    new = {}
+    for row in found.rows(TUNING):
+        made = row.get("choices") or {}
+        if not isinstance(made, dict) or not all(map(_is_config, made.values())):
+            raise UserError(f"the choices of {row['step']} are not what `wavlm-fast gpu` writes")
+        new |= made
+    return {key: config for key, config in {**before, **new}.items() if _tuned.current(key)}
+
+
+def _is_config(value: object) -> bool:
+    return isinstance(value, dict) and all(type(number) is int for number in value.values())
+
+
+def _shipped() -> dict[str, Config]:
+    return json.loads(_tuned.SHIPPED.read_text(encoding="utf-8")) if _tuned.SHIPPED.exists() else {}
 
 
 def _read(page: Path, kind: str) -> str:

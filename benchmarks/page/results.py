@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=Path,
         metavar="FILE",
         help=f"take the record of `wavlm-fast gpu` in: as {adopted.CARD}, as a section of RESULTS.md and of a "
-        "page beside FILE, and as what the README says of GPUs",
+        "page beside FILE, as what the README says of GPUs, and its tuned choices as what ships",
     )
     args = parser.parse_args(arguments)
     show_everything()

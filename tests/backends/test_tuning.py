@@ -22,6 +22,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("WAVLM_FAST_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("WAVLM_FAST_AUTOTUNE", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(_tuned, "SHIPPED", tmp_path / "shipped.json")
     _tuned._known.cache_clear()
     _tuned._log_once.cache_clear()
     yield tmp_path / "cache"
@@ -165,6 +166,82 @@ def test_a_list_that_grew_is_searched_again(gpu, monkeypatch):
     _tuned._known.cache_clear()
     launch(kernel(4, 8, 2))
     assert gpu == [[4, 8], [4, 8, 2]]
+
+
+def ship(monkeypatch, config, tunable, frames=100):
+    """Let a choice for the device `gpu` come with the package."""
+    configs = tunable(512, "hopper")
+    buckets = ((frames - 1).bit_length(),)
+    place = _tuned.place("NVIDIA H100", tunable.name, configs, ((512, "hopper"), buckets, ()))
+    _tuned.SHIPPED.write_text(json.dumps({place: config}))
+    _tuned._known.cache_clear()
+
+
+def test_what_ships_runs_where_the_user_has_found_nothing(gpu, folder, monkeypatch):
+    tunable = kernel(4, 8, 2)
+    ship(monkeypatch, {"num_warps": 2}, tunable)
+    assert launch(tunable) == 2
+    assert launch(tunable, 1000) == 4  # of other sizes there is nothing
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 NVL")
+    assert launch(kernel(4, 8, 2)) == 4
+    assert not gpu
+    assert not folder.exists()
+
+
+def test_a_user_s_own_choice_goes_before_what_ships_and_a_search_does_not_ask_it(gpu, monkeypatch):
+    ship(monkeypatch, {"num_warps": 2}, kernel(4, 8, 2))
+    monkeypatch.setenv("WAVLM_FAST_AUTOTUNE", "1")
+    assert launch(kernel(4, 8, 2)) == 8
+    assert gpu == [[4, 8, 2]]
+    monkeypatch.delenv("WAVLM_FAST_AUTOTUNE")
+    _tuned._known.cache_clear()
+    assert launch(kernel(4, 8, 2)) == 8
+    assert len(gpu) == 1
+
+
+@pytest.mark.parametrize("damage", ["another list", "no configuration of it", "another source"])
+def test_what_ships_for_other_kernels_is_not_used(gpu, monkeypatch, damage):
+    shipped = kernel(4, 2) if damage == "another list" else kernel(4, 8, 2)
+    ship(monkeypatch, {"num_warps": 16 if damage == "no configuration of it" else 2}, shipped)
+    if damage == "another source":
+        monkeypatch.setattr(_tuned, "_source", lambda kernel: "0123456789ab")
+    assert launch(kernel(4, 8, 2)) == 4
+
+
+def test_a_source_is_the_kernel_s_file_and_what_it_imports(monkeypatch, tmp_path):
+    def digest(**texts):
+        for name, text in texts.items():
+            (tmp_path / f"{name}.py").write_text(text)
+        _tuned._source.cache_clear()
+        return _tuned._source("a_kernel.its_configs")
+
+    monkeypatch.setattr(_tuned, "_SOURCES", tmp_path)
+    try:
+        one = digest(a_kernel="from ._rows import row\nrow(1)\n", _rows="from . import a_kernel\nx = 1\n", other="x")
+        assert digest(a_kernel='"""What it does."""\nfrom ._rows import row  # which\n\n    # why\nrow(1)\n') == one
+        assert digest(other="y") == one
+        imported = digest(_rows="from . import a_kernel\nx = 2\n")
+        assert digest(a_kernel="from ._rows import row\nrow(2)\n") not in (one, imported)
+        assert imported != one
+    finally:
+        _tuned._source.cache_clear()
+
+
+def test_every_shipped_choice_is_of_the_kernels_as_they_are(monkeypatch):
+    monkeypatch.undo()
+    shipped = json.loads(_tuned.SHIPPED.read_text())
+    assert [key for key in shipped if not _tuned.current(key)] == []
+    assert _tuned.SHIPPED.parent.samefile(os.path.dirname(_tuned.__file__))
+
+
+def test_what_a_search_keeps_is_of_the_kernels_as_they_are(gpu, folder, monkeypatch):
+    monkeypatch.setenv("WAVLM_FAST_AUTOTUNE", "1")
+    launch(kernel(4, 8))
+    (key,) = json.loads((folder / "tuned.json").read_text())
+    assert _tuned.current(key)
+    monkeypatch.setattr(_tuned, "_source", lambda kernel: "0123456789ab")
+    assert not _tuned.current(key)
+    assert not _tuned.current("no key")
 
 
 @pytest.mark.parametrize("change", ["device", "version"])

@@ -9,9 +9,12 @@ import pytest
 
 from wavlm_fast.benchmarks.gpu.card.record import read
 from wavlm_fast.benchmarks.page import adopted, report, results
+from wavlm_fast.kernels import _tuned
 
 ROOT = Path(__file__).parents[2]
 HEAD = {"device": "NVIDIA Made Up (CUDA sm_90, 80 GiB)", "sizes": "full", "torch": "2.13.0", "kernels": "0123456789ab"}
+SOURCE = _tuned._source("gated_attention")
+CHOICE = f"NVIDIA Made Up | triton 3.7.1 | gated_attention.forward_configs | {SOURCE} | 0123456789ab | ()"
 
 
 def timing(median):
@@ -51,7 +54,7 @@ def lines():
         ("models", "base 8x10 training: wavlm_fast", [of_model("wavlm_fast", 0.04, True, "training step")]),
         ("models", "base 8x10 training: transformers", [of_model("transformers", 0.06, what="training step")]),
         ("tuning", "tuning of attention", [
-            {"of": "attention", "before": 0.0004, "after": 0.0003, "choices": {"a": {"BLOCK_M": 64}}}]),
+            {"of": "attention", "before": 0.0004, "after": 0.0003, "choices": {CHOICE: {"BLOCK_M": 64}}}]),
     ]  # fmt: skip
     run = {"date": "2026-05-04T03:02:01+00:00", "minutes": 10.0, "seconds": 590.5, "stopped": None}
     run["left out"] = ["large 32x10"]
@@ -66,6 +69,7 @@ def card(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "RECORDS", {tmp_path / "results.json": tmp_path / "RESULTS.md"})
     monkeypatch.setattr(adopted, "README", tmp_path / "README.md")
     monkeypatch.setattr(adopted, "GUIDE", tmp_path / "gpu.md")
+    monkeypatch.setattr(_tuned, "SHIPPED", tmp_path / "tuned.json")
     shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copy(ROOT / "docs" / "guides" / "gpu.md", tmp_path)
     results.SOURCE.write_text(json.dumps(made_up.document()))
@@ -127,9 +131,18 @@ def test_another_record_takes_the_place_of_the_first(card, tmp_path):
     assert "FAIL" in (tmp_path / "RESULTS.md").read_text()
 
 
+def test_what_its_search_found_ships_beside_that_of_other_cards(card, tmp_path):
+    other = CHOICE.replace("Made Up", "Other")
+    stale = CHOICE.replace(SOURCE, "ba9876543210")
+    _tuned.SHIPPED.write_text(json.dumps({other: {"BLOCK_M": 32}, CHOICE: {"BLOCK_M": 16}, stale: {"BLOCK_M": 8}}))
+    assert results.main(["--gpu", str(card(lines()))]) == 0
+    assert json.loads(_tuned.SHIPPED.read_text()) == {CHOICE: {"BLOCK_M": 64}, other: {"BLOCK_M": 32}}
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        (lambda found: found[-2]["rows"][0].update(choices={"a": 3}), "choices of tuning of attention are not what"),
         (lambda found: found[0]["head"].update(sizes="tiny"), "is of toy sizes"),
         (lambda found: found.pop(2), "has no comparison with float64 in it"),
         (lambda found: found.pop(0), "is not what `wavlm-fast gpu` writes"),
@@ -143,6 +156,7 @@ def test_a_record_that_says_nothing_of_a_gpu_changes_nothing(card, tmp_path, cap
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
     assert not (tmp_path / "card.jsonl").exists()
     assert not (tmp_path / "RESULTS.md").exists()
+    assert not _tuned.SHIPPED.exists()
 
 
 def test_a_readme_without_its_places_is_refused(card, tmp_path, capsys):

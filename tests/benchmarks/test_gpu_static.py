@@ -20,7 +20,7 @@ from wavlm_fast.benchmarks.gpu.bound import matrix_operations
 from wavlm_fast.benchmarks.gpu.cases import DTYPES, cases, packed, packed_stages, wide_heads
 from wavlm_fast.benchmarks.gpu.code import Mix
 from wavlm_fast.benchmarks.gpu.compile import Built, Product, build, record
-from wavlm_fast.benchmarks.gpu.static import BOUNDS, QUICK, Task, faults, judge, main, per_score, tasks
+from wavlm_fast.benchmarks.gpu.static import BOUNDS, QUICK, WIDE_BOUNDS, Task, faults, judge, main, per_score, tasks
 from wavlm_fast.kernels.add_layer_norm import add_layer_norm
 
 OPS = sorted({case.op for case in cases("base", torch.bfloat16)})
@@ -65,9 +65,15 @@ def test_tf32_is_compiled_where_it_exists():
     assert torch.backends.cudnn.allow_tf32
 
 
-def test_without_tf32_nothing_is_compiled_for_it():
-    found = tasks(["sm_80"], ["fp32"], "", [0])
-    assert {t.launch.arguments.get("PRECISION", "ieee") for t in found} == {"ieee"}
+@pytest.mark.parametrize(("architecture", "convolutions"), [("sm_80", "bf16x6"), ("sm_86", "ieee")])
+def test_without_tf32_nothing_is_compiled_for_it(architecture, convolutions):
+    """Convolutions are made of bf16 pieces where those pay."""
+    by_op = {}
+    for task in tasks([architecture], ["fp32"], "", [0]):
+        by_op.setdefault(task.op, set()).add(task.launch.arguments.get("PRECISION", "ieee"))
+    assert by_op["gated_attention"] == by_op["gated_attention_backward"] == {"ieee"}
+    assert by_op["tdnn"] == {convolutions}
+    assert set().union(*by_op.values()) == {"ieee", convolutions}
 
 
 def test_attention_is_compiled_with_wide_heads_and_for_packed_frames():
@@ -151,13 +157,35 @@ def test_the_loop_multiplies_what_the_kernel_says(architecture, dtype):
     built = build(task.launch, task.architecture)
     operations = matrix_operations(built.loop, built)
     (product,) = built.products
-    if dtype == "fp32" and architecture != "gfx942":
+    pieces = dtype == "fp32" and architecture in ("sm_80", "sm_90")
+    assert product.times == (6 if pieces else 1)
+    if dtype == "fp32" and not pieces and architecture != "gfx942":
         assert not operations
         lanes = built.warps * 32
         each = 4 if architecture == "sm_100" else 2  # FFMA2 does two multiply-adds
         assert built.loop.counts["fp32"] * lanes >= product.operations / each
     else:
-        assert operations == {"fp32" if dtype == "fp32" else "half": product.operations}
+        assert operations == {"fp32" if dtype == "fp32" and not pieces else "half": product.operations}
+
+
+def test_wide_tiles_have_a_bound_of_their_own():
+    """At the default's bound, far above their own, they are a fault."""
+    task = next(t for t in tasks(["sm_90"], ["bf16"], "gated_attention", [1]) if t.launch.name == ATTENTION)
+    assert task.launch.arguments["BLOCK_N"] == 128 and task.launch.arguments["D"] == 64
+    assert judge(task).faults == ()
+    allowed = WIDE_BOUNDS[ATTENTION, "sm_90"] * 128 * 128 / 256
+    assert faults(task, sound(loops=[Mix(Counter(fp32=int(allowed)))])) == ()
+    (fault,) = faults(task, sound(loops=[Mix(Counter(fp32=int(allowed) + 64))]))
+    assert "instructions per score, the bound is 8.3" in fault
+
+
+def test_what_a_score_takes_is_told_by_name():
+    row = judge(first("gated_attention", ATTENTION))
+    assert sum(row.names.values()) == pytest.approx(row.per_score)
+    assert "exp MUFU.EX2" in row.names and not any(name.startswith("matrix") for name in row.names)
+    said = gpu_static.instructions(row).split("\n")
+    assert float(said[0].split()[0]) == max(float(text.split()[0]) for text in said[:-1])
+    assert sum(float(text.split()[0]) for text in said) == pytest.approx(row.per_score, abs=0.1)
 
 
 def test_the_command(capsys, tmp_path):

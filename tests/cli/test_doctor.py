@@ -111,9 +111,12 @@ def test_tuned_choices_of_a_device_show(command, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ("NVIDIA L4", "NVIDIA H100")[index])
     _tuned.write(_tuned.place("NVIDIA H100", "a_kernel", (), ()), {"num_warps": 4})
+    monkeypatch.setattr(_tuned, "SHIPPED", tmp_path / "shipped.json")
+    _tuned.SHIPPED.write_text(json.dumps({_tuned.place(f"NVIDIA {n}", "a_kernel", (), ()): {} for n in ("H100", "A")}))
     assert doctor._tuning()["choices"] == {"NVIDIA L4": 0, "NVIDIA H100": 1}
+    assert doctor._tuning()["shipped"] == {"NVIDIA L4": 0, "NVIDIA H100": 1}
     said = lines(command("doctor"))["tuning"]
-    assert f"1 for NVIDIA H100 in {tmp_path / 'tuned.json'}" in said
+    assert f"1 for NVIDIA H100 in {tmp_path / 'tuned.json'}, 1 for NVIDIA H100 that came with the package" in said
     assert "none for NVIDIA L4: kernels run with their defaults, WAVLM_FAST_AUTOTUNE=1 searches" in said
 
 

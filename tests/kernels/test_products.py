@@ -86,6 +86,18 @@ def test_tf32():
         assert error > 1e-5
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter knows no pieces")
+@pytest.mark.parametrize("norm", [True, False])
+def test_bf16_pieces_are_as_exact_as_fp32(norm):
+    """By the rule for fp32, on a GPU: the emulation computes such a product as one."""
+    vectors = [randn(32, seed=i) for i in range(3)]
+    weight = randn(32, 32, 3, scale=96**-0.5)
+    with pretend("ampere"):
+        assert conv_precision(torch.float32, torch.device(DEVICE)) == "bf16x6"
+        norms = vectors[1:] if norm else [None, None]
+        compare("strided_conv", [randn(2, 37, 32), weight, vectors[0], 2, *norms, 1e-5, "gelu"])
+
+
 def test_convolutions_follow_the_setting_of_convolutions():
     """Which is not that of products, and is on unless somebody switches it off; torch's on AMD have no TF32."""
     device = torch.device("cpu")

@@ -74,8 +74,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel_installation):
         names = archive.namelist()
         assert set(json.loads(archive.read("wavlm_fast/_build.json"))) == {"torch", "compiler", "levels", "sources"}
     assert_only_wavlm_fast(names)
-    assert {"wavlm_fast/_C.so", "wavlm_fast/kernels/add_layer_norm.py", "wavlm_fast/data/speech.flac"} <= set(names)
-    assert "wavlm_fast/py.typed" in names
+    data = {"wavlm_fast/data/speech.flac", "wavlm_fast/kernels/tuned.json", "wavlm_fast/py.typed"}
+    assert {"wavlm_fast/_C.so", "wavlm_fast/kernels/add_layer_norm.py", *data} <= set(names)
 
 
 def test_wheel_works(wheel_installation, tmp_path):
@@ -111,7 +111,8 @@ def test_sdist_builds_a_wheel(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert_only_wavlm_fast(names)
     beside = {path.relative_to(ROOT) for folder in ("kernels", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
-    assert {"wavlm_fast/_build.json", "wavlm_fast/py.typed", *(f"wavlm_fast/{path}" for path in beside)} <= set(names)
+    data = {"wavlm_fast/_build.json", "wavlm_fast/kernels/tuned.json", "wavlm_fast/py.typed"}
+    assert data | {f"wavlm_fast/{path}" for path in beside} <= set(names)
     environment = Environment.create(tmp_path / "venv")
     environment.install(wheel, cwd=tmp_path)
     assert "WAVLM_FAST_NO_EXTENSION is set" in environment.python("-c", USE, cwd=tmp_path)

@@ -51,7 +51,7 @@ class Worker:
         root = str(Path(wavlm_fast.__file__).parents[1])
         environment = {name: value for name, value in os.environ.items() if name != _tuning.AUTOTUNE}
         environment |= {
-            # Nothing that was tuned before steers what is measured.
+            # What was tuned here before does not steer what is measured; what ships does, as for everybody.
             _tuned.FOLDER: str(folder / "untuned"),
             "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
         }
