@@ -240,6 +240,24 @@ def test_on_a_backend_by_name(name, monkeypatch):
         assert_told(fast_model(NAME), monkeypatch)
 
 
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        (f"{LAYER}.feed_forward", "feed_forward is called: it has hooks"),
+        (f"{LAYER}.dropout", "dropout is called"),
+        ("wavlm.feature_extractor.conv_layers.0", "layer 0 is called: it has hooks"),
+        (f"{LAYER}.attention.q_proj", "q_proj is called: it has hooks"),
+    ],
+)
+def test_what_keeps_a_whole_from_running_is_told_once(path, said, monkeypatch):
+    model = fast_model(NAME)
+    hooked(path)(model)
+    with torch.no_grad():
+        told = assert_told(model, monkeypatch)
+    reasons = [reason for row in told.rows for reason in row.reasons]
+    assert [reason.startswith(said) for reason in reasons] == [True]
+
+
 @pytest.mark.parametrize("path", ["", f"{LAYER}.attention"])
 @pytest.mark.parametrize("cls", [hf.WavLMAttention, hf.WavLMEncoderLayer])
 def test_with_a_method_of_somebody_else(cls, path, monkeypatch):

@@ -90,6 +90,20 @@ def steps_of_children(module: nn.Module, signal: Signal) -> Iterator[Step]:
         yield from steps_of(child, signal)
 
 
+def parts_of(whole: Step, why_not_whole: str | None, parts: Iterator[Step]) -> Iterator[Step]:
+    """The steps in the place of a whole that does not run, and before them why not, if no part tells that.
+
+    Args:
+        whole: its step.
+        why_not_whole: what of the submodules keeps it from running, if anything; what comes to them may too.
+        parts: the steps of its submodules.
+    """
+    made = list(parts)
+    if whole.refusal == why_not_whole and not any(step.refusal for step in made):
+        yield whole
+    yield from made
+
+
 class Inline:
     """Mixed into a stage that is no module of its own: what a family's module does with some of its submodules."""
 

@@ -19,6 +19,7 @@ from ._steps import (
     add_norm_step,
     linear_step,
     named,
+    parts_of,
     steps_of,
     why_not_dropout,
     why_not_linear,
@@ -141,9 +142,12 @@ class EncoderLayer:
         whole = self._whole(x, None, position_bias, signal.output_attentions)
         if whole.refusal is None:
             yield whole
-            return
-        signal.dense_bias = signal.dense_bias or not understands_rel_bias(attention)  # as `bias_for`
-        yield from steps_of(attention, signal)
+        else:
+            yield from parts_of(whole, self._why_not_whole(), self._steps_of_parts(x, signal))
+
+    def _steps_of_parts(self, x: Tensor, signal: Signal) -> Iterator[Step]:
+        signal.dense_bias = signal.dense_bias or not understands_rel_bias(self.attention)  # as `bias_for`
+        yield from steps_of(self.attention, signal)
         yield self._first_sum(x, x)
         yield from steps_of(self.feed_forward, signal)
         if not self.norm_first:

@@ -13,7 +13,7 @@ from ..inputs import check_waveform
 from ..ops._define import accumulation_dtype, needs_grad
 from ._packing import Packing, resized, stages_of, valid_samples
 from ._plain import fused_activation, why_mixed, why_not_plain
-from ._steps import Signal, Step, named, steps_of, why_not_norm
+from ._steps import Signal, Step, named, parts_of, steps_of, why_not_norm
 
 
 def _why_not_conv(conv: nn.Module) -> str | None:
@@ -188,9 +188,9 @@ class FeatureEncoder:
         whole = self._whole(signal.frames(self, count=signal.samples), None)
         if whole.refusal is None:
             yield whole
-            return
-        for layer in self.layers:
-            yield from steps_of(layer, signal)
+        else:
+            parts = (step for layer in self.layers for step in steps_of(layer, signal))
+            yield from parts_of(whole, self._why_not_whole(), parts)
 
     def _whole(self, waveform: Tensor, stages: list[Packing] | None) -> Step:
         """All layers as one op, to time-major `[B, T, C]`."""
