@@ -162,6 +162,7 @@ results: $(VENV)/peers
 	$(VENV)/bin/wavlm-fast bench --case ragged --json benchmarks/ragged.json $(ARGS)
 	$(VENV)/bin/wavlm-fast bench --case corpus --json benchmarks/corpus.json $(ARGS)
 	$(VENV)/bin/python -m benchmarks.results
+	$(VENV)/bin/python docs/how-it-works/recorded.py
 
 # A warning is an error: of a link that leads nowhere, of a name that a docstring has and nothing else.
 docs: $(VENV)/docs
