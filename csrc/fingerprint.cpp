@@ -87,7 +87,7 @@ Answer answer(const char* op, const Tensor& x) {
 }
 
 // Another number when the memory, the version, the dtype, the shape or the strides of x are others, or the bits of one
-// of the values that are looked at: at least `samples`, evenly spaced, or all. An inference tensor counts no versions:
+// of the values that are looked at: some `samples`, evenly spaced, or all. An inference tensor counts no versions:
 // all of its values are looked at.
 int64_t fingerprint(const Tensor& x, int64_t samples) {
   int32_t layout, dtype;
