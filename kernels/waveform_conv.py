@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ._activation import activate
 from ._packed import apart, extent, first_place, in_memory, places, sum_places, utterance_at
+from ._target import has_tensor_memory
 from ._tuning import Config, tunable
 
 # Taps, and one column of ones: [16, 16] holds the sums of the windows and their number too.
@@ -236,13 +237,14 @@ def group_statistics(
 
 
 @tunable
-def frame_configs(C: int, norm: str, target: str) -> tuple[Config, ...]:
+def frame_configs(C: int, norm: str, dot: bool, tensor_memory: bool, target: str) -> tuple[Config, ...]:
     """Tiles and warps: 8192 sums are 32 in each thread of eight warps. A product takes at least 16 frames, and as many
-    channels.
+    channels. Without one, a layer norm of 16 frames spills registers on sm_100 or leaves none for a second program.
     """
     block = max(16, triton.next_power_of_2(C))
-    default = {"BLOCK_T": 16, "BLOCK_C": block, "num_warps": 8 if block >= 512 else 4}
-    return default, {**default, "num_warps": default["num_warps"] // 2}, {**default, "BLOCK_T": 32}
+    frames = 8 if norm == "layer" and not dot and tensor_memory else 16
+    default = {"BLOCK_T": frames, "BLOCK_C": block, "num_warps": 8 if block >= 512 else 4}
+    return default, {**default, "num_warps": default["num_warps"] // 2}, {**default, "BLOCK_T": 2 * frames}
 
 
 def waveform_conv(
@@ -270,7 +272,7 @@ def waveform_conv(
     statistics = (None, None, None)
     if norm == "group":
         statistics = group_statistics(waveform, weight, stride, frames, eps, *packed)
-    taps = taps_of(weight)
+    taps, dot = taps_of(weight), uses_dot(waveform, weight)
     utterances = None if offsets is None else offsets.shape[0] - 1
 
     def run(config: Config) -> None:
@@ -283,10 +285,10 @@ def waveform_conv(
         _waveform_conv_fwd_kernel[(programs, B)](
             waveform, taps, bias, norm_weight, norm_bias, *statistics, out, *packed, utterances,
             S, frames, C, eps, per_program,
-            K=K, STRIDE=stride, NORM=norm, ACTIVATION=activation, DOT=uses_dot(waveform, weight), BLOCK_K=BLOCK_K,
-            **config,
+            K=K, STRIDE=stride, NORM=norm, ACTIVATION=activation, DOT=dot, BLOCK_K=BLOCK_K, **config,
         )  # fmt: skip
 
     also = (K, stride, activation, waveform.dtype, weight.dtype, *apart(offsets))
-    frame_configs.launch(run, waveform.device, (C, norm), (frames, B), also)
+    depends_on = (C, norm, dot, has_tensor_memory(waveform.device))
+    frame_configs.launch(run, waveform.device, depends_on, (frames, B), also)
     return out

@@ -3,6 +3,7 @@
 No GPU is needed. Fails on spilled registers, on more shared memory than an architecture has, on matrix products in half
 precision that do not use the tensor cores, and on more instructions per score in attention's inner loop than BOUNDS.
 Of a kernel's configurations other than the default, only the default's spills fail: the others are there to be tried.
+Of the defaults a few spill outside their loops, and are named at the end: no more than in SPILLS.
 """
 
 from __future__ import annotations
@@ -47,6 +48,16 @@ BOUNDS = {
 # The same of tiles of 128 keys, which add to the sums of values half as often. On sm_90 they are no default: what they
 # gain costs every second program that a multiprocessor holds, and which weighs more is to be measured.
 WIDE_BOUNDS = {("gated_attention_fwd_kernel", "sm_90"): 8.3}
+# Bytes that a default may spill outside its loops where its arguments are these; True is a tensor, False none. That
+# leaves registers for one more program, or a thread cannot have more: a configuration that spills none holds fewer
+# programs, or keeps the busiest unit busy longer. Only ever tighten.
+SPILLS: dict[tuple[str, str, str], tuple[int, dict[str, Any]]] = {
+    ("gated_attention_fwd_kernel", "sm_80", "tf32"): (16, {"D": 64, "offsets_ptr": True}),
+    ("gated_attention_bwd_dq_kernel", "sm_90", "fp32"): (8, {"D": 64, "offsets_ptr": False}),
+    ("gated_attention_bwd_dkv_kernel", "sm_90", "fp32"): (16, {"D": 128, "offsets_ptr": True}),
+    ("frames_product_kernel", "sm_100", "fp32"): (8, {"C": 64, "ACTIVATION": "none", "offsets_ptr": True}),
+    ("waveform_conv_bwd_kernel", "sm_100", "fp32"): (8, {"NORM": "layer", "offsets_ptr": True, "dy_ptr": True}),
+}
 _PER_SCORE = (
     "gated_attention_fwd_kernel", "gated_attention_bwd_dq_kernel", "gated_attention_bwd_dkv_kernel",
     "gated_attention_bwd_dbias_kernel",
@@ -82,6 +93,7 @@ class Row:
     warps: int
     registers: int
     spilled: int  # bytes per thread
+    known: int  # bytes that SPILLS lets it spill
     shared: int  # bytes
     shared_limit: int
     resident: int  # programs per multiprocessor
@@ -182,10 +194,18 @@ def by_name(launch: Launch, built: Built, architecture: Architecture) -> dict[st
     }
 
 
+def known_spill(task: Task, built: Built) -> int:
+    """The bytes that SPILLS lets a compiled kernel spill; 0 if a loop has a part in it."""
+    size, arguments = SPILLS.get((task.launch.name, task.architecture.name, task.dtype), (0, {}))
+    found = {name: task.launch.arguments[name] for name in arguments}
+    told = {name: a is not None if a is None or isinstance(a, torch.Tensor) else a for name, a in found.items()}
+    return size if told == arguments and not any(loop.counts["local"] for loop in built.loops) else 0
+
+
 def faults(task: Task, built: Built) -> tuple[str, ...]:
     """What is wrong with a compiled kernel, as sentences."""
     found, launch, architecture = [], task.launch, task.architecture
-    if built.spilled and task.default:
+    if task.default and built.spilled > known_spill(task, built):
         found.append(f"spills {built.spilled} bytes per thread")
     if built.shared > architecture.shared_limit:
         found.append(f"needs {built.shared} bytes of shared memory, {architecture.shared_limit} exist")
@@ -215,7 +235,8 @@ def judge(task: Task) -> Row:
         architecture=architecture.name, dtype=task.dtype, op=task.op, kernel=launch.name,
         constants={**constants, **{k: v for k, v in launch.options.items() if k == "num_stages"}},
         default=task.default, warps=built.warps, registers=built.registers, spilled=built.spilled,
-        shared=built.shared, shared_limit=architecture.shared_limit, resident=built.resident,
+        known=known_spill(task, built), shared=built.shared, shared_limit=architecture.shared_limit,
+        resident=built.resident,
         occupancy=built.resident * built.warps * architecture.target.warp_size / architecture.threads,
         instructions={kind: mix.counts[kind] for kind in KINDS}, loop=built.loop is not None,
         per_score=per_score(launch, built, architecture), names=by_name(launch, built, architecture),
@@ -308,5 +329,10 @@ def main(arguments: list[str] | None = None) -> int:
     if args.json:
         args.json.write_text(json.dumps(report(rows), indent=1))
     wrong = [f"{row.kernel} {row.architecture} {row.dtype}: {fault}" for row in rows for fault in row.faults]
-    print("\n".join(wrong) if wrong else f"No fault found in {len(rows)} kernels.")
+    known = [
+        f"{row.kernel} {row.architecture} {row.dtype}: spills {row.spilled} bytes per thread, {row.known} are known"
+        for row in rows
+        if row.default and 0 < row.spilled <= row.known
+    ]
+    print("\n".join([*known, *(wrong or [f"No fault found in {len(rows)} kernels."])]))
     return 1 if wrong else 0

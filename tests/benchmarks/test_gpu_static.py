@@ -109,6 +109,22 @@ def test_a_spill_is_a_fault_of_the_default_alone():
     assert faults(replace(task, default=False), sound(spilled=8)) == ()
 
 
+@pytest.mark.parametrize("place", gpu_static.SPILLS, ids=" ".join)
+def test_a_known_spill_is_that_of_one_launch(place):
+    """Outside its loops, and no more bytes than are written down: what is mended leaves the table."""
+    (kernel, architecture, dtype), (size, _) = place, gpu_static.SPILLS[place]
+    found = [t for t in tasks([architecture], [dtype], "", [0]) if t.launch.name == kernel]
+    (task,) = (t for t in found if gpu_static.known_spill(t, sound()))
+    row = judge(task)
+    assert 0 < row.spilled <= row.known == size and row.faults == ()
+    made, elsewhere = sound(spilled=size, products=[]), replace(task, architecture=ARCHITECTURES["sm_120"])
+    fault = (f"spills {size} bytes per thread",)
+    assert faults(task, made) == ()
+    assert faults(task, replace(made, spilled=size + 1)) == (f"spills {size + 1} bytes per thread",)
+    assert faults(task, replace(made, loops=[Mix(Counter(matrix=8, local=1))])) == fault
+    assert faults(elsewhere, made) == fault
+
+
 def test_too_much_shared_memory_is_a_fault_of_every_configuration():
     task = first("gated_attention", ATTENTION)
     assert faults(task, sound(shared=227 * 1024)) == ()
@@ -199,6 +215,19 @@ def test_the_command(capsys, tmp_path):
     ]
     assert said.count("position_gate_fwd") == 2
     assert "No fault found in 4 kernels." in said
+
+
+def test_the_command_names_known_spills(capsys, monkeypatch):
+    def made(launch, architecture):
+        a = launch.arguments
+        known = launch.name == ATTENTION and a["D"] == 64 and a["PACKED"]
+        return sound(spilled=12 if known else 0, products=[])
+
+    monkeypatch.setattr(gpu_static, "build", made)
+    assert main(["--arch", "sm_80", "--dtype", "tf32", "--op", "gated_attention", "--defaults", "--jobs", "1"]) == 0
+    *_, known, verdict = capsys.readouterr().out.splitlines()
+    assert known == f"{ATTENTION} sm_80 tf32: spills 12 bytes per thread, 16 are known"
+    assert verdict.startswith("No fault found in ")
 
 
 def test_the_command_fails_on_a_fault(capsys, monkeypatch):

@@ -14,6 +14,7 @@ from test_waveform_conv import inputs as waveform_inputs
 from wavlm_fast import use_backend
 from wavlm_fast.backends.reference import TABLE as REFERENCE
 from wavlm_fast.kernels import waveform_conv, waveform_conv_backward
+from wavlm_fast.kernels._target import pretend
 
 sys.path.append(str(Path(__file__).parents[1] / "ops"))
 from op_contract import learning
@@ -108,6 +109,13 @@ def test_lengths_around_those_of_tiles(form):
 def test_waveforms_around_the_lengths_of_tiles(norm):
     lengths = [10 + 5 * (frames - 1) + i for i, frames in enumerate((15, 16, 17, 3, 32))]
     check_waveform(*_with_packed(waveform(lengths, norm)))
+
+
+def test_waveforms_around_the_lengths_of_smaller_tiles():
+    """Layer norm takes eight frames on sm_100."""
+    lengths = [10 + 5 * (frames - 1) + i for i, frames in enumerate((7, 8, 9, 3, 16, 17))]
+    with pretend("blackwell"):
+        check_waveform(*_with_packed(waveform(lengths, "layer")))
 
 
 def test_statistics_of_more_than_one_part():

@@ -6,6 +6,7 @@ from cases import DTYPES, assert_close, kernel, randn, wide
 
 from wavlm_fast.backends.reference import TABLE as REFERENCE
 from wavlm_fast.kernels import waveform_conv_backward
+from wavlm_fast.kernels._target import pretend
 
 
 def inputs(B, S, C, K, stride, norm, activation, bias=True, dtype=torch.float32):
@@ -55,6 +56,13 @@ def test_matches_float64(B, S, C, K, stride, norm, activation, dtype):
 def test_programs_that_take_several_tiles(norm, monkeypatch):
     monkeypatch.setattr(waveform_conv_backward, "PARTS", 2)
     check(inputs(2, 5 * 70 + 5, 24, 10, 5, norm, "gelu"))
+
+
+@pytest.mark.parametrize("S", [5 * 70 + 5, 10 + 5 * 7])
+def test_layer_norm_of_fewer_frames_at_a_time(S):
+    """As on sm_100."""
+    with pretend("blackwell"):
+        check(inputs(2, S, 24, 10, 5, "layer", "gelu"))
 
 
 @pytest.mark.parametrize("norm", ["none", "group", "layer"])
