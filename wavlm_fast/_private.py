@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,24 @@ _lost = "each call of an op takes longer"
 _function_modes = fetch("torch._C", "_len_torch_function_stack", _lost, _somebody)
 _dispatch_modes = fetch("torch._C", "_len_torch_dispatch_stack", _lost, _somebody)
 fetch("torch.autograd.profiler", "_is_profiler_enabled", _lost)
+
+
+_dispatch_keys = fetch("torch._C", "_dispatch_keys", _lost)
+
+
+@cache
+def _plain_keys(device_type: str) -> frozenset[int]:
+    """What a tensor on such a device is to the dispatcher when it is no more than that, inference tensors too."""
+    found = set()
+    for mode in (False, True):
+        with torch.inference_mode(mode):
+            found.add(_dispatch_keys(torch.empty(0, device=device_type)).raw_repr())
+    return frozenset(found)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is nothing but memory: not batched by a transform, conjugated, sparse, quantized or wrapped."""
+    return _dispatch_keys is not None and _dispatch_keys(tensor).raw_repr() in _plain_keys(tensor.device.type)
 
 
 def is_watched() -> bool:

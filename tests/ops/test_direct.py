@@ -124,6 +124,16 @@ def test_traces_and_transforms_see_it(arguments):
     assert dispatched == [True]
 
 
+def test_gradients_of_many_at_once_see_it():
+    """By torch's older vmap, of which nothing but the tensors themselves tell."""
+    x, weight, bias = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True), torch.randn(5)
+    out = call(x, weight, bias)
+    wanted = [torch.autograd.grad(out, (x, weight), grad, retain_graph=True) for grad in torch.eye(15).view(15, 3, 5)]
+    got = torch.autograd.grad(out, (x, weight), torch.eye(15).view(15, 3, 5), is_grads_batched=True)
+    for batched, each in zip(got, zip(*wanted)):
+        assert torch.allclose(batched, torch.stack(each), atol=1e-5)
+
+
 def test_graphs_hold_it(arguments):
     graphs = []
 

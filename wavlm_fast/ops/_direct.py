@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._private import is_watched
+from .._private import is_plain, is_watched
 from ..leaving import leaving
 
 
@@ -27,7 +27,7 @@ def would_hand_on(args: tuple) -> bool:
 def _concern_others(values: Iterable[Any], recording: bool) -> bool:
     for value in values:
         kind = type(value)
-        if kind is Tensor or kind is nn.Parameter:
+        if kind is nn.Parameter or (kind is Tensor and is_plain(value)):
             if recording and value.requires_grad:
                 return True
         elif isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and _concern_others(value, recording)):
