@@ -42,5 +42,5 @@ html_show_sphinx = False
 html_show_copyright = False
 html_static_path = ["static"]
 html_css_files = ["pages.css"]
-html_extra_path = ["root"]  # a page that leads to docs/index
+html_extra_path = ["entry"]  # a page that leads to docs/index
 pygments_style, pygments_dark_style = "tango", "monokai"

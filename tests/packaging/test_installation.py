@@ -98,7 +98,7 @@ def test_sdist_builds_a_wheel(tmp_path):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     shutil.unpack_archive(sdist, tmp_path)
-    assert {"docs/conf.py", "docs/index.md", "docs/root/index.html", "docs/static/pages.css"} <= names
+    assert {"docs/conf.py", "docs/index.md", "docs/entry/index.html", "docs/static/pages.css"} <= names
     assert {"build_backend.py", "csrc/dispatch.h", "csrc/add_layer_norm_kernel.cpp"} <= names
     assert {"kernels/add_layer_norm.py", "examples/service.py", "examples/tour.ipynb", "Makefile", "LICENSE"} <= names
     assert {"CITATION.cff", "wavlm_fast/py.typed"} <= names

@@ -138,7 +138,7 @@ def _look_of(args: tuple) -> tuple | None:
 def _look(value: Any) -> Any:
     """All of an argument that a check can see: of tensors anything but values."""
     if isinstance(value, Tensor):
-        return value.shape, value.dtype, value.device, value.layout, value.is_contiguous() or value.stride()
+        return value.shape, value.dtype, value.device, value.layout, value.stride()
     if isinstance(value, (list, tuple)):
         return tuple(map(_look, value))
     return type(value), value
