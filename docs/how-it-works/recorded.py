@@ -1,4 +1,4 @@
-"""`python docs/how-it-works/recorded.py`: writes the tables of these pages that come from benchmarks/RESULTS.md.
+"""`python docs/how-it-works/recorded.py`: writes the tables of these pages that RESULTS.md has too, of the same record.
 
 A page says between which lines, and which columns and rows of a section's table it wants:
 
@@ -12,23 +12,13 @@ pages equal to it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
+from wavlm_fast.benchmarks.page import results, tables
+from wavlm_fast.benchmarks.page.table import Table
+
 HERE = Path(__file__).parent
-RESULTS = HERE.parents[1] / "benchmarks" / "RESULTS.md"
 _PLACE = re.compile(r"<!-- recorded (?P<wanted>.*?) -->\n(?P<table>.*?)<!-- /recorded -->\n", re.DOTALL)
-
-Row = list[str]
-
-
-def _tables(section: str) -> Iterator[tuple[Row, list[Row]]]:
-    """Head and rows of every table of a section."""
-    text = RESULTS.read_text(encoding="utf-8")
-    inside = text.split(f"\n## {section}\n", 1)[1].split("\n## ", 1)[0]
-    for table in re.findall(r"(?:^\|.*\n)+", inside, re.MULTILINE):
-        lines = [[cell.strip() for cell in line.strip().strip("|").split(" | ")] for line in table.splitlines()]
-        yield lines[0], lines[2:]
 
 
 def table(wanted: str) -> str:
@@ -37,17 +27,19 @@ def table(wanted: str) -> str:
     Raises:
         LookupError: the record has no such section, column or row.
     """
-    section, columns, names = ([part.strip() for part in field.split(";")] for field in wanted.split("|"))
-    head, rows = next((h, rows) for h, rows in _tables(section[0]) if set(columns) <= set(h))
-    places, found = [head.index(column) for column in columns], []
+    (section,), columns, names = ([part.strip() for part in field.split(";")] for field in wanted.split("|"))
+    recorded = (s for s in tables.sections(results.read(results.SOURCE)) if s.heading == section)
+    whole = next((t for s in recorded for t in s.tables if set(columns) <= set(t.columns)), None)
+    if whole is None:
+        raise LookupError(f"the record has no table {section!r} with the columns {', '.join(columns)}")
+    places, shown = [whole.columns.index(column) for column in columns], Table("", tuple(columns))
     for name in names:
         first, _, also = (part.strip() for part in name.partition("@"))
-        chosen = [row for row in rows if row[0] == first and (not also or also in row[1:])]
+        chosen = [row for row in whole.rows if row[0] == first and (not also or also in row[1:])]
         if not chosen:
-            raise LookupError(f"RESULTS.md has no row {name!r} in {section[0]!r}")
-        found += chosen
-    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *([row[place] for place in places] for row in found)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+            raise LookupError(f"the record has no row {name!r} in {section!r}")
+        shown.rows += [tuple(row[place] for place in places) for row in chosen]
+    return shown.markdown()
 
 
 def filled(text: str) -> str:
