@@ -7,6 +7,7 @@ asks the chooser (`wavlm_fast.backends`) at each call.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -101,6 +102,7 @@ def define(
 
 
 _MOST_MET = 1024  # calls of an op: utterances have many lengths
+_INCOMPARABLE = (TypeError, RuntimeError)  # of sizes of a traced graph, or of a tensor without strides
 
 
 class _Checked:
@@ -111,28 +113,25 @@ class _Checked:
         self.met: set[tuple] = set()
 
     def __call__(self, *args: Any) -> None:
-        look = _look_of(args)
-        if look in self.met:
+        if self.has_met(args):
             return
         self.wants(*args)
-        if look is not None:
-            if len(self.met) >= _MOST_MET:
-                self.met.clear()
-            self.met.add(look)
+        if len(self.met) >= _MOST_MET:
+            self.met.clear()
+        with suppress(*_INCOMPARABLE):
+            self.met.add(_look_of(args))
 
     def has_met(self, args: tuple) -> bool:
         """Whether such a call has passed."""
-        return _look_of(args) in self.met
+        try:
+            return _look_of(args) in self.met
+        except _INCOMPARABLE:
+            return False
 
 
-def _look_of(args: tuple) -> tuple | None:
-    """All that a check can see of a call; None where that cannot be compared."""
-    try:
-        look = tuple(map(_look, args))
-        hash(look)
-    except (TypeError, RuntimeError):  # sizes of a traced graph, or a tensor without strides
-        return None
-    return look
+def _look_of(args: tuple) -> tuple:
+    """All that a check can see of a call."""
+    return tuple(map(_look, args))
 
 
 def _look(value: Any) -> Any:
