@@ -47,5 +47,10 @@ def check_threads(op, *args):
             results.append(as_tuple(TABLE[op].fn(*args)))
     finally:
         torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    for threads, other in enumerate(results[1:], 2):
+        for n, (a, b) in enumerate(zip(results[0], other, strict=True)):
+            off = (a != b).nonzero()
+            assert torch.equal(a, b), (
+                f"output {n} of {op} {list(a.shape)} on {threads} threads is another in {len(off)} places from "
+                f"{off[0].tolist()} to {off[-1].tolist()}: {b[tuple(off[0])]} for {a[tuple(off[0])]}"
+            )
