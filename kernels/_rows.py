@@ -18,12 +18,18 @@ def in_pieces(head_dim: int, dtype: torch.dtype, precision: str, target: str) ->
 
 
 @triton.jit
+def row_at(base, start, stride):
+    """The row that lies `start` rows behind `base`, in 64 bits."""
+    return base + tl.cast(start, tl.int64) * stride
+
+
+@triton.jit
 def row_pointers(base, start, stride, rows, column):
     """Pointers [rows, columns] to the tile that begins `start` rows behind `base`.
 
     Sequences may be longer than 32-bit offsets reach, tiles are not: only one number a tile is computed in 64 bits.
     """
-    return base + tl.cast(start, tl.int64) * stride + (rows[:, None] * stride + column[None, :])
+    return row_at(base, start, stride) + (rows[:, None] * stride + column[None, :])
 
 
 @triton.jit
@@ -34,7 +40,7 @@ def row_starts(base, start, stride, rows, stop, EDGE: tl.constexpr):
     """
     if EDGE:
         rows = tl.minimum(rows, tl.maximum(stop, 1) - 1 - start)
-    return base + tl.cast(start, tl.int64) * stride + rows[:, None] * stride
+    return row_at(base, start, stride) + rows[:, None] * stride
 
 
 @triton.jit

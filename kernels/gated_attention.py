@@ -14,29 +14,33 @@ import triton.language as tl
 from ._dropout import keep, row_keys
 from ._packed_tiles import arguments, frames_before, grid, numbers_before, own_tile, sizes, strides
 from ._precision import dot_precision
-from ._rows import in_pieces, load_tile, operand, product_of_rows, row_pointers
+from ._rows import in_pieces, load_tile, operand, product_of_rows, row_at, row_pointers
 from ._target import has_tensor_memory, target
 from ._toeplitz import MARGIN, biased_scores, far_tiles, fragment_warps, toeplitz
 from ._tuning import Config, tunable
 
 LOG2_E = 1 / math.log(2)
+# The largest score yet where there is none: far below any whose differences fp32 tells apart, and a power of two, whose
+# product with the scale is exact.
+LOWEST = tl.constexpr(-(2.0**100))
 
 
 @triton.jit
 def _fwd_step(
-    acc, total, top, q, gate, far, row_key, k_base, v_base, copies, first, start, length, L, W,
+    acc, total, top, q, gate, far, row_key, k_at, v_at, copies, first, start, length, L, W,
     stride_kt, stride_vt, scale, threshold,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MARGIN: tl.constexpr,
     FAR: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    WARPS: tl.constexpr, APART: tl.constexpr,
+    WARPS: tl.constexpr, APART: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys: `acc` [M, D] and `total` [M] relative to 2**(top * scale), `top` [M] the largest score yet.
+    """One tile of keys, the first of them `start`, at `k_at` and `v_at`.
 
+    `acc` [M, D] and `total` [M, SUMS] are relative to 2**(top * scale), `top` [M] is the largest score yet, or LOWEST.
     `far` [M] is the gated bias of a FAR tile.
     """
     rows, column = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     key = start + rows
-    k = operand(k_base, start, stride_kt, rows, length, column, EDGE, q.dtype.is_ptr(), D, BLOCK_D)
+    k = operand(k_at, 0, stride_kt, rows, length - start, column, EDGE, q.dtype.is_ptr(), D, BLOCK_D)
     if FAR:
         scores = product_of_rows(q, k, D, PRECISION)  # [M, N], before the scale
     else:
@@ -48,14 +52,13 @@ def _fwd_step(
     here = tl.max(scores, axis=1)
     # A bias that is one number per row joins the row's numbers, not the scores.
     new_top = tl.maximum(top, here + far if FAR else here)
-    # Where no score is above -inf yet, differences from it would be NaN.
-    shift = tl.where(new_top == float("-inf"), 0.0, new_top) * scale
+    shift = new_top * scale
     weights = tl.exp2(scores * scale - (shift - far * scale if FAR else shift)[:, None])
     decay = tl.exp2(top * scale - shift)
-    total = total * decay + tl.sum(weights, axis=1)
+    total = total * decay[:, None] + tl.sum(weights.reshape(BLOCK_M, BLOCK_N // SUMS, SUMS), axis=1)
     if DROPOUT:
         weights = tl.where(keep(row_key[:, None], key[None, :], threshold), weights, 0.0)
-    v = load_tile(row_pointers(v_base, start, stride_vt, rows, column), key, length, column, EDGE, D, BLOCK_D)
+    v = load_tile(row_pointers(v_at, 0, stride_vt, rows, column), key, length, column, EDGE, D, BLOCK_D)
     weights = weights.to(v.dtype)
     if APART:
         product = tl.dot(weights, v, input_precision=PRECISION)
@@ -79,6 +82,8 @@ def _gated_attention_fwd_kernel(
     IN_PIECES: tl.constexpr,  # products of queries and keys
     WARPS: tl.constexpr,  # of biased_scores
     APART: tl.constexpr,  # products with values are added to the sum of those before, not summed up in place
+    SUMS: tl.constexpr,  # of weights that a row has: of every SUMS columns each gets one
+    REGISTERS: tl.constexpr,  # products take queries from registers
 ):  # fmt: skip
     N = T
     b, h, first, T, L = own_tile(offsets_ptr, utterances, L, N, H, BLOCK_M, PACKED)
@@ -92,6 +97,9 @@ def _gated_attention_fwd_kernel(
     q_base = q_ptr + b.to(tl.int64) * stride_qb + h * stride_qh
     q_at = q_base + row[:, None].to(tl.int64) * stride_qt
     q = q_at if IN_PIECES else load_tile(q_at + column[None, :], row, T, column, False, D, BLOCK_D)
+    if REGISTERS and not IN_PIECES:
+        # The compiler leaves an operand in shared memory if nothing but a load made it.
+        q = tl.where((query < T)[:, None], q, 0.0)
     gate = tl.load(gate_ptr + head + row) * gate_scale
     row_key = row_keys(seed_ptr, head + row) if DROPOUT else row
     k_base = k_ptr + b.to(tl.int64) * stride_kb + h * stride_kh
@@ -106,28 +114,36 @@ def _gated_attention_fwd_kernel(
     bias_right = tl.load(rel_bias_ptr + h * (2 * L - 1) + 2 * L - 2)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_M, SUMS], dtype=tl.float32)
+    top = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     for index in range(left + full - right):
-        tile = tl.where(index < left, index, index - left + right)
+        start = tl.where(index < left, index, index - left + right) * BLOCK_N
         acc, total, top = _fwd_step(
-            acc, total, top, q, gate, gate * tl.where(index < left, bias_left, bias_right), row_key, k_base, v_base,
-            copies, first, tile * BLOCK_N, length, L, W, stride_kt, stride_vt, scale, threshold,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, True, False, DROPOUT, PRECISION, WARPS, APART,
+            acc, total, top, q, gate, gate * tl.where(index < left, bias_left, bias_right), row_key,
+            row_at(k_base, start, stride_kt), row_at(v_base, start, stride_vt),
+            copies, first, start, length, L, W, stride_kt, stride_vt, scale, threshold,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, True, False, DROPOUT, PRECISION, WARPS, APART, SUMS,
         )  # fmt: skip
-    for tile in range(left, right):
+    # Places are carried from tile to tile: made of a counter they would take more instructions, and it 64 bits.
+    start = left * BLOCK_N
+    k_at, v_at = row_at(k_base, start, stride_kt), row_at(v_base, start, stride_vt)
+    for _ in range(right - left):
         acc, total, top = _fwd_step(
-            acc, total, top, q, gate, 0.0, row_key, k_base, v_base,
-            copies, first, tile * BLOCK_N, length, L, W, stride_kt, stride_vt, scale, threshold,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, False, False, DROPOUT, PRECISION, WARPS, APART,
+            acc, total, top, q, gate, 0.0, row_key, k_at, v_at,
+            copies, first, start, length, L, W, stride_kt, stride_vt, scale, threshold,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, False, False, DROPOUT, PRECISION, WARPS, APART, SUMS,
         )  # fmt: skip
+        start += BLOCK_N
+        k_at, v_at = row_at(k_at, BLOCK_N, stride_kt), row_at(v_at, BLOCK_N, stride_vt)
     if full * BLOCK_N < length:
+        start = full * BLOCK_N
         acc, total, top = _fwd_step(
-            acc, total, top, q, gate, 0.0, row_key, k_base, v_base,
-            copies, first, full * BLOCK_N, length, L, W, stride_kt, stride_vt, scale, threshold,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, False, True, DROPOUT, PRECISION, WARPS, APART,
+            acc, total, top, q, gate, 0.0, row_key, row_at(k_base, start, stride_kt), row_at(v_base, start, stride_vt),
+            copies, first, start, length, L, W, stride_kt, stride_vt, scale, threshold,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, MARGIN, False, True, DROPOUT, PRECISION, WARPS, APART, SUMS,
         )  # fmt: skip
 
+    total = tl.sum(total, axis=1)
     # A row without keys, or with none above -inf, has total 0: zeros out, and a log-sum-exp of -inf.
     lse = (top * scale + tl.log2(total)) * 0.6931471805599453
     tl.store(lse_ptr + head + query, tl.where(total == 0, float("-inf"), lse), mask=query < T)
@@ -138,14 +154,16 @@ def _gated_attention_fwd_kernel(
 
 @tunable
 def forward_configs(
-    head_dim: int, dtype: torch.dtype, precision: str, tensor_memory: bool, target: str
+    head_dim: int, dtype: torch.dtype, precision: str, tensor_memory: bool, dropout: bool, target: str
 ) -> tuple[Config, ...]:
     """Tiles and warps. 128 queries read keys and values half as often as 64 do, with as many warps resident: eight of
     one program in place of four of two. What an iteration does once per tile is spread over more scores in wide tiles:
-    128 keys where registers hold one program at a time all the same, 64 on "hopper": sm_90 then holds two, and sm_100
-    spills with more. Wide heads leave registers for 64 keys on sm_90, whose operands need none, and for 32 elsewhere,
-    as fp32 does. AMD's wider warps hold half a tile. Products of queries and keys in pieces are followed by one over
-    all keys of a tile: without TF32 a thread holds whole rows of it, and wide heads take many threads.
+    128 keys, where registers hold one program at a time. With 64 sm_90 would hold two, but for compute capability 9
+    Triton's tutorial on fused attention, and many kernels that come from it, leave out of their search whatever is
+    smaller than 128 by 128 with eight warps. Dropout's hashes leave sm_90 registers for 64 keys, and sm_100 spills with
+    more. Wide heads leave registers for 64 keys on sm_90, whose operands take few, and for 32 elsewhere, as fp32 does.
+    AMD's wider warps hold half a tile. Products of queries and keys in pieces are followed by one over all keys of a
+    tile: without TF32 a thread holds whole rows of it, and wide heads take many threads.
     """
     small = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
     if in_pieces(head_dim, dtype, precision, target):
@@ -166,10 +184,10 @@ def forward_configs(
         return default, {**default, "num_stages": 3}, {**default, "BLOCK_M": 64, "num_warps": 4}, small
     # Half the programs at a time for a quarter fewer instructions or the reverse, and more programs for short batches.
     both = wide, {**wide, "BLOCK_N": 64}
-    if target == "hopper":
+    if target == "hopper" and dropout:
         both = both[::-1]
     if tensor_memory:
-        both = both[:1]
+        both = both[1:]
     return *both, {**both[0], "num_stages": 3}, {**wide, "BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}
 
 
@@ -220,14 +238,19 @@ def gated_attention(
         # On sm_90 a product still running into `acc` while the next scores' first bias is written makes the compiler
         # wait for every single instruction of both products. On sm_100 `acc` would go to tensor memory and back.
         apart = tensor_memory or (chip == "hopper" and warps > 0)
+        # Threads hold some columns of every eight, each adds up its own, and they add up theirs at the end.
+        sums = 8 if warps else 1
+        # On sm_90 an operand's address in shared memory is made anew for every tile, but only wide tiles of keys, of
+        # which one program is resident, leave registers. On AMD's GPUs shared memory limits how many are.
+        registers = chip == "cdna" or (chip == "hopper" and config["BLOCK_N"] == 128)
         _gated_attention_fwd_kernel[grid(q, offsets, config["BLOCK_M"])](
             q, k, v, gate, rel_bias, copies, ends, key_lengths, seed, *arguments(offsets, rel_bias), out, lse,
             T, H, copies.shape[-1], *strides(offsets, q, k, v),
             scale * LOG2_E, 1 / scale, int(dropout_p * 2**24), 1 / (1 - dropout_p), **constants, **config,
-            WARPS=warps, APART=apart,
+            WARPS=warps, APART=apart, SUMS=sums, REGISTERS=registers,
         )  # fmt: skip
 
-    depends_on = (D, q.dtype, constants["PRECISION"], tensor_memory)
-    also = (constants["DROPOUT"], *(["packed"] if constants["PACKED"] else []))
+    depends_on = (D, q.dtype, constants["PRECISION"], tensor_memory, constants["DROPOUT"])
+    also = ("packed",) if constants["PACKED"] else ()
     forward_configs.launch(run, q.device, depends_on, sizes(q, offsets), also)
     return out, lse
