@@ -155,7 +155,10 @@ MISTAKES = {
     "attention: last piece of a product dropped": (
         "_rows.product_of_rows", "(0, D, PIECE", "(0, D - PIECE, PIECE", two_pieces,
     ),
-    "attention: sum not rescaled": ("gated_attention._fwd_step", "total * decay", "total", attend),
+    "attention: sum not rescaled": ("gated_attention._fwd_step", "total * decay[:, None]", "total", attend),
+    "attention: no step to the next keys": (FWD, "row_at(k_at, BLOCK_N, stride_kt)", "k_at", attend),
+    "attention: no step to the next values": (FWD, "row_at(v_at, BLOCK_N, stride_vt)", "v_at", attend),
+    "attention: no step along the bias": (FWD, "start += BLOCK_N", "start += 0", attend),
     "attention: dropout of another seed": ("_dropout.row_keys", "_mix(seed + ", "_mix(seed + 1 + ", dropped_out),
     "attention: log-sum-exp in base 2": (FWD, "* 0.6931471805599453", "", attend),
     "dq: gate dropped": (DQ, FORWARD_GATE, "gate = tl.full([BLOCK_M], gate_scale, tl.float32)", attend),
