@@ -49,14 +49,14 @@ template <class T>
 void run_backward(AddLayerNormBackward<T>* kernel, const Tensor& grad_sum, const Tensor& grad_normed, const Tensor& sum,
                   const Tensor& weight, float eps, const Tensor& dx, std::vector<float>& partials) {
   const int64_t C = sum.size(-1), rows = sum.numel() / C, parts = partials.size() / (2 * C);
-  const T *of_sum = data<T>(grad_sum), *of_normed = data<T>(grad_normed), *from = data<T>(sum);
+  const T *of_sum = grad_sum.numel() ? data<T>(grad_sum) : nullptr, *of_normed = data<T>(grad_normed), *from = data<T>(sum);
   const float* gain = data<float>(weight);
   T* to = mutable_data<T>(dx);
   parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t part = first; part < last; ++part) {
       const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts, at = begin * C;
       float* dweight = partials.data() + part * 2 * C;
-      kernel(of_sum + at, of_normed + at, from + at, gain, eps, end - begin, C, to + at, dweight, dweight + C);
+      kernel(of_sum ? of_sum + at : nullptr, of_normed + at, from + at, gain, eps, end - begin, C, to + at, dweight, dweight + C);
     }
   });
 }
@@ -77,10 +77,11 @@ std::tuple<Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residua
   return {sum, normed};
 }
 
+// An empty vector for grad_sum is none.
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(const Tensor& grad_sum, const Tensor& grad_normed,
                                                            const Tensor& sum, const Tensor& weight, double eps,
                                                            const std::vector<bool>& wanted) {
-  check("add_layer_norm_backward", sum, grad_sum, "grad_sum", weight);
+  if (grad_sum.dim() != 1 || grad_sum.numel()) check("add_layer_norm_backward", sum, grad_sum, "grad_sum", weight);
   check("add_layer_norm_backward", sum, grad_normed, "grad_normed", weight);
   ENTRY_CHECK(wanted.size() == 3, "add_layer_norm_backward: expected 3 truth values, got ", wanted.size());
   const Tensor grad_sum_ = contiguous_of(grad_sum), grad_normed_ = contiguous_of(grad_normed),

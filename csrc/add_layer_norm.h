@@ -13,7 +13,7 @@ template <class T>
 using AddLayerNormForward = void(const T* x, const T* residual, const float* weight, const float* bias, float eps,
                                  std::int64_t rows, std::int64_t C, float* row, T* sum, T* normed);
 
-// dx of rows x C; dweight and dbias [C] are added to.
+// dx of rows x C; grad_sum may be null, for zeros; dweight and dbias [C] are added to.
 template <class T>
 using AddLayerNormBackward = void(const T* grad_sum, const T* grad_normed, const T* sum, const float* weight, float eps,
                                   std::int64_t rows, std::int64_t C, T* dx, float* dweight, float* dbias);

@@ -49,9 +49,11 @@ void backward(const T* grad_sum, const T* grad_normed, const T* sum_in, const fl
     sweep(C, [&](std::int64_t i, auto lanes, int) {
       const Floats hat = of_row.normed(lanes.load(sum_in + i));
       const Floats g = lanes.load(grad_normed + i) * lanes.load(weight + i);
-      lanes.store(dx + i, lanes.load(grad_sum + i) + (g - g_mean - hat * g_hat_mean) * of_row.rstd);
+      const Floats through = (g - g_mean - hat * g_hat_mean) * of_row.rstd;
+      lanes.store(dx + i, grad_sum ? lanes.load(grad_sum + i) + through : through);
     });
-    grad_sum += C, grad_normed += C, sum_in += C, dx += C;
+    if (grad_sum) grad_sum += C;
+    grad_normed += C, sum_in += C, dx += C;
   }
 }
 

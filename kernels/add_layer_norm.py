@@ -49,7 +49,7 @@ def _add_layer_norm_fwd_kernel(
 
 @triton.jit
 def _add_layer_norm_bwd_kernel(
-    grad_sum_ptr,
+    grad_sum_ptr,  # or None
     grad_normed_ptr,
     sum_ptr,
     weight_ptr,
@@ -84,7 +84,8 @@ def _add_layer_norm_bwd_kernel(
             dbias += grad
         g = grad * weight[None, :]
         dx = rstd * (g - tl.sum(g, axis=1)[:, None] / C - hat * (tl.sum(g * hat, axis=1)[:, None] / C))
-        dx += tl.load(grad_sum_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if grad_sum_ptr is not None:
+            dx += tl.load(grad_sum_ptr + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
     if parts_ptr is not None:
         tl.store(parts_ptr + program * C + channel, tl.sum(dweight, axis=0), mask=inside_c)
@@ -146,11 +147,15 @@ def add_layer_norm_backward(
     eps: float,
     wanted: Sequence[bool],
 ) -> tuple[torch.Tensor | None, ...]:
-    """The op `add_layer_norm_backward`: gradients of `x` `[..., C]`, of weight and of bias `[C]`, those wanted."""
+    """The op `add_layer_norm_backward`: gradients of `x` `[..., C]`, of weight and of bias `[C]`, those wanted.
+
+    `grad_sum` may be empty, for zeros.
+    """
     grad_sum, grad_normed, total, weight = (t.contiguous() for t in (grad_sum, grad_normed, total, weight))
     C = total.shape[-1]
     rows = total.numel() // C
     dx = torch.empty_like(total)
+    flowing = grad_sum if grad_sum.numel() else None
     if rows == 0:
         return only(wanted, dx, torch.zeros_like(weight), torch.zeros_like(weight))
     summed = any(wanted[1:])
@@ -160,7 +165,7 @@ def add_layer_norm_backward(
         programs = triton.cdiv(rows, rows_per_program)
         parts = torch.empty(2, programs, C, dtype=torch.float32, device=total.device) if summed else None
         _add_layer_norm_bwd_kernel[(programs,)](
-            grad_sum, grad_normed, total, weight, dx, parts, rows, rows_per_program, C, eps, **config
+            flowing, grad_normed, total, weight, dx, parts, rows, rows_per_program, C, eps, **config
         )
         return parts.sum(1).to(weight.dtype) if summed else (None, None)
 

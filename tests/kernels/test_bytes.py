@@ -70,6 +70,10 @@ CASES = {
     "add_layer_norm_backward of x": (
         "add_layer_norm_backward", (frames(300, 40), frames(300, 40), frames(300, 40), frames(40), 1e-5, ONLY_X[:3]),
     ),
+    "add_layer_norm_backward of the norm": (
+        "add_layer_norm_backward",
+        (frames(300, 40)[:0, 0], frames(300, 40), frames(300, 40), frames(40), 1e-5, TRUE[:3]),
+    ),
     "position_gate": ("position_gate", gate(2, 37, 3, 48)),
     "position_gate_backward": ("position_gate_backward", (randn(2, 3, 37), *gate(2, 37, 3, 48), TRUE[:4])),
     "position_gate_backward of x": ("position_gate_backward", (randn(2, 3, 37), *gate(2, 37, 3, 48), ONLY_X[:4])),

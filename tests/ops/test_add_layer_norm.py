@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from op_contract import randn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from wavlm_fast import ops
 
@@ -52,6 +53,28 @@ def test_gradients():
 @pytest.mark.parametrize("used", [0, 1])
 def test_gradients_of_one_output(used):
     contract.check_gradients(lambda *args: ops.add_layer_norm(*args, keep_sum=used == 0)[used], *operands(2, 3, 5))
+
+
+def test_a_gradient_that_does_not_flow_is_not_written_as_zeros():
+    x, residual, weight, bias = contract.learning(*operands(2, 3, 5))
+    normed = ops.add_layer_norm(x, residual, weight, bias, keep_sum=False)[1]
+    called = []
+
+    class Called(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Called():
+        normed.backward(torch.ones(2, 3, 5, dtype=normed.dtype))
+    assert "wavlm_fast::add_layer_norm_backward" in called
+    assert not {"aten::zeros", "aten::fill_.Scalar", "aten::zero_"}.intersection(called), called
+
+
+def test_what_a_gradient_must_be_is_said():
+    x, _, weight, _ = operands(2, 3, 5)
+    with pytest.raises(ValueError, match=r"grad_sum"):
+        torch.ops.wavlm_fast.add_layer_norm_backward(x[:1], x, x, weight, 1e-5, [True] * 3)
 
 
 def test_compiles():

@@ -175,6 +175,7 @@ def differentiate(
     backward: Callable[..., Sequence[Tensor | None]],
     save: Callable[[tuple], Sequence[Tensor]] = lambda outputs: (),
     flowing: int = 1,
+    maybe: tuple[int, ...] = (),
     unread: str | None = None,
 ) -> None:
     """Give an op its gradient.
@@ -187,6 +188,7 @@ def differentiate(
             gradient per input of `reference`; those of inputs that want none are not looked at.
         save: which of the outputs the backward pass needs.
         flowing: number of outputs, the first ones, from which a gradient may flow; the others are there to be saved.
+        maybe: outputs whose gradient `backward` takes as None where none flows; the others' is zeros then.
         unread: name of the input, if any, that says whether these are wanted.
     """
     references[name] = reference
@@ -206,8 +208,10 @@ def differentiate(
     def run_backward(ctx: Any, *grads: Tensor | None) -> tuple:
         saved = iter(ctx.saved_tensors)
         inputs = [next(saved) if a is Tensor else a for a in ctx.template]
-        pairs = zip(grads, ctx.likes, strict=False)
-        grads = tuple(torch.zeros(shape, **options) if g is None else g for g, (shape, options) in pairs)
+        pairs = enumerate(zip(grads, ctx.likes, strict=False))
+        grads = tuple(
+            torch.zeros(shape, **options) if g is None and n not in maybe else g for n, (g, (shape, options)) in pairs
+        )
         if torch.is_grad_enabled():
             found = _reference_gradients(reference, dict(zip(names, inputs, strict=True)), unread, grads)
         else:
@@ -316,5 +320,10 @@ def or_none(wanted: Sequence[bool], grads: Sequence[Tensor]) -> tuple[Tensor | N
 
 
 def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
-    """Ops return tensors only: an absent gradient or saved value is an empty one."""
+    """Ops take and return tensors only: an absent gradient or saved value is an empty one."""
     return like.new_empty(0) if tensor is None else tensor
+
+
+def is_absent(tensor: Tensor) -> bool:
+    """Whether it is what `or_empty` gives for nothing."""
+    return tensor.dim() == 1 and tensor.numel() == 0

@@ -12,6 +12,7 @@ from ._define import (
     autocast_by,
     define,
     differentiate,
+    is_absent,
     needs_grad,
     only,
     or_empty,
@@ -88,7 +89,9 @@ def _check_backward(
     grad_sum: Tensor, grad_normed: Tensor, total: Tensor, weight: Tensor, eps: float, wanted: list[bool]
 ) -> None:
     check_norm(BACKWARD, "sum", total, weight)
-    check.alike(BACKWARD, tuple(total.shape), "sum", total, grad_sum=grad_sum, grad_normed=grad_normed)
+    check.alike(BACKWARD, tuple(total.shape), "sum", total, grad_normed=grad_normed)
+    if not is_absent(grad_sum):
+        check.alike(BACKWARD, tuple(total.shape), "sum", total, grad_sum=grad_sum)
     check.wanted(BACKWARD, wanted, sum=total, weight=weight, bias=weight)
 
 
@@ -107,7 +110,9 @@ def _backward_kernel(
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         grad_normed.to(weight.dtype), wide, shape, mean, rstd, weight, weight, wanted
     )
-    dx = dx.to(total.dtype).add_(grad_sum) if wanted[0] else None
+    dx = dx.to(total.dtype) if wanted[0] else None
+    if dx is not None and not is_absent(grad_sum):
+        dx.add_(grad_sum)
     return only(wanted, dx, dweight, dbias, like=total)
 
 
@@ -137,11 +142,12 @@ _backward_op = define(
 def _backward(grads: tuple, inputs: list, saved: tuple, wanted: tuple) -> tuple:
     _, _, weight, _, eps, _ = inputs
     wanted = (wanted[0] or wanted[1], *wanted[2:4])
-    dx, *dvectors = or_none(wanted, _backward_op(*(g.contiguous() for g in grads), *saved, weight, eps, wanted))
+    grad_sum, grad_normed = or_empty(grads[0], grads[1]).contiguous(), grads[1].contiguous()
+    dx, *dvectors = or_none(wanted, _backward_op(grad_sum, grad_normed, *saved, weight, eps, wanted))
     return dx, dx, *dvectors, None
 
 
-differentiate(NAME, reference, _backward, save=lambda outputs: outputs[:1], flowing=2, unread="keep_sum")
+differentiate(NAME, reference, _backward, save=lambda outputs: outputs[:1], flowing=2, maybe=(0,), unread="keep_sum")
 
 
 def _autocast(
