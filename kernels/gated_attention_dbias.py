@@ -41,6 +41,8 @@ def _gated_attention_bwd_dbias_kernel(
 ):  # fmt: skip
     RATIO: tl.constexpr = BLOCK_M // BLOCK_N
     GROUPS: tl.constexpr = RATIO + 1
+    # Numbers of the weights' gradient are loaded as late as can be, but of wide heads: sm_100 spills with those.
+    WIDE: tl.constexpr = D > 64
     split, h = tl.program_id(1), tl.program_id(2)
     if not PACKED:
         L = T
@@ -94,7 +96,8 @@ def _gated_attention_bwd_dbias_kernel(
             gate = tl.load(gate_ptr + head + query, mask=query < frames, other=1.0)
             # An infinite log-sum-exp makes the weights of a row 0.
             lse = tl.load(lse_ptr + head + query, mask=query < frames, other=float("inf")) * 1.4426950408889634
-            delta = tl.load(delta_ptr + head + query, mask=query < frames, other=0.0)
+            if WIDE:
+                delta = tl.load(delta_ptr + head + query, mask=query < frames, other=0.0)
             if WARPS:
                 scores, _ = biased_scores(
                     q, k, (gate * gate_scale)[:, None], copies, first_query, first_key, L, W,
@@ -106,6 +109,8 @@ def _gated_attention_bwd_dbias_kernel(
             weights = tl.exp2(scores * scale - lse[:, None])
             weights = tl.where((key < length)[None, :], weights, 0.0)
             dweights = product_of_rows(dout, v, D, PRECISION)
+            if not WIDE:
+                delta = tl.load(delta_ptr + head + query, mask=query < frames, other=0.0)
             if DROPOUT:
                 mask = keep(row_keys(seed_ptr, head + query)[:, None], key[None, :], threshold)
                 dweights = tl.where(mask, dweights * keep_scale, 0.0)
