@@ -1,4 +1,5 @@
-// Residual add and layer norm of one row at a time: the row is read from memory once and stays in the first cache.
+// Residual add and layer norm of one row at a time: the row is read from memory once and stays in the first cache. The
+// forward adds up the next row where it norms one: it waits for memory while it computes.
 #include "add_layer_norm.h"
 #include "statistics.h"
 #include "vec.h"
@@ -10,21 +11,30 @@ namespace {
 template <class T>
 void forward(const T* x, const T* residual, const float* weight, const float* bias, float eps, std::int64_t rows,
              std::int64_t C, float* row, T* sum_out, T* normed) {
-  for (std::int64_t r = 0; r < rows; ++r, x += C, residual += C, normed += C) {
+  float total = 0.0f;
+  for (std::int64_t r = 0; r <= rows; ++r) {
+    const Statistics of_row = r > 0 ? statistics(row, C, eps, total) : Statistics{};
+    Floats totals[kUnroll] = {};
     // The norm is of the sum as it was rounded, which is what the next layer sees.
-    Floats total[kUnroll] = {};
-    sweep(C, [&](std::int64_t i, auto lanes, int u) {
+    const auto add = [&](std::int64_t i, auto lanes, int u) {
       const Floats added = rounded<T>(lanes.load(x + i) + lanes.load(residual + i));
-      total[u] += added;
+      totals[u] += added;
       lanes.store(row + i, added);
       if (sum_out) lanes.store(sum_out + i, added);
-    });
-    const Statistics of_row = statistics(row, C, eps, sum(total));
-    sweep(C, [&](std::int64_t i, auto lanes, int) {
+    };
+    const auto norm = [&](std::int64_t i, auto lanes, int) {
       const Floats hat = of_row.normed(lanes.load(row + i));
       lanes.store(normed + i, hat * lanes.load(weight + i) + lanes.load(bias + i));
-    });
-    if (sum_out) sum_out += C;
+    };
+    if (r == 0) {
+      sweep(C, add);
+    } else if (r == rows) {
+      sweep(C, norm);
+    } else {
+      sweep(C, [&](std::int64_t i, auto lanes, int u) { norm(i, lanes, u), add(i, lanes, u); });
+    }
+    total = sum(totals);
+    x += C, residual += C, normed += r > 0 ? C : 0, sum_out += sum_out ? C : 0;
   }
 }
 
