@@ -145,6 +145,7 @@ class BoundOp:
         tracks = [_floating(p) and p.requires_grad for p in self._prepared]
         pairs = list(zip(self._prepared, tracks, strict=True))
         self._inputs = [p.detach().requires_grad_() if tracked else p for p, tracked in pairs]
+        self._run = self._way.bound(self._inputs)
         self._wanted = [x for x, tracked in zip(self._inputs, tracks, strict=True) if tracked]
         self._sources = [p for p, tracked in pairs if tracked]
         # As after an optimizer's step: the weights count as new, and whoever packs them must pack them again.
@@ -157,7 +158,7 @@ class BoundOp:
             if self._case.training:
                 return self._gradients(self._outputs())
             with torch.inference_mode():
-                return self._way.function(*self._inputs)
+                return self._run()
 
     def result(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The outputs, and in training the gradients with respect to the values of the case, both by name."""
@@ -185,7 +186,7 @@ class BoundOp:
 
     def _outputs(self) -> Any:
         torch.autograd.graph.increment_version(self._changed)
-        return self._way.function(*self._inputs)
+        return self._run()
 
     def _gradients(self, outputs: Any, again: bool = False) -> tuple[Tensor | None, ...]:
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -41,12 +41,20 @@ class Way:
             leaves in that form anyway. It is not timed, and gradients flow through it.
         note: what is worth saying about it, from the arguments of the op's schema.
         wish: the backend that is wished for meanwhile.
+        names: those of the arguments, where the function takes them by name; a seed it draws itself.
     """
 
     function: Callable[..., Any]
     prepare: Callable[..., tuple] = lambda *args: args
     note: Callable[[tuple], str] = lambda args: ""
     wish: str = "auto"
+    names: tuple[str, ...] = ()
+
+    def bound(self, inputs: Sequence[Any]) -> Callable[[], Any]:
+        """The function on what `prepare` gave: nobody's arguments are looked up while they are timed."""
+        if not self.names:
+            return partial(self.function, *inputs)
+        return partial(self.function, **{n: x for n, x in zip(self.names, inputs, strict=False) if n != "seed"})
 
 
 @dataclass(frozen=True)
@@ -193,10 +201,15 @@ def _ours(backend: str, fastest: bool, op: str, training: bool) -> Way:
     wish = "auto" if fastest else backend
     table = backends.load(backend).TABLE
     if op in WHOLE:
-        return Way(FRONTS[op], note=partial(_in_parts, backend, op), wish=wish)
+        return replace(_front(op), note=partial(_in_parts, backend, op), wish=wish)
     if op not in table:
         raise Refusal(f"the {backend} backend has no kernel for {op}")
-    return Way(FRONTS[op], note=partial(_note, backend, op, training), wish=wish)
+    return replace(_front(op), note=partial(_note, backend, op, training), wish=wish)
+
+
+def _front(op: str) -> Way:
+    """The public function, as modules call it; of attention the op, as its seed matters here."""
+    return Way(FRONTS[op]) if op == "gated_attention" else Way(OPS[op].function, names=tuple(OPS[op].arguments))
 
 
 def _note(backend: str, op: str, training: bool, args: tuple) -> str:
