@@ -247,6 +247,19 @@ def linear_in(frames, learns, weight=None):
     return out.grad_fn.name() if out.grad_fn else None, [(op, choice.backend, choice.refused) for op, choice in noted]
 
 
+def test_the_environment_is_read_at_each_call(monkeypatch):
+    assert current() == "auto"
+    for name, wanted in (("reference", "reference"), ("", "auto"), ("cpu", "cpu")):
+        monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, name)
+        assert current() == wanted
+    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE)
+    assert current() == "auto"
+    monkeypatch.setattr("os.environ", {backends.ENVIRONMENT_VARIABLE: "reference"})  # nothing of Python's own
+    assert current() == "reference"
+    monkeypatch.setattr("os.environ", {})
+    assert current() == "auto"
+
+
 def test_what_torch_trains_faster_is_plain_torch(torch_trains):
     recorded, chosen = linear_in(3, True)
     assert "wavlm_fast" not in recorded

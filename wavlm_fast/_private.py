@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import pkgutil
 import sys
 from collections.abc import Callable, Mapping
@@ -268,7 +269,21 @@ _dispatch_modes = fetch("torch._C", "_len_torch_dispatch_stack", _lost, _somebod
 fetch("torch.autograd.profiler", "_is_profiler_enabled", _lost)
 
 
-_dispatch_keys = fetch("torch._C", "_dispatch_keys", _lost)
+class _Keys:
+    """Keys that nobody knows."""
+
+    def raw_repr(self) -> int:
+        return 0
+
+
+def _no_keys(tensor: Tensor) -> _Keys:
+    return _Keys()
+
+
+dispatch_keys = fetch("torch._C", "_dispatch_keys", _lost, _no_keys)
+# Keys of tensors that are nothing but memory, not batched by a transform, conjugated, sparse, quantized or wrapped:
+# those of every kind of device that `is_plain` has met. They name the device too.
+PLAIN_KEYS: set[int] = set()
 
 
 @cache
@@ -277,18 +292,29 @@ def _plain_keys(device_type: str) -> frozenset[int]:
     found = set()
     for mode in (False, True):
         with torch.inference_mode(mode):
-            found.add(_dispatch_keys(torch.empty(0, device=device_type)).raw_repr())
-    return frozenset(found)
+            found.add(dispatch_keys(torch.empty(0, device=device_type)).raw_repr())
+    return frozenset(found - {0})
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is nothing but memory: not batched by a transform, conjugated, sparse, quantized or wrapped."""
-    return _dispatch_keys is not None and _dispatch_keys(tensor).raw_repr() in _plain_keys(tensor.device.type)
+    """Whether `dispatch_keys(tensor).raw_repr()` is or belongs in PLAIN_KEYS, where it is after this."""
+    PLAIN_KEYS.update(_plain_keys(tensor.device.type))
+    return dispatch_keys(tensor).raw_repr() in PLAIN_KEYS
 
 
 def is_watched() -> bool:
     """Whether a mode or a profiler is to hear of each op that is called."""
     return bool(_function_modes() or _dispatch_modes() or getattr(profiler, "_is_profiler_enabled", True))
+
+
+def _lowering_somewhere() -> bool:
+    return any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+
+
+# Whether autocast is on, for whatever kind of device.
+is_autocast_enabled = fetch(
+    "torch._C", "_is_any_autocast_enabled", "nothing, CPUs and GPUs are asked for", _lowering_somewhere
+)
 
 
 # The kernels by which a program is decomposed, and one of those that torch lays over them meanwhile.
@@ -347,6 +373,18 @@ reorder_linear_weight, linear_pointwise, reorder_convolution_weight, convolution
         "_is_mkldnn_bf16_supported",
     )
 )
+
+# Python.
+
+
+def is_set(variable: str) -> bool:
+    """`variable in os.environ`, which raises and catches two errors to say no: as long as the choice of a backend."""
+    environment: Any = os.environ
+    try:
+        return environment.encodekey(variable) in environment._data
+    except AttributeError:  # another Python's, or somebody's own
+        return variable in environment
+
 
 # transformers.
 

@@ -19,8 +19,11 @@ def leaving() -> str | None:
 
     Asked by every fast module in each forward: a fraction of a microsecond.
     """
-    if torch.compiler.is_compiling():
-        return _leaving_compiled()
+    return _leaving_compiled() if torch.compiler.is_compiling() else leaving_eager()
+
+
+def leaving_eager() -> str | None:
+    """The same where torch.compile traces nothing, as who asks has seen."""
     if _private.jit_state() is not None:
         return _ONNX if torch.onnx.is_in_onnx_export() else "a graph is traced by torch.jit.trace"
     if _private.in_make_fx():

@@ -88,6 +88,39 @@ def test_left_to_torch_an_op_is_what_it_was(monkeypatch, op, autocast):
         torch.testing.assert_close(mine, wanted, rtol=2**-6 if autocast else 1e-5, atol=2**-5 if autocast else 1e-5)
 
 
+WRONG = {
+    "residual of one frame": {"residual": torch.ones(2, 1, 8)},
+    "residual of other frames": {"residual": torch.ones(2, 4, 8)},
+    "residual in another dtype": {"residual": torch.ones(2, 3, 8, dtype=torch.float64)},
+    "no frames": {"x": torch.ones(()), "residual": torch.ones(())},
+    "integers": {"x": torch.ones(2, 3, 8, dtype=torch.int64), "residual": torch.ones(2, 3, 8, dtype=torch.int64)},
+    "fewer gains": {"weight": torch.ones(4)},
+    "one gain": {"weight": torch.ones(1)},
+    "gains of every frame": {"weight": torch.ones(3, 8), "bias": torch.ones(3, 8)},
+    "gains in another dtype": {"weight": torch.ones(8, dtype=torch.bfloat16)},
+    "fewer offsets": {"bias": torch.ones(4)},
+    "one offset": {"bias": torch.ones(1)},
+    "offsets in another dtype": {"bias": torch.ones(8, dtype=torch.float64)},
+    "offsets elsewhere": {"bias": torch.ones(8, device="meta")},
+    "residual elsewhere": {"residual": torch.ones(2, 3, 8, device="meta")},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_left_to_torch_a_wrong_norm_is_refused_as_ever(monkeypatch, wrong):
+    """Torch itself checks most of it there."""
+    monkeypatch.setattr(choices, "ROWS", (choices.Row(HERE, "add_layer_norm", "0.70", 100),))
+    given = {"x": torch.ones(2, 3, 8), "residual": torch.ones(2, 3, 8), "weight": torch.ones(8), "bias": torch.ones(8)}
+    ops.add_layer_norm(**given | {"weight": torch.ones(8, requires_grad=True)})
+    given |= WRONG[wrong]
+    with pytest.raises((ValueError, TypeError)) as expected:
+        torch.ops.wavlm_fast.add_layer_norm(*given.values(), 1e-5, True)
+    given["weight"] = given["weight"].clone().requires_grad_()
+    with pytest.raises(expected.type) as raised:
+        ops.add_layer_norm(**given)
+    assert str(raised.value) == str(expected.value)
+
+
 def test_every_row_is_of_a_processor_that_is_told_apart_and_of_an_op_that_asks():
     assert {row.processor for row in SHIPPED} <= {choices._AMX, choices._AMD}
     assert {row.op for row in SHIPPED} <= calls().keys()

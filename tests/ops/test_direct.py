@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wavlm_fast import ops
-from wavlm_fast.ops._direct import would_hand_on
+from wavlm_fast.ops._direct import look_if_handed_on, look_of
 
 OP = "wavlm_fast::linear_act"
 
@@ -59,8 +59,8 @@ def test_weights_that_learn_are_no_matter_where_no_gradient_is_recorded(argument
     assert is_dispatched(x, learning, bias)
     assert call(x, learning, bias).requires_grad
     listed = [torch.randn(3, requires_grad=True)]
-    assert would_hand_on((x, [bias]))
-    assert not would_hand_on((x, listed))
+    assert look_if_handed_on((x, [bias])) is not None
+    assert look_if_handed_on((x, listed)) is None
 
 
 def test_modes_hear_of_it(arguments):
@@ -101,6 +101,35 @@ def test_subclasses_hear_of_it(arguments):
     x, weight, bias = arguments
     call(x, weight.as_subclass(Told), bias)
     assert OP in heard
+
+
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_mkldnn"])
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_parameters_in_another_layout_are_refused_each_time(layout):
+    x, weight = torch.randn(3, 4), torch.ones(4, 4)
+    ops.linear_act(x, weight)
+    other = torch.nn.Parameter(getattr(weight, layout)(), requires_grad=False)
+    op = torch.ops.wavlm_fast.linear_act
+    for _ in range(2):
+        with pytest.raises(ValueError, match="wants weight strided"):
+            op(x, other, None, "none", False)
+    try:  # some have strides, which tell nothing
+        look = look_of((other,))
+    except RuntimeError:
+        return
+    dense = torch.empty_strided(other.shape, other.stride(), dtype=other.dtype)
+    assert look != look_of((dense,))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_tensors_that_are_more_than_memory_are_dispatched(mode):
+    made = torch.randn(3, 4)
+    with mode():
+        plain = torch.randn(3, 4)
+        assert look_if_handed_on((plain, made)) is not None
+        conjugate = torch.randn(3, 4, dtype=torch.complex64).conj()
+        for other in (conjugate, conjugate.imag, made.to_sparse(), made.to_mkldnn()):
+            assert look_if_handed_on((plain, other)) is None
 
 
 def test_autocast_lowers_it(arguments):

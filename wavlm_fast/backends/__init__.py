@@ -30,6 +30,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._private import is_set
+
 logger: logging.Logger = logging.getLogger("wavlm_fast")
 
 ENVIRONMENT_VARIABLE = "WAVLM_FAST_BACKEND"
@@ -83,9 +85,9 @@ def _found() -> tuple[ModuleType, ...]:
 
 
 @cache
-def _serving(device_type: str) -> tuple[ModuleType, ...]:
-    """The backends for tensors on such a device, fastest first."""
-    return tuple(b for b in reversed(_found()) if b.DEVICES is None or device_type in b.DEVICES)
+def _serving(device: torch.device) -> tuple[ModuleType, ...]:
+    """The backends for tensors on a device, fastest first."""
+    return tuple(b for b in reversed(_found()) if b.DEVICES is None or device.type in b.DEVICES)
 
 
 def gather(package: str, folder: Iterable[str]) -> dict[str, Implementation]:
@@ -108,6 +110,8 @@ def current() -> str:
     wanted = _wanted.get()
     if wanted is not None:
         return wanted
+    if not is_set(ENVIRONMENT_VARIABLE):
+        return "auto"
     name = os.environ.get(ENVIRONMENT_VARIABLE)
     return _checked(name, f"the environment variable {ENVIRONMENT_VARIABLE}") if name else "auto"
 
@@ -156,8 +160,9 @@ def choose(op: str, args: tuple[Any, ...]) -> Choice:
     if wanted != "auto":
         return _named(wanted, op, args, device)
     refused: tuple[tuple[str, str], ...] = ()
-    for backend in _serving(device.type):
-        implementation, reason = _ask(backend, op, args, device)
+    for backend in _serving(device):
+        implementation = backend.TABLE.get(op)
+        reason = _why_not(backend, implementation, op, args, device)
         if implementation is not None and reason is None:
             return Choice(backend.NAME, implementation.fn, refused)
         refused = (*refused, (backend.NAME, str(reason)))
@@ -171,10 +176,15 @@ def trained_by_torch(op: str, x: torch.Tensor, weight: torch.Tensor) -> Choice |
     """
     if current() != "auto":
         return None
-    fastest = _serving(x.device.type)[0]
+    fastest = _serving(x.device)[0]
     why = getattr(fastest, "why_torch_trains", None)
     reason = None if why is None else why(op, x, weight)
-    return None if reason is None else Choice("reference", load("reference").TABLE[op].fn, ((fastest.NAME, reason),))
+    return None if reason is None else _left_to_torch(op, fastest.NAME, reason)
+
+
+@cache
+def _left_to_torch(op: str, fastest: str, reason: str) -> Choice:
+    return Choice("reference", load("reference").TABLE[op].fn, ((fastest, reason),))
 
 
 @contextmanager
@@ -204,20 +214,20 @@ def _named(name: str, op: str, args: tuple[Any, ...], device: torch.device) -> C
     if op not in backend.TABLE:
         lacks = f"the {name} backend has no kernel for {op}"
         return Choice("reference", load("reference").TABLE[op].fn, ((name, lacks),))
-    implementation, reason = _ask(backend, op, args, device)
-    if implementation is None or reason is not None:
+    implementation = backend.TABLE[op]
+    reason = _why_not(backend, implementation, op, args, device)
+    if reason is not None:
         raise BackendUnavailable(f"{op} cannot run on the {name} backend: {reason}")
     return Choice(name, implementation.fn)
 
 
-def _ask(
-    backend: ModuleType, op: str, args: tuple[Any, ...], device: torch.device
-) -> tuple[Implementation | None, str | None]:
-    implementation = backend.TABLE.get(op)
+def _why_not(
+    backend: ModuleType, implementation: Implementation | None, op: str, args: tuple[Any, ...], device: torch.device
+) -> str | None:
     if implementation is None:
-        return None, f"no {backend.NAME} kernel for {op}"
+        return f"no {backend.NAME} kernel for {op}"
     reason = backend.why_not(device)
-    return implementation, implementation.why_not(*args) if reason is None else reason
+    return implementation.why_not(*args) if reason is None else reason
 
 
 @cache

@@ -7,7 +7,6 @@ asks the chooser (`wavlm_fast.backends`) at each call.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -19,7 +18,7 @@ from .._private import TAGS, unaliased
 from ..derived import derived
 from ..freed import refuse
 from ._decompose import decomposes
-from ._direct import would_hand_on
+from ._direct import look_if_handed_on, look_of
 
 NAMESPACE = "wavlm_fast"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -54,20 +53,19 @@ def define(
     """
     schemas[name], kernels[name] = signature, kernel
     checked = _checks[name] = _Checked(check)
+    count, lists = _count_and_lists(name)
 
-    def choose(args: tuple) -> tuple[backends.Choice, bool]:
-        """Who computes it, and whether that is ops that are chosen for in their turn."""
-        choice = backends.choose(name, args)
-        by_ops = in_parts and choice.backend == "reference"
-        if not by_ops:
-            backends.note(name, choice)
-        return choice, by_ops
+    def is_by_ops(choice: backends.Choice) -> bool:
+        """Whether who computes it is ops that are chosen for in their turn."""
+        return in_parts and choice.backend == "reference"
 
     def compute(args: tuple) -> Any:
-        choice, by_ops = choose(args)
-        if choice.backend == "reference" and not by_ops:
-            refuse(name, args)
-            backends.warn_once(choice)
+        choice = backends.choose(name, args)
+        if not is_by_ops(choice):
+            backends.note(name, choice)
+            if choice.backend == "reference":
+                refuse(name, args)
+                backends.warn_once(choice)
         outputs = choice.fn(*args)
         # Autograd forbids writing into an output that is a view, even when nobody else has its base; SpecAugment does.
         return tuple(map(unaliased, outputs)) if isinstance(outputs, tuple) else unaliased(outputs)
@@ -79,18 +77,23 @@ def define(
 
     def call(*args: Any) -> Any:
         """The op, past the dispatcher where that has taken such a call before and would only hand it on."""
-        if torch.compiler.is_compiling() or not would_hand_on(args):
+        if torch.compiler.is_compiling():
             return op(*args)
-        completed = _completed(name, args)
-        return compute(completed) if checked.has_met(completed) else op(*args)
+        completed = args if len(args) == count and not lists else _completed(name, args)
+        try:
+            has_passed = look_if_handed_on(completed) in checked.met
+        except _INCOMPARABLE:
+            has_passed = False
+        return compute(completed) if has_passed else op(*args)
 
     def checked_fake(*args: Any) -> Any:
         args = _completed(name, args)
         check(*args)
         if backends.is_noting():
-            choice, by_ops = choose(args)
-            if by_ops:
+            choice = backends.choose(name, args)
+            if is_by_ops(choice):
                 return choice.fn(*args)
+            backends.note(name, choice)
         return fake(*args)
 
     LIBRARY.define(name + signature, tags=TAGS)
@@ -110,37 +113,19 @@ class _Checked:
 
     def __init__(self, check: Callable[..., None]) -> None:
         self.wants = check
-        self.met: set[tuple] = set()
+        self.met: set[tuple | None] = set()  # looks
 
     def __call__(self, *args: Any) -> None:
-        if self.has_met(args):
-            return
+        try:
+            look = look_of(args)
+            if look in self.met:
+                return
+        except _INCOMPARABLE:
+            return self.wants(*args)
         self.wants(*args)
         if len(self.met) >= _MOST_MET:
             self.met.clear()
-        with suppress(*_INCOMPARABLE):
-            self.met.add(_look_of(args))
-
-    def has_met(self, args: tuple) -> bool:
-        """Whether such a call has passed."""
-        try:
-            return _look_of(args) in self.met
-        except _INCOMPARABLE:
-            return False
-
-
-def _look_of(args: tuple) -> tuple:
-    """All that a check can see of a call."""
-    return tuple(map(_look, args))
-
-
-def _look(value: Any) -> Any:
-    """All of an argument that a check can see: of tensors anything but values."""
-    if isinstance(value, Tensor):
-        return value.shape, value.dtype, value.device, value.layout, value.stride()
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_look, value))
-    return type(value), value
+        self.met.add(look)
 
 
 def arguments_of(signature: str) -> dict[str, str]:
@@ -292,16 +277,28 @@ def trained_by_torch(name: str, weight: Tensor, *args: Any) -> bool:
         weight: the one that may learn.
         args: all arguments of the op's schema, frames first.
     """
-    if torch.compiler.is_compiling() or not needs_grad(weight):
+    if not left_to_torch(name, weight, args[0]):
         return False
-    choice = backends.trained_by_torch(name, args[0], weight)
+    check_for_torch(name, *args)
+    return True
+
+
+def left_to_torch(name: str, weight: Tensor, x: Tensor) -> bool:
+    """The same, nothing checked yet: of an op that takes as long as its check."""
+    if not (torch.is_grad_enabled() and weight.requires_grad) or torch.compiler.is_compiling():
+        return False
+    choice = backends.trained_by_torch(name, x, weight)
     if choice is None:
         return False
-    refuse(f"the gradient of {name}", args)
-    if not torch.is_autocast_enabled(weight.device.type):  # under which operands may differ in dtype
-        _checks[name](*args)
     backends.note(name, choice)
     return True
+
+
+def check_for_torch(name: str, *args: Any) -> None:
+    """Refuse what an op refuses, before torch runs it."""
+    refuse(f"the gradient of {name}", args)
+    if not torch.is_autocast_enabled(args[0].device.type):  # under which operands may differ in dtype
+        _checks[name](*args)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

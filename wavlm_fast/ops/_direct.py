@@ -1,6 +1,7 @@
-"""When the dispatcher would do nothing with a call but hand it to the op's kernel.
+"""How a call looks to the check of an op, and when the dispatcher would do nothing with it but hand it to the kernel.
 
-On its way it enters Python twice, for autograd and for the kernel: 20 us, as long as a small op takes.
+On its way it enters Python twice, for autograd and for the kernel: 20 us, as long as a small op takes. So what is here,
+in each call of an op, is one loop over its arguments.
 """
 
 from __future__ import annotations
@@ -11,25 +12,56 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._private import is_plain, is_watched
-from ..leaving import leaving
+from .._private import PLAIN_KEYS, dispatch_keys, is_autocast_enabled, is_plain, is_watched
+from ..leaving import leaving_eager
+
+_SCALARS = frozenset({bool, int, float, str, type(None)})
 
 
-def would_hand_on(args: tuple) -> bool:
-    """Whether nobody else has a part in a call in eager torch: no gradient is recorded, nothing cast or traced, no mode
-    listens, and tensors are no more than that.
+def look_of(args: Iterable[Any]) -> tuple:
+    """All of a call that a check can see: of tensors anything but values."""
+    return tuple(map(_look, args))
+
+
+def _look(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, value.device, value.layout, value.stride()
+    if isinstance(value, (list, tuple)):
+        return look_of(value)
+    return type(value), value
+
+
+def look_if_handed_on(args: tuple) -> tuple | None:
+    """The look of a call in which nobody else has a part, in eager torch: no gradient is recorded, nothing cast or
+    traced, no mode listens, and tensors are no more than that. None of any other call.
+
+    Raises:
+        RuntimeError: a parameter has no strides.
     """
-    if is_watched() or leaving() is not None or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        return False
-    return not _concern_others(args, torch.is_grad_enabled())
+    if is_watched() or leaving_eager() is not None or is_autocast_enabled():
+        return None
+    return _look_of_plain(args, torch.is_grad_enabled())
 
 
-def _concern_others(values: Iterable[Any], recording: bool) -> bool:
-    for value in values:
+def _look_of_plain(args: Iterable[Any], recording: bool) -> tuple | None:
+    look: list[Any] = []
+    for value in args:
         kind = type(value)
-        if kind is nn.Parameter or (kind is Tensor and is_plain(value)):
+        if kind is Tensor or kind is nn.Parameter:
             if recording and value.requires_grad:
-                return True
-        elif isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and _concern_others(value, recording)):
-            return True
-    return False
+                return None
+            if kind is Tensor and dispatch_keys(value).raw_repr() not in PLAIN_KEYS and not is_plain(value):
+                return None
+            look.append((value.shape, value.dtype, value.device, value.layout, value.stride()))
+        elif kind in _SCALARS:
+            look.append((kind, value))
+        elif isinstance(value, Tensor):
+            return None
+        elif isinstance(value, (list, tuple)):
+            inner = _look_of_plain(value, recording)
+            if inner is None:
+                return None
+            look.append(inner)
+        else:
+            look.append((kind, value))
+    return tuple(look)

@@ -9,6 +9,8 @@ trains faster.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from .. import gather
@@ -28,6 +30,7 @@ RANK = 1
 TABLE = gather(__name__, __path__)
 
 
+@cache  # asked in each call of an op
 def why_not(device: torch.device | None = None) -> str | None:
     """Why no kernel of this backend can run on `device`; None when one can."""
     if device is not None and device.type != "cpu":

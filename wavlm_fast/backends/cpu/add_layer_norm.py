@@ -15,7 +15,7 @@ def why_not(x: Tensor, residual: Tensor, *rest: object) -> str | None:
     """Why the kernel cannot take this call."""
     if x.dtype not in extension.DTYPES or residual.dtype != x.dtype:
         return f"the C++ add_layer_norm takes float32 or bfloat16, x is {x.dtype} and residual {residual.dtype}"
-    if x.shape[-1] == 0:
+    if x.size(-1) == 0:
         return "the C++ add_layer_norm needs at least one channel"
     return extension.problem()
 

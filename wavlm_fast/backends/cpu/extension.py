@@ -36,7 +36,8 @@ _library = torch.library.Library("wavlm_fast_cpu", "DEF")
 def kernel(schema: str) -> Callable[..., Any]:
     """Declare a kernel of csrc/ and get what calls it."""
     _library.define(schema)
-    return getattr(torch.ops.wavlm_fast_cpu, schema.partition("(")[0]).default
+    overload = getattr(torch.ops.wavlm_fast_cpu, schema.partition("(")[0]).default
+    return overload.op  # which the overload would call: 0.5 us
 
 
 def kernel_of_op(name: str) -> Callable[..., Any]:
