@@ -153,6 +153,20 @@ def test_traces_and_transforms_see_it(arguments):
     assert dispatched == [True]
 
 
+def test_while_a_model_is_leaving_eager_torch_nothing_goes_past_the_dispatcher(arguments):
+    """Of forward-mode derivatives no key of a tensor tells."""
+    looks = []
+
+    def look(x):
+        looks.append(look_if_handed_on((x,)))
+        return x + 1
+
+    with torch.autograd.forward_ad.dual_level():
+        look(arguments[0])
+    torch.jit.trace(look, arguments[:1], check_trace=False)
+    assert looks == [None, None]
+
+
 def test_gradients_of_many_at_once_see_it():
     """By torch's older vmap, of which nothing but the tensors themselves tell."""
     x, weight, bias = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True), torch.randn(5)
