@@ -56,6 +56,8 @@ SPILLS: dict[tuple[str, str, str], tuple[int, dict[str, Any]]] = {
     ("gated_attention_bwd_dbias_kernel", "sm_100", "bf16"): (16, {"D": 80, "offsets_ptr": True}),
     ("gated_attention_bwd_dbias_kernel", "sm_100", "fp16"): (16, {"D": 80, "offsets_ptr": True}),
     ("gated_attention_bwd_dkv_kernel", "sm_120", "tf32"): (8, {"D": 64, "offsets_ptr": False}),
+    ("frames_product_kernel", "sm_120", "bf16"): (8, {"OUT_STRIDE": 2, "BLOCK_K": 64}),
+    ("frames_product_kernel", "sm_120", "fp16"): (8, {"OUT_STRIDE": 2, "BLOCK_K": 64}),
     ("frames_product_kernel", "sm_100", "fp32"): (8, {"C": 64, "ACTIVATION": "none", "offsets_ptr": True}),
     ("waveform_conv_bwd_kernel", "sm_100", "fp32"): (8, {"NORM": "layer", "offsets_ptr": True, "dy_ptr": True}),
 }
