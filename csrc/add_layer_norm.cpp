@@ -49,14 +49,16 @@ template <class T>
 void run_backward(AddLayerNormBackward<T>* kernel, const Tensor& grad_sum, const Tensor& grad_normed, const Tensor& sum,
                   const Tensor& weight, float eps, const Tensor& dx, std::vector<float>& partials) {
   const int64_t C = sum.size(-1), rows = sum.numel() / C, parts = partials.size() / (2 * C);
-  const T *of_sum = grad_sum.numel() ? data<T>(grad_sum) : nullptr, *of_normed = data<T>(grad_normed), *from = data<T>(sum);
+  const T *of_sum = grad_sum.numel() ? data<T>(grad_sum) : nullptr, *of_normed = data<T>(grad_normed),
+          *from = data<T>(sum);
   const float* gain = data<float>(weight);
   T* to = mutable_data<T>(dx);
   parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t part = first; part < last; ++part) {
       const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts, at = begin * C;
       float* dweight = partials.data() + part * 2 * C;
-      kernel(of_sum ? of_sum + at : nullptr, of_normed + at, from + at, gain, eps, end - begin, C, to + at, dweight, dweight + C);
+      kernel(of_sum ? of_sum + at : nullptr, of_normed + at, from + at, gain, eps, end - begin, C, to + at, dweight,
+             dweight + C);
     }
   });
 }
