@@ -7,8 +7,8 @@
 
 namespace wavlm_fast {
 
-// rows x C, row after row. sum = x + residual, rounded to T, not written where sum is null; normed = layer norm of that
-// sum. `row` is for C floats to work in.
+// rows x C, one row or more, one after another. sum = x + residual, rounded to T, not written where sum is null; normed =
+// layer norm of that sum. `row` is for C floats to work in.
 template <class T>
 using AddLayerNormForward = void(const T* x, const T* residual, const float* weight, const float* bias, float eps,
                                  std::int64_t rows, std::int64_t C, float* row, T* sum, T* normed);
