@@ -198,7 +198,8 @@ def _add_layer_norm_bwd(a: dict[str, Any]) -> Programs:
     def program(i: int, _: int, __: int) -> list[Touch]:
         n = _within(a["rows_per_program"], i, a["rows"])
         parts = _parts(a, "parts_ptr", 2 * C)
-        return [*_vectors(a, ("weight_ptr",), 0, C), Touch(n * C * 4 * _size(a["dx_ptr"])), *parts]
+        frames = 3 + (a["grad_sum_ptr"] is not None)
+        return [*_vectors(a, ("weight_ptr",), 0, C), Touch(n * C * frames * _size(a["dx_ptr"])), *parts]
 
     return program
 

@@ -119,7 +119,7 @@ def test_a_known_spill_is_there(place):
     task = next(t for t in found if gpu_static.known_spill(t, sound()))
     row = judge(task)
     assert 0 < row.spilled <= row.known == size and row.faults == ()
-    made, elsewhere = sound(spilled=size, products=[]), replace(task, architecture=ARCHITECTURES["sm_120"])
+    made, elsewhere = sound(spilled=size, products=[]), replace(task, architecture=ARCHITECTURES["sm_89"])
     fault = (f"spills {size} bytes per thread",)
     assert faults(task, made) == ()
     assert faults(task, replace(made, spilled=size + 1)) == (f"spills {size + 1} bytes per thread",)

@@ -60,7 +60,7 @@ for _schema in ("peak(str dtype) -> float", "begin_task_log(int threads) -> ()",
 
 def problem() -> str | None:
     """Why the kernels cannot be used now, a sentence; None when they can."""
-    return _problem_of_loading() or _problem_of_threads(torch.get_num_threads())
+    return _problem_of_loading()
 
 
 def mending() -> str | None:
@@ -164,12 +164,3 @@ def _digest_of(sources: Path) -> str | None:
     for path in sorted(sources.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-@cache
-def _problem_of_threads(wanted: int) -> str | None:
-    # A loop that was compiled without torch's threads runs on one, whatever torch is told later.
-    used = wanted if wanted == 1 else _threads()
-    if used >= wanted:
-        return None
-    return f"extension was compiled without the threads of torch: its kernels would run on {used} of {wanted}"
