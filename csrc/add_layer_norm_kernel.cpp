@@ -56,12 +56,18 @@ void backward(const T* grad_sum, const T* grad_normed, const T* sum_in, const fl
       lanes.store(dbias + i, lanes.load(dbias + i) + grad);
     });
     const float g_mean = sum(g_total) / C, g_hat_mean = sum(g_hat_total) / C;
-    sweep(C, [&](std::int64_t i, auto lanes, int) {
+    const auto before_scale = [&](std::int64_t i, auto lanes) {
       const Floats hat = of_row.normed(lanes.load(sum_in + i));
       const Floats g = lanes.load(grad_normed + i) * lanes.load(weight + i);
-      const Floats through = (g - g_mean - hat * g_hat_mean) * of_row.rstd;
-      lanes.store(dx + i, grad_sum ? lanes.load(grad_sum + i) + through : through);
-    });
+      return g - g_mean - hat * g_hat_mean;
+    };
+    if (grad_sum) {  // one multiply-add, rounded once
+      sweep(C, [&](std::int64_t i, auto lanes, int) {
+        lanes.store(dx + i, lanes.load(grad_sum + i) + before_scale(i, lanes) * of_row.rstd);
+      });
+    } else {
+      sweep(C, [&](std::int64_t i, auto lanes, int) { lanes.store(dx + i, before_scale(i, lanes) * of_row.rstd); });
+    }
     if (grad_sum) grad_sum += C;
     grad_normed += C, sum_in += C, dx += C;
   }
