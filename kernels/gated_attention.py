@@ -183,11 +183,12 @@ def forward_configs(
         default = {**wide, "BLOCK_N": 64 if target == "hopper" and not tensor_memory else 32}
         return default, {**default, "num_stages": 3}, {**default, "BLOCK_M": 64, "num_warps": 4}, small
     # Half the programs at a time for a quarter fewer instructions or the reverse, and more programs for short batches.
-    both = wide, {**wide, "BLOCK_N": 64}
-    if target == "hopper" and dropout:
-        both = both[::-1]
+    narrow = {**wide, "BLOCK_N": 64}
+    both: tuple[Config, ...] = (wide, narrow)
     if tensor_memory:
-        both = both[1:]
+        both = (narrow,)
+    elif target == "hopper" and dropout:
+        both = (narrow, wide)
     return *both, {**both[0], "num_stages": 3}, {**wide, "BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}
 
 

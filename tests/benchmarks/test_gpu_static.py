@@ -197,16 +197,17 @@ def test_attention_on_hopper_takes_less_than_eight_instructions_per_score(dtype,
     assert row.per_score < 8 and row.spilled == 0 and row.faults == ()
 
 
-def test_attention_with_dropout_spills_nothing_on_hopper():
+@pytest.mark.parametrize(("chip", "architecture"), [("hopper", "sm_90"), ("blackwell", "sm_100")])
+def test_attention_with_dropout_spills_nothing(chip, architecture):
     """No case has it; its hashes take registers."""
     (case,) = (case for case in cases("base", torch.bfloat16, backward=False) if case.op == "gated_attention")
     *operands, _, _, scale = case.args
     seed = torch.empty(1, dtype=torch.int64, device="meta")
-    with pretend("hopper"):
+    with pretend(chip):
         launches = record(gated_attention, *operands, 0.1, seed, scale)
     (launch,) = (launch for launch in launches if launch.name == ATTENTION)
     assert launch.arguments["DROPOUT"]
-    assert build(launch, ARCHITECTURES["sm_90"]).spilled == 0
+    assert build(launch, ARCHITECTURES[architecture]).spilled == 0
 
 
 def test_what_a_score_takes_is_told_by_name():
