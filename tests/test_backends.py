@@ -384,7 +384,7 @@ import wavlm_fast
 print([name for name in sys.modules if name.startswith("wavlm_fast.backends.")])
 from wavlm_fast import backends
 print(*backends.names())
-print(backends.load("cpu").extension._problem_of_loading.cache_info().currsize)
+print(backends.load("cpu").extension.problem.cache_info().currsize)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines() == ["[]", "reference cpu triton", "0"]

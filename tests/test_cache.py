@@ -182,6 +182,6 @@ def _in_fork(model, waveform, wanted):
 
 
 def test_without_the_extension_there_is_nothing_to_give_back(monkeypatch):
-    monkeypatch.setattr(cpu.extension, "_problem_of_loading", lambda: "extension not built")
+    monkeypatch.setattr(cpu.extension, "problem", lambda: "extension not built")
     empty_cache()
     assert extension.kept_scratch() == 0

@@ -41,7 +41,7 @@ class Way:
             leaves in that form anyway. It is not timed, and gradients flow through it.
         note: what is worth saying about it, from the arguments of the op's schema.
         wish: the backend that is wished for meanwhile.
-        names: those of the arguments, where the function takes them by name; a seed it draws itself.
+        names: those of the arguments, where the function takes them by name.
     """
 
     function: Callable[..., Any]
@@ -54,7 +54,7 @@ class Way:
         """The function on what `prepare` gave: nobody's arguments are looked up while they are timed."""
         if not self.names:
             return partial(self.function, *inputs)
-        return partial(self.function, **{n: x for n, x in zip(self.names, inputs, strict=False) if n != "seed"})
+        return partial(self.function, **dict(zip(self.names, inputs, strict=False)))
 
 
 @dataclass(frozen=True)

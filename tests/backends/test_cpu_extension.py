@@ -49,7 +49,7 @@ def test_torch_may_be_too_old(tmp_path, monkeypatch, installed, old):
     problem = extension._find_and_load(folder_with(tmp_path, {}, library=b"not a library"))
     assert (problem == f"extension needs torch 2.10 or newer, got {installed}") == old
     if old:
-        monkeypatch.setattr(extension, "_problem_of_loading", lambda: problem)
+        monkeypatch.setattr(extension, "problem", lambda: problem)
         assert extension.mending() == "pip install --upgrade torch"
 
 
@@ -73,7 +73,7 @@ def test_unloadable_library(tmp_path):
 
 
 def test_without_extension_auto_falls_back_and_the_name_raises(monkeypatch):
-    monkeypatch.setattr(extension, "_problem_of_loading", lambda: "extension not built: no C++ compiler found")
+    monkeypatch.setattr(extension, "problem", lambda: "extension not built: no C++ compiler found")
     x, w = torch.randn(2, 8), torch.ones(8)
     choice = backends.choose("add_layer_norm", (x, x, w, w, 1e-5, True))
     assert choice.backend == "reference"
@@ -107,7 +107,7 @@ def test_build_record_matches_the_extension():
 @needs_extension
 @pytest.mark.parametrize("threads", [1, 2])
 def test_kernels_run_on_the_threads_of_torch(threads):
-    code = "from wavlm_fast.backends import cpu; print(cpu.extension._problem_of_loading(), cpu.extension._threads())"
+    code = "from wavlm_fast.backends import cpu; print(cpu.extension.problem(), cpu.extension._threads())"
     assert ended(code, OMP_NUM_THREADS=str(threads)).stdout.split() == ["None", str(threads)]
 
 
@@ -152,10 +152,10 @@ def test_another_extension_is_not_compared_with_sources(tmp_path, monkeypatch):
     monkeypatch.setenv("WAVLM_FAST_EXTENSION", str(tmp_path / "other.so"))
     load, loaded = torch.ops.load_library, []
     monkeypatch.setattr(torch.ops, "load_library", lambda path: loaded.append(path) or load(path))
-    assert extension._problem_of_loading.__wrapped__() is None
+    assert extension.problem.__wrapped__() is None
     assert loaded == [str(tmp_path / "other.so")]
     monkeypatch.setenv("WAVLM_FAST_EXTENSION", "")
-    assert extension._problem_of_loading.__wrapped__().startswith("extension is older than the sources")
+    assert extension.problem.__wrapped__().startswith("extension is older than the sources")
 
 
 @needs_extension
@@ -198,7 +198,7 @@ MENDING = "pip install --force-reinstall --no-cache-dir --no-deps ."
 @pytest.fixture
 def missing(monkeypatch, caplog):
     """A machine without the extension; the warnings that a user of it has seen."""
-    monkeypatch.setattr(extension, "_problem_of_loading", lambda: "extension not built: no C++ compiler found")
+    monkeypatch.setattr(extension, "problem", lambda: "extension not built: no C++ compiler found")
     monkeypatch.setattr(extension, "build_record", lambda: {"failed": "no C++ compiler found"})
     monkeypatch.setattr(backends, "_warned", set())
     caplog.set_level(logging.WARNING, logger="wavlm_fast")
@@ -244,7 +244,7 @@ def test_the_warning_is_seen_by_default_and_is_no_error():
 import torch, wavlm_fast
 from wavlm_fast import ops
 from wavlm_fast.backends.cpu import extension
-extension._problem_of_loading = lambda: "extension not built: it rains"
+extension.problem = lambda: "extension not built: it rains"
 for _ in range(2):
     ops.stats_pool(torch.ones(1, 2, 8))
 """

@@ -25,10 +25,14 @@ def look_of(args: Iterable[Any]) -> tuple:
 
 def _look(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.shape, value.dtype, value.device, value.layout, value.stride()
+        return _look_of_tensor(value)
     if isinstance(value, (list, tuple)):
         return look_of(value)
     return type(value), value
+
+
+def _look_of_tensor(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.layout, tensor.stride()
 
 
 def look_if_handed_on(args: tuple) -> tuple | None:
@@ -52,7 +56,7 @@ def _look_of_plain(args: Iterable[Any], recording: bool) -> tuple | None:
                 return None
             if kind is Tensor and dispatch_keys(value).raw_repr() not in PLAIN_KEYS and not is_plain(value):
                 return None
-            look.append((value.shape, value.dtype, value.device, value.layout, value.stride()))
+            look.append(_look_of_tensor(value))
         elif kind in _SCALARS:
             look.append((kind, value))
         elif isinstance(value, Tensor):

@@ -58,9 +58,16 @@ for _schema in ("peak(str dtype) -> float", "begin_task_log(int threads) -> ()",
     kernel(_schema)  # for benchmarks
 
 
+@cache
 def problem() -> str | None:
-    """Why the kernels cannot be used now, a sentence; None when they can."""
-    return _problem_of_loading()
+    """Why the kernels cannot be used, a sentence; None when they can."""
+    given = os.environ.get(ENVIRONMENT_VARIABLE)
+    found = _load(Path(given)) if given else _find_and_load(_FOLDER)
+    if found is None:
+        derived.use_fingerprint(_fingerprint)
+        if _isa_problem():
+            logger.warning("%s", _isa_problem())
+    return found
 
 
 def mending() -> str | None:
@@ -111,24 +118,13 @@ def threads() -> int | None:
 
 def kept_scratch() -> int:
     """Bytes of memory that the C++ kernels keep for their next call, of all threads together."""
-    return 0 if _problem_of_loading() else _kept_scratch()
+    return 0 if problem() else _kept_scratch()
 
 
 def release_scratch() -> None:
     """Give that memory back; of calls that are running in other threads when they are done."""
-    if not _problem_of_loading():
+    if not problem():
         _release_scratch()
-
-
-@cache
-def _problem_of_loading() -> str | None:
-    given = os.environ.get(ENVIRONMENT_VARIABLE)
-    found = _load(Path(given)) if given else _find_and_load(_FOLDER)
-    if found is None:
-        derived.use_fingerprint(_fingerprint)
-        if _isa_problem():
-            logger.warning("%s", _isa_problem())
-    return found
 
 
 def _find_and_load(folder: Path) -> str | None:
